@@ -1,0 +1,37 @@
+# `make` lists the targets.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@# Without a GPU the CPU build of torch comes first, so that nothing pulls in CUDA packages.
+	@command -v nvidia-smi >/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[all,demo,dev]'
+	@touch $@
+
+demo: $(READY) ## a real model answers through the store; tokens equal to the run without it
+	$(BIN)/python -m kvstore_engines.demo
+
+test: lint ## lint and the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff, mypy strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy kvstore server/kvstore_server client/kvstore_client engines/kvstore_engines
+	$(BIN)/lint-imports --no-cache
+
+format: $(READY) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,103 @@
+"""Attention over paged KV; a GPU backend takes the place of `TorchAttention`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's share of a batch: its last `tokens` of `context_len` tokens are queries."""
+
+    start: int
+    tokens: int
+    page_table: torch.Tensor  # (pages,) int64, the pages that hold the context, in order
+    context_len: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where each token of a forward pass stands; all tensors are (tokens,) int64."""
+
+    positions: torch.Tensor
+    pages: torch.Tensor
+    offsets: torch.Tensor
+    spans: tuple[Span, ...]
+
+
+def make_batch(sequences: Sequence[tuple[Sequence[int], int, int]], block_tokens: int) -> Batch:
+    """A batch from (page table, first position, end position) of each sequence."""
+    positions, pages, spans, start = [], [], [], 0
+    for table, first, end in sequences:
+        where = torch.arange(first, end)
+        used = torch.tensor(table[: -(-end // block_tokens)], dtype=torch.int64)
+        positions.append(where)
+        pages.append(used[where // block_tokens])
+        spans.append(Span(start, end - first, used, end))
+        start += end - first
+    flat = torch.cat(positions)
+    return Batch(flat, torch.cat(pages), flat % block_tokens, tuple(spans))
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of a batch over one layer's pages, which hold the queries' own KV too."""
+
+    def grouped(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float
+    ) -> torch.Tensor:
+        """q (tokens, heads, dim), pages [pages, kv_heads, 2, block_tokens, dim]; gives q's shape.
+
+        The heads of one key/value group are neighbours.
+        """
+
+    def latent(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float, rank: int
+    ) -> torch.Tensor:
+        """q (tokens, heads, width), pages [pages, block_tokens, width]; all heads share the keys.
+
+        The values are the first `rank` columns of the keys; gives (tokens, heads, rank).
+        """
+
+
+class TorchAttention:
+    """The CPU backend: gathers each sequence's pages and calls torch's attention."""
+
+    def grouped(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float
+    ) -> torch.Tensor:
+        """See `AttentionBackend.grouped`."""
+        out = torch.empty_like(q)
+        for span in batch.spans:
+            gathered = layer_pages[span.page_table].permute(2, 1, 0, 3, 4).flatten(2, 3)
+            k, v = gathered[:, :, : span.context_len]
+            rows = slice(span.start, span.start + span.tokens)
+            out[rows] = _attend(q[rows], k, v, span, scale)
+        return out
+
+    def latent(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float, rank: int
+    ) -> torch.Tensor:
+        """See `AttentionBackend.latent`."""
+        out = q.new_empty(*q.shape[:2], rank)
+        for span in batch.spans:
+            k = layer_pages[span.page_table].flatten(0, 1)[None, : span.context_len]
+            rows = slice(span.start, span.start + span.tokens)
+            out[rows] = _attend(q[rows], k, k[..., :rank], span, scale)
+        return out
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, scale: float
+) -> torch.Tensor:
+    """q (tokens, heads, dim), k and v (kv_heads, context, dim) -> (tokens, heads, value dim)."""
+    mask = None
+    if span.tokens > 1:
+        last = span.context_len - span.tokens
+        mask = torch.ones(span.tokens, span.context_len, dtype=torch.bool).tril(last)
+    attended = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return attended[0].transpose(0, 1)

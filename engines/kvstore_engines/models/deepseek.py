@@ -1,0 +1,179 @@
+"""DeepSeek-V2 and V3: latent attention over a compressed cache, and routed experts."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
+
+from kvstore_engines.attention import AttentionBackend, Batch
+from kvstore_engines.checkpoint import CheckpointError, MlaConfig, ModelConfig, MoeConfig, Weights
+from kvstore_engines.models.layers import (
+    Linear,
+    RMSNorm,
+    SwiGlu,
+    inverse_frequencies,
+    last_rows,
+    linear,
+    rope_tables,
+    rotate,
+    swiglu,
+)
+from kvstore_engines.paged import PagePool
+
+LATENT_EPS = 1e-6  # the latent norms do not follow rms_norm_eps in the reference model
+
+
+@dataclass(frozen=True)
+class _Moe:
+    """Routed experts plus the shared ones that every token passes through."""
+
+    config: MoeConfig
+    router: torch.Tensor  # (experts, hidden)
+    correction: torch.Tensor | None  # (experts,), V3 only
+    experts: list[SwiGlu]
+    shared: SwiGlu
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x (tokens, hidden) -> the same shape."""
+        out = self.shared(x)
+        scores, chosen = self._route(x)
+        for index in sorted(set(chosen.flatten().tolist())):
+            rows, slot = torch.where(chosen == index)
+            weighed = self.experts[index](x[rows]) * scores[rows, slot, None]
+            out.index_add_(0, rows, weighed.to(out.dtype))
+        return out
+
+    def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen experts' weights and indices, both (tokens, top_k), in float32 and int64."""
+        c = self.config
+        logits = F.linear(x.float(), self.router.float())
+        scores = logits.softmax(-1) if self.correction is None else logits.sigmoid()
+        choice = scores if self.correction is None else scores + self.correction.float()
+        if c.method != "greedy":
+            choice = self._keep_best_groups(choice)
+        chosen = choice.topk(c.top_k, dim=-1).indices
+        weight = scores.gather(1, chosen)
+        if c.normalize:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return weight * c.scaling, chosen
+
+    def _keep_best_groups(self, choice: torch.Tensor) -> torch.Tensor:
+        """Rule out experts outside the best groups; V3 ranks a group by its two best experts."""
+        grouped = torch.unflatten(choice, -1, (self.config.groups, -1))
+        best = grouped.topk(2 if self.correction is not None else 1, dim=-1).values.sum(-1)
+        kept = best.topk(self.config.top_groups, dim=-1).indices
+        out = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
+        return grouped.masked_fill(out[..., None], float("-inf")).flatten(1)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: RMSNorm
+    q_down: Linear | None
+    q_down_norm: RMSNorm | None
+    q: Linear
+    latent: Linear
+    latent_norm: RMSNorm
+    key_up: torch.Tensor  # (heads, qk_nope_head_dim, kv_lora_rank)
+    value_up: torch.Tensor  # (heads, v_head_dim, kv_lora_rank)
+    o: Linear
+    mlp_norm: RMSNorm
+    mlp: SwiGlu | _Moe
+
+
+class DeepseekModel:
+    """The decoder of the DeepSeek family; a token caches its latent and its rotated key."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, attention: AttentionBackend) -> None:
+        if config.mla is None:
+            raise CheckpointError("kv_lora_rank", "field is missing")
+        self._config = config
+        self._mla = config.mla
+        self._attention = attention
+        self._embed = weights["model.embed_tokens.weight"]
+        self._layers = [_layer(config, config.mla, weights, i) for i in range(config.layers)]
+        self._norm = RMSNorm(weights["model.norm.weight"], config.rms_eps)
+        self._head = weights["lm_head.weight"]
+        self._frequencies = inverse_frequencies(config.rope, config.mla.qk_rope_head_dim)
+
+    def make_pool(self, num_pages: int, block_tokens: int, dtype: torch.dtype) -> PagePool:
+        """Pages [layers, block_tokens, kv_lora_rank + qk_rope_head_dim]."""
+        width = self._mla.kv_lora_rank + self._mla.qk_rope_head_dim
+        shape = (self._config.layers, block_tokens, width)
+        return PagePool(num_pages, shape, layer_dim=1, dtype=dtype)
+
+    def forward(self, token_ids: torch.Tensor, batch: Batch, pool: PagePool) -> torch.Tensor:
+        """token_ids (tokens,) int64 -> logits (sequences, vocab) of each span's last token."""
+        x = F.embedding(token_ids, self._embed)
+        tables = rope_tables(self._frequencies, batch.positions, x.dtype)
+        for i, layer in enumerate(self._layers):
+            x = x + self._attend(layer, layer.attention_norm(x), tables, batch, pool.layer(i))
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return F.linear(self._norm(last_rows(x, batch)), self._head)
+
+    def _attend(
+        self,
+        layer: _Layer,
+        x: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        batch: Batch,
+        pages: torch.Tensor,
+    ) -> torch.Tensor:
+        """Write the batch's latents to the pages, then attend; x (tokens, hidden)."""
+        m = self._mla
+        latent, key = layer.latent(x).split_with_sizes((m.kv_lora_rank, m.qk_rope_head_dim), dim=-1)
+        key = rotate(key[:, None], *tables, interleaved=m.rope_interleave)[:, 0]
+        pages[batch.pages, batch.offsets] = torch.cat((layer.latent_norm(latent), key), dim=-1)
+        q = self._query(layer, x, tables)
+        scale = (m.qk_nope_head_dim + m.qk_rope_head_dim) ** -0.5
+        mixed = self._attention.latent(q, pages, batch, scale, m.kv_lora_rank)
+        return layer.o(torch.einsum("thr,hvr->thv", mixed, layer.value_up).flatten(1))
+
+    def _query(
+        self, layer: _Layer, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """(tokens, heads, width): the key's up-projection is folded into the query, so that the
+        cache is attended to as it is stored."""
+        m = self._mla
+        if layer.q_down is not None and layer.q_down_norm is not None:
+            x = layer.q_down_norm(layer.q_down(x))
+        q = torch.unflatten(layer.q(x), -1, (self._config.heads, -1))
+        nope, rope = q.split_with_sizes((m.qk_nope_head_dim, m.qk_rope_head_dim), dim=-1)
+        folded = torch.einsum("thn,hnr->thr", nope, layer.key_up)
+        return torch.cat((folded, rotate(rope, *tables, interleaved=m.rope_interleave)), dim=-1)
+
+
+def _layer(config: ModelConfig, mla: MlaConfig, weights: Weights, index: int) -> _Layer:
+    name = f"model.layers.{index}"
+    at = f"{name}.self_attn"
+    low = mla.q_lora_rank is not None
+    up = torch.unflatten(weights[f"{at}.kv_b_proj.weight"], 0, (config.heads, -1))
+    key_up, value_up = up.split_with_sizes((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
+    return _Layer(
+        attention_norm=RMSNorm(weights[f"{name}.input_layernorm.weight"], config.rms_eps),
+        q_down=linear(weights, f"{at}.q_a_proj", config.qkv_bias) if low else None,
+        q_down_norm=RMSNorm(weights[f"{at}.q_a_layernorm.weight"], LATENT_EPS) if low else None,
+        q=linear(weights, f"{at}.q_b_proj" if low else f"{at}.q_proj"),
+        latent=linear(weights, f"{at}.kv_a_proj_with_mqa", config.qkv_bias),
+        latent_norm=RMSNorm(weights[f"{at}.kv_a_layernorm.weight"], LATENT_EPS),
+        key_up=key_up,
+        value_up=value_up,
+        o=linear(weights, f"{at}.o_proj", config.o_bias),
+        mlp_norm=RMSNorm(weights[f"{name}.post_attention_layernorm.weight"], config.rms_eps),
+        mlp=_mlp(config, weights, index),
+    )
+
+
+def _mlp(config: ModelConfig, weights: Weights, index: int) -> SwiGlu | _Moe:
+    name = f"model.layers.{index}.mlp"
+    moe = config.moe
+    if moe is None or index < moe.first_dense:
+        return swiglu(weights, name, config.mlp_bias)
+    corrected = moe.method == "noaux_tc"
+    return _Moe(
+        config=moe,
+        router=weights[f"{name}.gate.weight"],
+        correction=weights[f"{name}.gate.e_score_correction_bias"] if corrected else None,
+        experts=[swiglu(weights, f"{name}.experts.{i}") for i in range(moe.experts)],
+        shared=swiglu(weights, f"{name}.shared_experts", config.mlp_bias),
+    )

@@ -1,0 +1,157 @@
+"""Records of the same-host channel: a codec derived from the commands' own fields.
+
+A frame is `length u32 | type u16 | version u16` and then the fields in order: integers as i64,
+bytes and strings as `length u32 | bytes`, arrays as `dtype u8 | ndim u8 | shape u32... | bytes`.
+Nothing is ever unpickled. Pure: no sockets here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import Any, get_args
+
+import numpy as np
+
+from kvstore import commands, errors, limits
+
+WIRE_VERSION = 1
+FRAME = struct.Struct("<IHH")
+_I64 = struct.Struct("<q")
+_U32 = struct.Struct("<I")
+_DTYPES: list[np.dtype[Any]] = [np.dtype(np.uint8), np.dtype("<u4"), np.dtype("<u8")]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The daemon's first record, sent with the descriptors of pool, generations and index."""
+
+    version: int
+    instance: int
+    writable: int
+    pool_bytes: int
+
+
+# The numbers are part of the format: append, never reorder.
+_TYPES: dict[int, type] = {
+    1: commands.OpenNamespace,
+    2: commands.NamespaceOpened,
+    3: commands.Reserve,
+    4: commands.Reserved,
+    5: commands.Seal,
+    6: commands.Sealed,
+    7: commands.Abort,
+    8: commands.Lease,
+    9: commands.Leased,
+    10: commands.Release,
+    11: commands.Touch,
+    12: commands.Drop,
+    13: commands.Explain,
+    14: commands.Explained,
+    15: commands.Stat,
+    16: commands.Stats,
+    17: commands.Count,
+    18: commands.Failed,
+    19: Welcome,
+}
+_NUMBERS = {kind: number for number, kind in _TYPES.items()}
+_FIELDS = {
+    kind: [(field.name, str(field.type)) for field in dataclasses.fields(kind)]
+    for kind in _TYPES.values()
+}
+COMMANDS = get_args(commands.Command)
+
+
+def encode(record: object) -> bytes:
+    """One frame of a command, a result or the welcome."""
+    kind = type(record)
+    body = b"".join(_put(getattr(record, name), of) for name, of in _FIELDS[kind])
+    if len(body) > limits.MAX_FRAME_BYTES:
+        raise errors.InvalidArgument("batch", f"a call takes at most {limits.MAX_FRAME_BYTES} B")
+    return FRAME.pack(len(body), _NUMBERS[kind], WIRE_VERSION) + body
+
+
+def body_length(head: bytes) -> int:
+    """The length of the body that follows an 8-byte frame head; `ProtocolError` on garbage."""
+    length, number, version = FRAME.unpack(head)
+    if version != WIRE_VERSION or number not in _TYPES or length > limits.MAX_FRAME_BYTES:
+        raise errors.ProtocolError(
+            f"not a channel record (type {number}, version {version}, {length} bytes)"
+        )
+    return int(length)
+
+
+def decode(head: bytes, body: bytes) -> Any:
+    """The record of one frame; `ProtocolError` where the bytes do not fit its fields."""
+    body_length(head)
+    kind = _TYPES[FRAME.unpack(head)[1]]
+    values: dict[str, Any] = {}
+    offset = 0
+    try:
+        for name, of in _FIELDS[kind]:
+            values[name], offset = _take(body, offset, of)
+    except (struct.error, ValueError, IndexError) as error:
+        raise errors.ProtocolError(f"malformed {kind.__name__}: {error}") from None
+    if offset != len(body):
+        raise errors.ProtocolError(f"malformed {kind.__name__}: {len(body) - offset} bytes over")
+    return kind(**values)
+
+
+def _put(value: Any, of: str) -> bytes:
+    if of == "int":
+        return _I64.pack(value)
+    if of == "str":
+        value = value.encode()
+    if of in ("str", "bytes"):
+        return _U32.pack(len(value)) + bytes(value)
+    array = np.ascontiguousarray(value, _DTYPES[_CODES[of]])
+    shape = struct.pack(f"<{array.ndim}I", *array.shape)
+    data: bytes = array.tobytes()
+    return bytes((_CODES[of], array.ndim)) + shape + data
+
+
+_CODES = {"U8": 0, "U32": 1, "U64": 2}
+
+
+def _take(body: bytes, offset: int, of: str) -> tuple[Any, int]:
+    if of == "int":
+        return _I64.unpack_from(body, offset)[0], offset + 8
+    if of in ("str", "bytes"):
+        end = offset + 4 + _U32.unpack_from(body, offset)[0]
+        if end > len(body):
+            raise ValueError("truncated")
+        value = body[offset + 4 : end]
+        return (value.decode() if of == "str" else value), end
+    code, ndim = body[offset], body[offset + 1]
+    if code != _CODES[of] or ndim > 2:
+        raise ValueError(f"expected an array of {of}")
+    shape = struct.unpack_from(f"<{ndim}I", body, offset + 2)
+    start = offset + 2 + 4 * ndim
+    count = int(np.prod(shape, dtype=np.int64))
+    if count * _DTYPES[code].itemsize > len(body) - start:
+        raise ValueError("truncated array")
+    array = np.frombuffer(body, _DTYPES[code], count, start).reshape(shape)
+    return array, start + array.nbytes
+
+
+def raise_if_failed(result: Any) -> Any:
+    """Turns a `Failed` record back into the error it stands for."""
+    if not isinstance(result, commands.Failed):
+        return result
+    for kind in (
+        errors.StaleNamespace,
+        errors.PermissionDenied,
+        errors.DeadlineExceeded,
+        errors.Unavailable,
+        errors.ProtocolError,
+        errors.Corrupted,
+    ):
+        if kind.code == result.code:
+            raise kind(result.message)
+    if result.code == errors.ResourceExhausted.code:
+        raise errors.ResourceExhausted(result.message, retry_after_ms=result.retry_after_ms)
+    if result.code == errors.LayoutMismatch.code:
+        raise errors.LayoutMismatch(result.field, result.message)
+    if result.code == errors.InvalidArgument.code:
+        raise errors.InvalidArgument(result.field, result.message)
+    raise errors.KVStoreError(result.message)

@@ -1,0 +1,213 @@
+"""The store's vocabulary: every command and result, as frozen values with one handler each.
+
+The same-host channel and gRPC only translate to and from these. Arrays are numpy, C-contiguous;
+`hashes` is always (n, 32) uint8, and per-block results are in the order of `hashes`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+
+
+class ReserveStatus(enum.IntEnum):
+    """What became of one key of a `Reserve`."""
+
+    GRANTED = 0  # write the slot, then seal it
+    EXISTS = 1  # already stored: nothing to do
+    IN_PROGRESS = 2  # another put id is writing this key
+    NO_SPACE = 3  # pool, index or a limit is full: not stored, retry later
+
+
+class SealStatus(enum.IntEnum):
+    """What became of one key of a `Seal`."""
+
+    STORED = 0  # all cells are in: the block can be found
+    WAITING = 1  # other ranks still owe cells
+    DROPPED = 2  # the put was aborted, or was never granted to this connection
+
+
+class ExplainStatus(enum.IntEnum):
+    """Why a key can or cannot be found."""
+
+    STORED = 0
+    NEVER_STORED = 1
+    NOT_SEALED = 2
+    EVICTED = 3
+    DROPPED = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenNamespace:
+    """Opens (or creates) the namespace of `name` and `layout` (`Layout.encode()`)."""
+
+    name: str
+    layout: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceOpened:
+    """`namespace` is the id in every record; `key` is the secret that keys its chains."""
+
+    namespace: int
+    key: bytes
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """Asks for slots for `hashes` under one 16-byte `put_id`.
+
+    `cells` lists the cells that this connection will write (uint32, empty: all of them).
+    `parent` is the 32-byte key before the first hash (empty: unknown or none), `position` the
+    first block's index in its chain, -1 where the caller does not know it.
+    """
+
+    namespace: int
+    put_id: bytes
+    hashes: U8
+    cells: U32
+    parent: bytes = b""
+    position: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """`status` holds `ReserveStatus` (uint8); `granules` counts where GRANTED."""
+
+    status: U8
+    granules: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """Says that the cells are written; `checksums` is (n, len(cells)) xxh3-64."""
+
+    namespace: int
+    put_id: bytes
+    hashes: U8
+    checksums: U64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    """`status` holds `SealStatus` (uint8)."""
+
+    status: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Gives up one put of `hashes`: the blocks are dropped for all ranks."""
+
+    namespace: int
+    put_id: bytes
+    hashes: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Pins the leading stored run of `hashes` until `Release` or the holder's death."""
+
+    namespace: int
+    hashes: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leased:
+    """Where the leased blocks lie; the arrays cover the leading run only."""
+
+    lease: int
+    granules: U32
+    generations: U64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """Ends one lease of this connection."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Touch:
+    """Reports reads that made no call, in chain order, and the look-ups they came from."""
+
+    granules: U32
+    generations: U64
+    lookups: int
+    hits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """Forgets `hashes`; with no hash at all, the whole namespace (its generation moves on)."""
+
+    namespace: int
+    hashes: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explain:
+    """Asks why each of `hashes` can or cannot be found."""
+
+    namespace: int
+    hashes: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained:
+    """`status` holds `ExplainStatus` (uint8)."""
+
+    status: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """Asks for the counters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Counters since the start, and gauges; bytes and blocks."""
+
+    blocks: int
+    pending_blocks: int
+    quarantined_blocks: int
+    leased_blocks: int
+    used_bytes: int
+    total_bytes: int
+    lookups: int
+    hits: int
+    stored: int
+    evicted: int
+    dropped: int
+    connections: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """How many blocks a command changed."""
+
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """An error on the wire: `code` names the class in `errors`, `field` its argument."""
+
+    code: int
+    field: str
+    message: str
+    retry_after_ms: int
+
+
+Command = OpenNamespace | Reserve | Seal | Abort | Lease | Release | Touch | Drop | Explain | Stat
+Result = NamespaceOpened | Reserved | Sealed | Leased | Explained | Stats | Count | Failed

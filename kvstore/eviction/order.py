@@ -1,0 +1,188 @@
+"""What the eviction policies are built on: a queue with lazy deletion, and ghost tables.
+
+Batches are numpy arrays throughout: no Python loop runs per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+IdArray = npt.NDArray[np.uint32]
+BoolArray = npt.NDArray[np.bool_]
+U64Array = npt.NDArray[np.uint64]
+Evictable = Callable[[IdArray], BoolArray]
+
+MIN_CHUNK = 256
+MIN_LOG = 1024
+NO_IDS: IdArray = np.empty(0, np.uint32)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def scan_budget(n: int) -> int:
+    """Most entries a call for `n` victims may look at."""
+    return 8 * n + 1024
+
+
+class LazyOrder:
+    """An exact queue of ids below `max_blocks`; an id is in it at most once.
+
+    A log holds the ids as pushed; `stamp[id]` is the one log position that counts, so moving or
+    removing an id only changes its stamp. Memory: 24 bytes per block.
+    """
+
+    def __init__(self, max_blocks: int) -> None:
+        self._max = max_blocks
+        self._stamp = np.full(max_blocks, -1, np.int64)  # id -> log position, -1: absent
+        self._log = np.empty(max(4 * max_blocks, MIN_LOG), np.uint32)
+        self._head = 0
+        self._tail = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def contains(self, ids: IdArray) -> BoolArray:
+        """Which of `ids` (uint32 [n]) are in the queue: bool [n]."""
+        return self._stamp[ids] >= 0
+
+    def push_back(self, ids: IdArray) -> None:
+        """Put `ids` (uint32 [n]) last, moving those present; of duplicates the last counts."""
+        if ids.size > self._max:
+            ids = _keep_last(ids)
+        if self._tail + ids.size > self._log.size:
+            self._compact()
+        at = np.arange(self._tail, self._tail + ids.size)
+        was_in = self._stamp[ids] >= 0
+        self._log[self._tail : self._tail + ids.size] = ids
+        self._stamp[ids] = at
+        # Of duplicates one entry alone matches its stamp, so each new id is counted once.
+        self._count += int(((self._stamp[ids] == at) & ~was_in).sum())
+        self._tail += ids.size
+
+    def remove(self, ids: IdArray) -> None:
+        """Take `ids` (uint32 [n]) out; absent ids are ignored."""
+        present = np.unique(ids[self._stamp[ids] >= 0])
+        self._stamp[present] = -1
+        self._count -= present.size
+
+    def peek_front(self, k: int) -> IdArray:
+        """The first `k` ids (uint32 [<=k]), oldest first; nothing leaves the queue."""
+        parts: list[IdArray] = []
+        found, at = 0, self._head
+        k = min(k, self._count)
+        while found < k:
+            entries, positions = self._valid(at, at + max(2 * k, MIN_CHUNK))
+            if not parts:  # what lies before the first valid entry is dead for good
+                self._head = int(positions[0]) if positions.size else at + max(2 * k, MIN_CHUNK)
+            if entries.size:
+                parts.append(entries[: k - found])
+                found += parts[-1].size
+            at += max(2 * k, MIN_CHUNK)
+        return np.concatenate(parts) if parts else NO_IDS
+
+    def pop_front(self, k: int) -> IdArray:
+        """Remove and return the first `k` ids (uint32 [<=k]), oldest first."""
+        ids = self.peek_front(k)
+        self.remove(ids)
+        return ids
+
+    def check(self) -> None:
+        """AssertionError unless stamps, log and count agree."""
+        entries, positions = self._valid(self._head, self._tail)
+        if not (entries.size == self._count == int((self._stamp >= 0).sum())):
+            raise AssertionError("log, stamps and count of a queue differ")
+        if not np.array_equal(self._stamp[entries], positions):
+            raise AssertionError("a stamp does not name its log entry")
+
+    def _valid(self, start: int, stop: int) -> tuple[IdArray, npt.NDArray[np.int64]]:
+        stop = min(stop, self._tail)
+        start = min(start, stop)
+        window = self._log[start:stop]
+        positions = np.arange(start, stop)
+        valid = self._stamp[window] == positions
+        return window[valid], positions[valid]
+
+    def _compact(self) -> None:
+        """Move the live entries to the log's start: at most 1/4 of it, so this is rare."""
+        entries, _ = self._valid(self._head, self._tail)
+        self._log[: entries.size] = entries
+        self._stamp[entries] = np.arange(entries.size)
+        self._head, self._tail = 0, entries.size
+
+
+def _keep_last(ids: IdArray) -> IdArray:
+    """`ids` with only the last of duplicates, in order."""
+    _, first = np.unique(ids[::-1], return_index=True)
+    return ids[::-1][np.sort(first)][::-1]
+
+
+def take(order: LazyOrder, n: int, budget: int, evictable: Evictable) -> tuple[IdArray, int]:
+    """Take up to `n` evictable ids off the front, looking at no more than `budget` entries.
+
+    Returns (uint32 [<=n] ids removed, entries looked at). Those skipped go to the back: they are
+    in use, hence warm, and the next call starts behind them.
+    """
+    budget = min(budget, len(order))  # no entry is looked at twice
+    taken: list[IdArray] = []
+    missing, looked = n, 0
+    while missing > 0 and looked < budget:
+        ids = order.peek_front(min(max(missing, MIN_CHUNK), budget - looked))
+        chosen, skipped = split(ids, evictable(ids), missing)
+        order.remove(chosen)
+        order.push_back(skipped)
+        taken.append(chosen)
+        missing -= chosen.size
+        looked += chosen.size + skipped.size
+    return (np.concatenate(taken) if taken else NO_IDS), looked
+
+
+def split(ids: IdArray, mask: BoolArray, n: int) -> tuple[IdArray, IdArray]:
+    """The first `n` ids of the mask, and the others that stand before the last of them."""
+    at = np.flatnonzero(mask)[:n]
+    end = int(at[-1]) + 1 if at.size == n and n else ids.size
+    return ids[at], ids[:end][~mask[:end]]
+
+
+class GhostTable:
+    """Fingerprints of evicted blocks: a direct-mapped table with sequence numbers.
+
+    Each put takes the next number; an entry is a ghost while fewer than `window` puts came after
+    it. A collision forgets the older ghost, so the table may forget early; a false hit needs two
+    equal 64-bit fingerprints. Memory: 16 bytes per slot, slots = next power of two >= max_blocks.
+    """
+
+    def __init__(self, max_blocks: int) -> None:
+        bits = max(4, (max_blocks - 1).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._fp = np.zeros(1 << bits, np.uint64)
+        self._seq = np.zeros(1 << bits, np.int64)  # 0: empty
+        self._next = 1
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Entries in the table, outdated ones included."""
+        return self._count
+
+    def put(self, fingerprints: U64Array) -> None:
+        """Remember `fingerprints` (uint64 [n]), oldest first."""
+        slots = self._slots(fingerprints)
+        self._count += int(np.unique(slots[self._seq[slots] == 0]).size)
+        self._fp[slots] = fingerprints
+        self._seq[slots] = np.arange(self._next, self._next + slots.size)
+        self._next += slots.size
+
+    def take(self, fingerprints: U64Array, window: int) -> BoolArray:
+        """Which of `fingerprints` (uint64 [n]) are ghosts: bool [n]; hits leave the table."""
+        slots = self._slots(fingerprints)
+        seq = self._seq[slots]
+        hit = (seq > 0) & (self._fp[slots] == fingerprints) & (self._next - seq <= window)
+        gone = np.unique(slots[hit])
+        self._seq[gone] = 0
+        self._count -= gone.size
+        return np.asarray(hit, np.bool_)
+
+    def _slots(self, fingerprints: U64Array) -> npt.NDArray[np.int64]:
+        return ((fingerprints * _MIX) >> self._shift).astype(np.int64)

@@ -1,0 +1,20 @@
+"""The shared index: one writer process, many lock-free reader processes.
+
+`format` is the layout in memory, `table` the writer's side and `reader` the readers' side.
+"""
+
+from __future__ import annotations
+
+from kvstore.index.format import IndexView, capacity_for, index_bytes
+from kvstore.index.reader import IndexReader, Lookup, Match
+from kvstore.index.table import IndexTable
+
+__all__ = [
+    "IndexReader",
+    "IndexTable",
+    "IndexView",
+    "Lookup",
+    "Match",
+    "capacity_for",
+    "index_bytes",
+]

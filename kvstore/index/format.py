@@ -1,0 +1,221 @@
+"""The index's layout in shared memory; all numbers are little-endian.
+
+    page 0      header, u64 words: 0 = magic "KVIX" + version u32 << 32, 1 = instance id,
+                2 = capacity, 3 = flags, 4 = namespace epoch, 5 = entries
+    page 1..    versions u32[capacity]; odd while the row is being written
+    next page   rows u64[capacity, 8]
+
+A row's words: 0-3 key hash; 4 = namespace u32 << 32 | length u32 (payload bytes);
+5 = granule u32 << 32 | block id u32; 6 = tier u8 << 56 | generation u56; 7 = check.
+A check of 0 marks an empty row. The check also guards readers on machines that reorder
+stores, where the versions alone would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.errors import InvalidArgument, ProtocolError
+from kvstore.limits import KEY_BYTES, MAX_INDEX_PROBE
+
+Buffer = memoryview | bytearray | NDArray[np.uint8]
+Words = NDArray[np.uint64]
+
+MAGIC = int.from_bytes(b"KVIX", "little")
+VERSION = 1
+PAGE_BYTES = 4096
+ROW_WORDS = 8
+ROW_BYTES = 8 * ROW_WORDS
+MIN_CAPACITY = 8
+MAX_CAPACITY = 1 << 32
+FLAG_RETIRED = 1
+
+H_MAGIC, H_INSTANCE, H_CAPACITY, H_FLAGS, H_EPOCH, H_ENTRIES = range(6)
+W_SPACE, W_PLACE, W_STAMP, W_CHECK = 4, 5, 6, 7
+
+MASK32 = (1 << 32) - 1
+MASK56 = (1 << 56) - 1
+MASK64 = (1 << 64) - 1
+
+_NAMESPACE_FACTOR = 0x9E3779B97F4A7C15
+_HOME_SHIFT = 20
+_CHECK_FACTOR = 0xD6E8FEB86659FD93
+# Odd weights: a change of any one word always changes the sum.
+_WEIGHTS = (
+    0xA0761D6478BD642F,
+    0xE7037ED1A0B428DB,
+    0x8EBC6AF09C88C6E3,
+    0x589965CC75374CC3,
+    0x1D8E4E27C47D124F,
+    0xEB44ACCAB455D165,
+    0xC2B2AE3D27D4EB4F,
+)
+_WEIGHT_VECTOR = np.array([*_WEIGHTS, 0], np.uint64)
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+
+def _rows_offset(capacity: int) -> int:
+    return PAGE_BYTES + _pages(4 * capacity)
+
+
+def index_bytes(capacity: int) -> int:
+    """Total bytes of a table of `capacity` rows; `InvalidArgument` if it is no legal capacity."""
+    if not MIN_CAPACITY <= capacity <= MAX_CAPACITY or capacity & (capacity - 1):
+        raise InvalidArgument("capacity", f"{capacity} is no power of two in range")
+    return _rows_offset(capacity) + _pages(ROW_BYTES * capacity)
+
+
+def capacity_for(max_blocks: int) -> int:
+    """The least power of two that holds `max_blocks` rows at a load of at most one half."""
+    if not 0 < max_blocks <= MAX_CAPACITY // 2:
+        raise InvalidArgument("max_blocks", f"{max_blocks} is out of range")
+    return max(MIN_CAPACITY, 1 << (2 * max_blocks - 1).bit_length())
+
+
+def probe_bound(capacity: int) -> int:
+    """How many rows, from its home on, a key may lie in."""
+    return min(MAX_INDEX_PROBE, capacity)
+
+
+def key_words(hashes: NDArray[np.uint8]) -> Words:
+    """Key hashes (n, 32) uint8 as (n, 4) uint64; `InvalidArgument` for any other array."""
+    if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint8:
+        raise InvalidArgument("hashes", "must be a uint8 array")
+    if hashes.ndim != 2 or hashes.shape[1] != KEY_BYTES:
+        raise InvalidArgument("hashes", f"shape {hashes.shape} is not (n, {KEY_BYTES})")
+    return np.ascontiguousarray(hashes).view(np.uint64)
+
+
+def check_namespace(namespace: int) -> None:
+    """`InvalidArgument` unless `namespace` fits 32 bits."""
+    if not 0 <= namespace <= MASK32:
+        raise InvalidArgument("namespace", f"{namespace} does not fit 32 bits")
+
+
+def home_of(word0: int, namespace: int, mask: int) -> int:
+    """The row where the search for a key starts."""
+    return ((word0 ^ (namespace * _NAMESPACE_FACTOR & MASK64)) >> _HOME_SHIFT) & mask
+
+
+def homes_of(words: Words, namespace: int, mask: int) -> NDArray[np.int64]:
+    """`home_of` for (n, 4) key words of one namespace: int64 (n,)."""
+    salt = np.uint64(namespace * _NAMESPACE_FACTOR & MASK64)
+    mixed = ((words[:, 0] ^ salt) >> np.uint64(_HOME_SHIFT)) & np.uint64(mask)
+    return mixed.astype(np.int64)
+
+
+def check_of(row: Sequence[int]) -> int:
+    """The check word of one row, from its words 0-6; never 0."""
+    total = sum(word * weight for word, weight in zip(row, _WEIGHTS, strict=False)) & MASK64
+    total = ((total ^ (total >> 32)) * _CHECK_FACTOR) & MASK64
+    return (total ^ (total >> 29)) | 1
+
+
+def checks_of(rows: Words) -> Words:
+    """`check_of` for rows (n, 8): uint64 (n,)."""
+    total = rows @ _WEIGHT_VECTOR
+    total = (total ^ (total >> np.uint64(32))) * np.uint64(_CHECK_FACTOR)
+    result: Words = (total ^ (total >> np.uint64(29))) | np.uint64(1)
+    return result
+
+
+def same_keys(rows: Words, words: Words, namespace: int) -> NDArray[np.bool_]:
+    """Which rows (n, 8) carry the keys (n, 4) in `namespace`; an empty row carries none."""
+    equal = np.ascontiguousarray(rows[:, :4] == words)
+    # Four one-byte truths are compared as one word, much faster than all(axis=1).
+    same = equal.view(np.uint32)[:, 0] == np.uint32(0x01010101)
+    same &= (rows[:, W_SPACE] >> np.uint64(32)) == np.uint64(namespace)
+    same &= rows[:, W_CHECK] != 0
+    result: NDArray[np.bool_] = same
+    return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IndexView:
+    """A table's arrays over one buffer; read-only arrays where the buffer is read-only.
+
+    `header` uint64 (512,), `versions` uint32 (capacity,), `rows` uint64 (capacity, 8).
+    """
+
+    header: NDArray[np.uint64]
+    versions: NDArray[np.uint32]
+    rows: NDArray[np.uint64]
+
+    @classmethod
+    def open(cls, buffer: Buffer) -> IndexView:
+        """View an existing table; `ProtocolError` if magic, version or size do not fit."""
+        raw = _raw(buffer)
+        if raw.size < PAGE_BYTES:
+            raise ProtocolError(f"an index of {raw.size} bytes has no header")
+        header = raw[:PAGE_BYTES].view(np.uint64)
+        word, capacity = int(header[H_MAGIC]), int(header[H_CAPACITY])
+        if word & MASK32 != MAGIC:
+            raise ProtocolError("the buffer holds no index (bad magic)")
+        if word >> 32 != VERSION:
+            raise ProtocolError(f"index version {word >> 32}, expected {VERSION}")
+        try:
+            need = index_bytes(capacity)
+        except InvalidArgument as error:
+            raise ProtocolError(f"index header: {error}") from error
+        if raw.size < need:
+            raise ProtocolError(f"index of {capacity} rows needs {need} bytes, not {raw.size}")
+        return cls._over(raw, capacity)
+
+    @classmethod
+    def create(cls, buffer: Buffer, capacity: int, instance_id: bytes) -> IndexView:
+        """Zero the buffer and write an empty table's header; `InvalidArgument` if it won't fit."""
+        need = index_bytes(capacity)
+        raw = _raw(buffer)
+        if raw.size < need:
+            raise InvalidArgument("buffer", f"{raw.size} bytes, the table needs {need}")
+        if not raw.flags.writeable:
+            raise InvalidArgument("buffer", "is read-only")
+        if len(instance_id) != 8:
+            raise InvalidArgument("instance_id", "must be 8 bytes")
+        raw[:need] = 0
+        view = cls._over(raw, capacity)
+        view.header[H_INSTANCE] = int.from_bytes(instance_id, "little")
+        view.header[H_CAPACITY] = capacity
+        # Last, so that nobody takes a half-made table for a whole one.
+        view.header[H_MAGIC] = MAGIC | VERSION << 32
+        return view
+
+    @classmethod
+    def _over(cls, raw: NDArray[np.uint8], capacity: int) -> IndexView:
+        start = _rows_offset(capacity)
+        versions = raw[PAGE_BYTES : PAGE_BYTES + 4 * capacity].view(np.uint32)
+        rows = raw[start : start + ROW_BYTES * capacity].view(np.uint64)
+        return cls(raw[:PAGE_BYTES].view(np.uint64), versions, rows.reshape(capacity, ROW_WORDS))
+
+    @property
+    def capacity(self) -> int:
+        """Number of rows."""
+        return len(self.versions)
+
+    @property
+    def instance_id(self) -> bytes:
+        """The 8 bytes given at creation."""
+        return int(self.header[H_INSTANCE]).to_bytes(8, "little")
+
+    def scalar_rows(self) -> memoryview[Any]:
+        """All row words as one flat memoryview: reads of single words as Python ints."""
+        return self.rows.reshape(-1).data
+
+    def scalar_versions(self) -> memoryview[Any]:
+        """The versions as a flat memoryview."""
+        return self.versions.data
+
+
+def _raw(buffer: Buffer) -> NDArray[np.uint8]:
+    try:
+        return np.frombuffer(buffer, np.uint8)
+    except (ValueError, BufferError, TypeError) as error:
+        raise InvalidArgument("buffer", f"no contiguous bytes: {error}") from error

@@ -1,0 +1,1 @@
+"""Where blocks live: pools and the bookkeeping of their space."""

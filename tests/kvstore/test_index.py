@@ -1,0 +1,271 @@
+"""The shared index against a dict, against a racing writer and against foreign bytes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvstore.errors import InvalidArgument, ProtocolError
+from kvstore.index import IndexReader, IndexTable, IndexView, capacity_for, index_bytes
+from kvstore.index.format import check_of, checks_of, home_of, homes_of
+
+ROOT = Path(__file__).resolve().parents[2]
+ID = b"instance"
+
+
+def make(capacity: int, **options: int) -> tuple[IndexTable, IndexReader, bytearray]:
+    buffer = bytearray(index_bytes(capacity))
+    table = IndexTable.create(buffer, capacity, ID, **options)
+    return table, IndexReader(IndexView.open(memoryview(buffer).toreadonly())), buffer
+
+
+def keys_of(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 32), dtype=np.uint8)
+
+
+def crowded(n: int, homes: int) -> np.ndarray:
+    """Keys whose homes are few and lie at the table's end, so that runs wrap around."""
+    keys = keys_of(n, 1)
+    keys.view(np.uint64)[:, 0] = (np.arange(n, dtype=np.uint64) % homes + 60) << np.uint64(20)
+    return keys
+
+
+def put(table: IndexTable, keys: np.ndarray, ids: np.ndarray, namespace: int = 0) -> np.ndarray:
+    return table.insert(
+        keys,
+        namespace=namespace,
+        lengths=ids + 7,
+        granules=ids * 3,
+        block_ids=ids,
+        generations=ids + (1 << 50),
+        tier=2,
+    )
+
+
+def test_sizes() -> None:
+    assert capacity_for(1) == 8
+    assert capacity_for(512) == 1024
+    assert capacity_for(513) == 2048
+    assert index_bytes(1024) == 4096 + 4096 + 65536
+    for bad in (0, 4, 1000):
+        with pytest.raises(InvalidArgument):
+            index_bytes(bad)
+    with pytest.raises(InvalidArgument):
+        capacity_for(0)
+
+
+def test_scalar_and_vector_forms_agree() -> None:
+    rows = np.random.default_rng(3).integers(0, 1 << 64, (100, 8), dtype=np.uint64)
+    assert checks_of(rows).tolist() == [check_of(row) for row in rows.tolist()]
+    homes = homes_of(rows[:, :4].copy(), 77, 1023).tolist()
+    assert homes == [home_of(row[0], 77, 1023) for row in rows.tolist()]
+
+
+@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("homes", [3, 9, 64])
+def test_against_a_dict(one: bool, homes: int) -> None:
+    table, reader, _ = make(64)
+    keys = crowded(40, homes)
+    rng = random.Random(homes)
+    model: dict[tuple[int, int], int] = {}
+    free = set(range(32))
+    for _ in range(600):
+        namespace = rng.randrange(2)
+        if rng.random() < 0.55 and free:
+            n = 1 if one else rng.randint(0, min(6, len(free)))
+            ids = np.array(rng.sample(sorted(free), n), np.int64)
+            picks = rng.choices(range(40), k=n)
+            done = put(table, keys[picks], ids, namespace).tolist()
+            # The bulk path may choose another order only among different keys.
+            for pick, block, went in zip(picks, ids.tolist(), done, strict=True):
+                assert went == ((namespace, pick) not in model)
+                if went:
+                    model[namespace, pick] = block
+                    free.remove(block)
+        elif model:
+            n = 1 if one else rng.randint(1, min(6, len(model)))
+            for slot in rng.sample(sorted(model), n):
+                block = model.pop(slot)
+                table.delete(np.array([block, block]))
+                free.add(block)
+        table.check()
+        assert table.entries == len(model)
+        for space in range(2):
+            want = [model.get((space, i), -1) for i in range(40)]
+            assert table.find(space, keys).tolist() == want
+            got = reader.lookup(space, keys)
+            assert got.block_ids.tolist() == want
+            assert got.found.tolist() == [w >= 0 for w in want]
+            pick = rng.randrange(40)
+            single = reader.lookup(space, keys[pick : pick + 1])
+            for name in ("found", "granules", "lengths", "block_ids", "generations", "tiers"):
+                assert getattr(single, name)[0] == getattr(got, name)[pick]
+                assert getattr(single, name).dtype == getattr(got, name).dtype
+
+
+def test_match_stops_at_the_first_miss() -> None:
+    table, reader, _ = make(4096)
+    keys = keys_of(1000)
+    assert put(table, keys, np.arange(1000), 5).all()
+    assert reader.match(5, keys).count == 1000
+    assert reader.match(4, keys).count == 0
+    assert reader.match(5, keys[:0]).count == 0
+    table.delete(np.array([300]))
+    got = reader.match(5, keys)
+    assert got.count == 300
+    assert got.block_ids.tolist() == list(range(300))
+    assert got.granules.tolist() == [3 * i for i in range(300)]
+    assert got.lengths.tolist() == [i + 7 for i in range(300)]
+    assert got.generations.tolist() == [i + (1 << 50) for i in range(300)]
+    assert set(got.tiers.tolist()) == {2}
+    assert reader.match(5, keys[:1]).count == 1
+
+
+def test_load_and_probe_bounds() -> None:
+    table, _, _ = make(64, max_blocks=100)
+    assert put(table, keys_of(40), np.arange(40)).sum() == 32
+    table.check()
+    table, reader, _ = make(1024)
+    keys = crowded(200, 1)
+    assert put(table, keys, np.arange(200)).sum() == 128
+    assert reader.lookup(0, keys).found.sum() == 128
+    table.check()
+
+
+def test_header_flags_and_epoch() -> None:
+    table, reader, _ = make(64)
+    assert not reader.retired
+    assert reader.namespace_epoch == 0
+    table.bump_namespace_epoch()
+    table.retire()
+    assert reader.retired
+    assert table.retired
+    assert reader.namespace_epoch == 1
+    assert reader.view.instance_id == ID
+    assert not reader.view.rows.flags.writeable
+
+
+def test_foreign_bytes_are_refused() -> None:
+    _, _, buffer = make(64)
+    for offset, value in ((0, 0), (4, 9), (16, 3), (18, 1)):
+        bad = bytearray(buffer)
+        bad[offset] = value
+        with pytest.raises(ProtocolError):
+            IndexView.open(bad)
+    for size in (0, 100, 4096, len(buffer) - 1):
+        with pytest.raises(ProtocolError):
+            IndexView.open(buffer[:size])
+
+
+def test_bad_arguments_change_nothing() -> None:
+    table, reader, buffer = make(64)
+    put(table, keys_of(2), np.array([1, 2]))
+    before = bytes(buffer)
+    keys = keys_of(2, 9)
+    for bad in (keys.astype(np.int8), keys[:, :31], keys[0]):
+        with pytest.raises(InvalidArgument):
+            reader.lookup(0, bad)
+        with pytest.raises(InvalidArgument):
+            put(table, bad, np.array([3, 4]))
+    for ids in ([3, 3], [1, 4], [3, 32], [-1, 3], [3]):
+        with pytest.raises(InvalidArgument):
+            put(table, keys, np.array(ids))
+    with pytest.raises(InvalidArgument):
+        reader.lookup(1 << 32, keys)
+    with pytest.raises(InvalidArgument):
+        table.delete(np.array([32]))
+    with pytest.raises(InvalidArgument):
+        IndexTable.create(memoryview(buffer).toreadonly(), 64, ID)
+    assert bytes(buffer) == before
+
+
+def test_a_stuck_or_damaged_row_is_a_miss() -> None:
+    table, reader, _ = make(64)
+    keys = crowded(4, 1)
+    put(table, keys, np.arange(4))
+    table.view.versions[60] += 1
+    assert not reader.lookup(0, keys[:1]).found[0]
+    assert not reader.lookup(0, keys).found.any()
+    table.view.versions[60] += 1
+    table.view.rows[61, 6] ^= np.uint64(1)
+    assert reader.lookup(0, keys).found.tolist() == [True, False, True, True]
+    assert not reader.lookup(0, keys[1:2]).found[0]
+
+
+WRITER = """
+import mmap, random, sys
+import numpy as np
+from kvstore.index import IndexTable, index_bytes
+capacity, universe = 256, 160
+memory = mmap.mmap(int(sys.argv[1]), index_bytes(capacity))
+table = IndexTable.create(memory, capacity, b"instance", max_blocks=universe)
+keys = np.random.default_rng(0).integers(0, 256, (universe, 32), dtype=np.uint8)
+words = keys.view(np.uint64)
+rng, generation, live = random.Random(1), 0, np.zeros(universe, bool)
+print("ready", flush=True)
+while True:
+    ids = np.array(rng.sample(range(universe), rng.choice((1, 1, 8))))
+    table.delete(ids[live[ids]])
+    live[ids] = False
+    generation += 1
+    stamps = np.full(len(ids), generation * 0x9E3779B97F4A & (1 << 56) - 1, np.uint64)
+    mixed = (words[ids, 1] ^ stamps) * np.uint64(0xD6E8FEB86659FD93)
+    low = np.uint64(0xFFFFFFFF)
+    live[ids] = table.insert(keys[ids], namespace=0, lengths=mixed & low,
+        granules=mixed >> np.uint64(32), block_ids=ids, generations=stamps, tier=generation & 255)
+"""
+
+
+def torn(keys: np.ndarray, got: object) -> int:
+    """How many found rows have fields that were never written together for their key."""
+    found = got.found
+    stamps = got.generations
+    mixed = (keys.view(np.uint64)[:, 1] ^ stamps) * np.uint64(0xD6E8FEB86659FD93)
+    wrong = (mixed & np.uint64(0xFFFFFFFF)) != got.lengths.astype(np.uint64)
+    wrong |= (mixed >> np.uint64(32)) != got.granules.astype(np.uint64)
+    wrong |= got.block_ids != np.arange(len(keys)) % 160
+    return int((wrong & found).sum())
+
+
+def test_a_racing_writer_never_shows_a_torn_row() -> None:
+    handle = os.memfd_create("index")
+    size = index_bytes(256)
+    os.ftruncate(handle, size)
+    command = [sys.executable, "-c", WRITER, str(handle)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    memory = mmap.mmap(handle, size, prot=mmap.PROT_READ)
+    with subprocess.Popen(
+        command, pass_fds=[handle], env=env, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            reader = IndexReader(IndexView.open(memoryview(memory)))
+            keys = np.tile(keys_of(160), (8, 1))
+            reads = hits = bad = 0
+            start = time.monotonic()
+            while (reads < 1_000_000 or time.monotonic() < start + 3) and (
+                time.monotonic() < start + 20
+            ):
+                got = reader.lookup(0, keys)
+                bad += torn(keys, got)
+                hits += int(got.found.sum())
+                for i in range(0, 160, 20):
+                    one = reader.lookup(0, keys[i : i + 1])
+                    assert not one.found[0] or one.block_ids[0] == i
+                reads += len(keys) + 8
+            assert writer.poll() is None
+        finally:
+            writer.kill()
+    os.close(handle)
+    assert bad == 0
+    assert reads >= 1_000_000
+    assert hits > reads // 4
