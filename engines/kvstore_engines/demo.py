@@ -166,7 +166,7 @@ def main(
         return
     console = Console(width=120)
     with console.status("getting the model ready (once)"):
-        folder = ensure_smollm2(progress=lambda message: console.print(message))
+        folder = ensure_smollm2(progress=console.print)
     with tempfile.TemporaryDirectory() as work, server(Path(work)) as at:
         with console.status("prefill process: computes the prompts and puts their blocks"):
             run_process(folder, at, 1)

@@ -1,0 +1,57 @@
+"""A fake block store for the engine's tests: a dict, no server, no tiers, no checks."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore_engines.store_port import GetResult
+
+
+class FakeBlockStore:
+    """This is a fake: it keeps blocks in a dict and calls that the tier "fake"."""
+
+    def __init__(self, block_tokens: int, *, broken: bool = False) -> None:
+        self.block_tokens = block_tokens
+        self.broken = broken
+        self.blocks: dict[bytes, NDArray[np.uint8]] = {}
+
+    def chain(self, token_ids: Sequence[int]) -> NDArray[np.uint8]:
+        size, parent, out = self.block_tokens, b"", []
+        for start in range(0, len(token_ids) // size * size, size):
+            block = np.asarray(token_ids[start : start + size], dtype=np.int64).tobytes()
+            parent = hashlib.sha256(parent + block).digest()
+            out.append(np.frombuffer(parent, dtype=np.uint8))
+        return np.array(out, dtype=np.uint8).reshape(-1, 32)
+
+    def get_into(
+        self, hashes: NDArray[np.uint8], destinations: Sequence[NDArray[np.uint8]]
+    ) -> GetResult:
+        self._fail_if_broken(destinations)
+        hits = 0
+        for key, destination in zip(hashes, destinations, strict=True):
+            block = self.blocks.get(key.tobytes())
+            if block is None:
+                break
+            destination[:] = block
+            hits += 1
+        return GetResult(hits, "fake" if hits else None)
+
+    def put(self, hashes: NDArray[np.uint8], sources: Sequence[NDArray[np.uint8]]) -> int:
+        self._fail_if_broken([])
+        before = len(self.blocks)
+        for key, source in zip(hashes, sources, strict=True):
+            self.blocks.setdefault(key.tobytes(), source.copy())
+        return len(self.blocks) - before
+
+    def zero(self) -> None:
+        """Spoil every block."""
+        for block in self.blocks.values():
+            block[:] = 0
+
+    def _fail_if_broken(self, destinations: Sequence[NDArray[np.uint8]]) -> None:
+        if self.broken:
+            for destination in destinations:
+                destination[:] = 0xFF  # float NaNs: they must not survive the failed get
+            raise ConnectionError("the fake store is broken")
