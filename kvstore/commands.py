@@ -42,6 +42,16 @@ class ExplainStatus(enum.IntEnum):
     NOT_SEALED = 2
     EVICTED = 3
     DROPPED = 4
+    EXPIRED = 5
+    OTHER_LAYOUT = 6  # this namespace's name holds the key under another layout
+
+
+class HintKind(enum.IntEnum):
+    """What a caller knows of the future of blocks."""
+
+    SESSION_ENDS = 1  # nobody will come back: evict these first
+    NEXT_TURN_BY = 2  # read again within `for_ms`: keep them while others can go, then first out
+    PIN_UNTIL = 3  # never evict for `for_ms`; bounded by limits.MAX_PINNED_SHARE of the pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +77,8 @@ class Reserve:
 
     `cells` lists the cells that this connection will write (uint32, empty: all of them).
     `parent` is the 32-byte key before the first hash (empty: unknown or none), `position` the
-    first block's index in its chain, -1 where the caller does not know it.
+    first block's index in its chain, -1 where the caller does not know it. `ttl_ms` after the
+    seal the block is forgotten; 0: never.
     """
 
     namespace: int
@@ -76,6 +87,7 @@ class Reserve:
     cells: U32
     parent: bytes = b""
     position: int = -1
+    ttl_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +167,19 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """Tells what will happen to the stored ones of `hashes`; `kind` is a `HintKind`.
+
+    `for_ms` is a duration from now, 0 for SESSION_ENDS. Answered by the `Count` of blocks found.
+    """
+
+    namespace: int
+    kind: int
+    for_ms: int
+    hashes: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explain:
     """Asks why each of `hashes` can or cannot be found."""
 
@@ -164,9 +189,14 @@ class Explain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explained:
-    """`status` holds `ExplainStatus` (uint8)."""
+    """`status` holds `ExplainStatus` (uint8), `tiers` the tier of the stored ones.
+
+    `when_ms` is the Unix time in ms at which a block was evicted, dropped or expired, else 0.
+    """
 
     status: U8
+    tiers: U8
+    when_ms: U64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +212,7 @@ class Stats:
     pending_blocks: int
     quarantined_blocks: int
     leased_blocks: int
+    pinned_blocks: int
     used_bytes: int
     total_bytes: int
     lookups: int
@@ -189,7 +220,32 @@ class Stats:
     stored: int
     evicted: int
     dropped: int
+    expired: int
+    refused: int
     connections: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Describe:
+    """Asks what this store is and which namespaces it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """The store's make-up. `names` are the namespaces' names and `layouts` their encoded layouts,
+    one a line each, in the order of the arrays `ids`, `blocks` and `generations`."""
+
+    version: str
+    instance: int
+    policy: str
+    max_blocks: int
+    index_capacity: int
+    started_ms: int
+    names: str
+    layouts: str
+    ids: U32
+    blocks: U64
+    generations: U64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,5 +265,20 @@ class Failed:
     retry_after_ms: int
 
 
-Command = OpenNamespace | Reserve | Seal | Abort | Lease | Release | Touch | Drop | Explain | Stat
-Result = NamespaceOpened | Reserved | Sealed | Leased | Explained | Stats | Count | Failed
+Command = (
+    OpenNamespace
+    | Reserve
+    | Seal
+    | Abort
+    | Lease
+    | Release
+    | Touch
+    | Drop
+    | Hint
+    | Explain
+    | Stat
+    | Describe
+)
+Result = (
+    NamespaceOpened | Reserved | Sealed | Leased | Explained | Stats | Description | Count | Failed
+)

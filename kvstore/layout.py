@@ -83,6 +83,21 @@ class Layout:
         _check_attention(self)
         _check_sizes(self)
 
+    @classmethod
+    def opaque(cls, *, model: str, block_bytes: int, block_tokens: int, tag: str = "") -> Layout:
+        """Blocks of `block_bytes` that only the caller understands, in one cell."""
+        return cls(
+            model=model,
+            attention=Attention.OPAQUE,
+            layers=1,
+            kv_heads=1,
+            head_dim=1,
+            dtype="float8_e4m3",
+            block_tokens=block_tokens,
+            opaque_bytes=block_bytes,
+            tag=tag,
+        )
+
     @property
     def block_bytes(self) -> int:
         """Bytes of one block's payload."""

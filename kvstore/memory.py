@@ -2,47 +2,110 @@
 
 from __future__ import annotations
 
+import ctypes
+import enum
 import fcntl
 import mmap
 import os
+import platform
+import threading
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore import limits
 from kvstore.errors import InvalidArgument
-from kvstore.index.format import capacity_for, index_bytes
 from kvstore.store import StoreMemory
 
 # Python 3.11 does not name this seal; the number is linux/fcntl.h's.
 F_SEAL_FUTURE_WRITE = 0x0010
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_PREFAULT_BYTES = 64 << 20  # between two looks at whether to stop
+_MPOL_BIND = 2
+# mbind has no wrapper in the C library; these are its numbers in the kernel's tables.
+_SYS_MBIND = {"x86_64": 237, "aarch64": 235}
+
+
+class HugePages(enum.StrEnum):
+    """Whether a pool lies on huge pages."""
+
+    AUTO = "auto"  # reserved ones if there are enough, transparent ones where the kernel has them
+    OFF = "off"
+    REQUIRE = "require"  # reserved ones, or refuse to start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a pool's memory comes from. numa_node: None for wherever it is first touched."""
+
+    huge_pages: HugePages = HugePages.AUTO
+    numa_node: int | None = None
 
 
 class Arena:
     """One memfd and this process's mapping of it, as a uint8 array."""
 
     def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
+        """Takes the descriptor over, also when mapping it fails."""
         self.fd = fd
         self.nbytes = nbytes
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
+        try:
+            self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
+        except BaseException:
+            os.close(fd)
+            raise
         self._map.madvise(mmap.MADV_DONTFORK)
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 
     @classmethod
-    def create(cls, name: str, nbytes: int) -> Arena:
-        """A new memfd of `nbytes` that nobody can resize, mapped writable."""
-        fd = os.memfd_create(f"kvstore-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+    def create(cls, name: str, nbytes: int, *, reserved_huge_pages: bool = False) -> Arena:
+        """A new zeroed memfd of `nbytes` that nobody can resize, mapped writable.
+
+        OSError where reserved huge pages are asked for and there are not enough.
+        """
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        flags |= os.MFD_HUGETLB if reserved_huge_pages else 0
+        fd = os.memfd_create(f"kvstore-{name}", flags)
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
         arena = cls(fd, nbytes, writable=True)
-        arena._map.madvise(mmap.MADV_HUGEPAGE)
+        if not reserved_huge_pages:
+            arena._map.madvise(mmap.MADV_HUGEPAGE)
         return arena
 
     def forbid_new_writers(self) -> None:
         """From now on only the mappings that exist can write (F_SEAL_FUTURE_WRITE)."""
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+
+    def bind(self, numa_node: int) -> None:
+        """Takes the pages that are not there yet from one NUMA node; OSError if it cannot."""
+        number = _SYS_MBIND.get(platform.machine())
+        if number is None:
+            raise OSError(f"no NUMA placement on {platform.machine()}")
+        mask = (ctypes.c_ulong * 16)()
+        mask[numa_node // 64] = 1 << numa_node % 64
+        libc = ctypes.CDLL(None, use_errno=True)
+        address = ctypes.c_void_p(self.array.ctypes.data)
+        size = ctypes.c_ulong(self.nbytes)
+        if libc.syscall(number, address, size, _MPOL_BIND, mask, ctypes.c_ulong(1024), 0):
+            raise OSError(ctypes.get_errno(), f"NUMA node {numa_node} gives no memory")
+
+    def prefault(self, stop: threading.Event) -> None:
+        """Makes the kernel find all pages now, not at the first put; returns early on `stop`.
+
+        OSError where the memory is not there. Lets other threads run meanwhile.
+        """
+        for start in range(0, self.nbytes, _PREFAULT_BYTES):
+            if stop.is_set():
+                return
+            os.posix_fallocate(self.fd, start, min(_PREFAULT_BYTES, self.nbytes - start))
 
     def close(self) -> None:
         """Unmaps, unless a view of the memory is still held somewhere: then its end does."""
@@ -58,38 +121,112 @@ class Arena:
             return
 
 
+def open_sealed(fd: int, nbytes: int) -> Arena:
+    """Maps a client's memfd for reading; takes the descriptor over.
+
+    `InvalidArgument` unless it is a memfd that cannot shrink: else the client could cut it off
+    under our feet, and the read would kill us.
+    """
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        size = os.fstat(fd).st_size
+    except OSError:
+        sealed, size = 0, 0
+    if not sealed or not 0 < nbytes <= size:
+        os.close(fd)
+        raise InvalidArgument("staging", f"expected a memfd of {nbytes} bytes, sealed to its size")
+    return Arena(fd, nbytes, writable=False)
+
+
 class Arenas:
-    """The three areas of one trust domain: pool, generations (uint64 a granule), index."""
+    """The areas of one trust domain: pool, generations (uint64 a granule), and the index now.
 
-    def __init__(self, pool: Arena, generations: Arena, index: Arena) -> None:
-        self.pool, self.generations, self.index = pool, generations, index
+    The index may move: `new_index` makes the next one, and the memory of the last is given back
+    as soon as nobody here looks at it.
+    """
 
-    @classmethod
-    def create(cls, pool_bytes: int, max_blocks: int) -> Arenas:
-        """Makes them; `InvalidArgument` for a pool that the machine's memory cannot hold."""
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if pool_bytes > available:
-            raise InvalidArgument(
-                "dram", f"the pool wants {pool_bytes} bytes, the machine has {available}"
-            )
+    def __init__(self, pool_bytes: int, placement: Placement, *, pool_writable: bool) -> None:
+        """pool_writable: whether other processes may map the pool for writing.
+
+        `InvalidArgument` for a size out of range or a placement that the machine cannot give.
+        """
         if pool_bytes < limits.MIN_POOL_BYTES:
             raise InvalidArgument("dram", f"at least {limits.MIN_POOL_BYTES} bytes")
-        pool_bytes -= pool_bytes % limits.GRANULE_BYTES
-        return cls(
-            Arena.create("pool", pool_bytes),
-            Arena.create("generations", pool_bytes // limits.GRANULE_BYTES * 8),
-            Arena.create("index", index_bytes(capacity_for(max_blocks))),
-        )
+        self.pool = _make_pool(pool_bytes - pool_bytes % limits.GRANULE_BYTES, placement)
+        self.index: Arena | None = None
+        self._stop = threading.Event()
+        self._prefault: threading.Thread | None = None
+        self.generations = Arena.create("generations", self.pool.nbytes // limits.GRANULE_BYTES * 8)
+        self.generations.forbid_new_writers()
+        if not pool_writable:
+            self.pool.forbid_new_writers()
 
     def store_memory(self) -> StoreMemory:
-        """The arrays that the store decides over."""
+        """What the store decides over."""
         return StoreMemory(
             pool=self.pool.array,
             generations=self.generations.array.view(np.uint64),
-            index=self.index.array,
+            new_index=self._new_index,
         )
 
+    def prefault_in_background(self) -> None:
+        """Starts a thread that touches the pool's pages; `close` ends it."""
+        self._prefault = threading.Thread(
+            target=self.pool.prefault, args=(self._stop,), name="kvstore-prefault", daemon=True
+        )
+        self._prefault.start()
+
     def close(self) -> None:
-        """Closes all three."""
+        """Gives everything back."""
+        self._stop.set()
+        if self._prefault:
+            self._prefault.join()
         for arena in (self.pool, self.generations, self.index):
-            arena.close()
+            if arena:
+                arena.close()
+
+    def _new_index(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        if self.index:
+            self.index.close()
+        self.index = Arena.create("index", nbytes)
+        self.index.forbid_new_writers()
+        return self.index.array
+
+
+def _make_pool(nbytes: int, placement: Placement) -> Arena:
+    _check_node(placement.numa_node)
+    pool = None
+    if placement.huge_pages is not HugePages.OFF:
+        pool = _on_reserved_pages(nbytes)
+    if pool is None and placement.huge_pages is HugePages.REQUIRE:
+        raise InvalidArgument(
+            "huge_pages",
+            f"fewer reserved huge pages are free than {nbytes} bytes take: raise vm.nr_hugepages",
+        )
+    pool = pool or Arena.create("pool", nbytes)
+    if placement.numa_node is not None:
+        try:
+            pool.bind(placement.numa_node)
+        except OSError as error:
+            pool.close()
+            raise InvalidArgument("numa_node", str(error)) from error
+    return pool
+
+
+def _on_reserved_pages(nbytes: int) -> Arena | None:
+    try:
+        return Arena.create("pool", nbytes - nbytes % _huge_page_bytes(), reserved_huge_pages=True)
+    except (OSError, ValueError):  # none are reserved, or too few
+        return None
+
+
+def _huge_page_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Hugepagesize:"):
+            return int(line.split()[1]) << 10
+    return 2 << 20
+
+
+def _check_node(node: int | None) -> None:
+    if node is not None and not Path(f"/sys/devices/system/node/node{node}").is_dir():
+        raise InvalidArgument("numa_node", f"this machine has no NUMA node {node}")

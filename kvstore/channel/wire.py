@@ -24,12 +24,48 @@ _DTYPES: list[np.dtype[Any]] = [np.dtype(np.uint8), np.dtype("<u4"), np.dtype("<
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """The daemon's first record, sent with the descriptors of pool, generations and index."""
+    """The daemon's first record, sent with the descriptors of pool, generations and index.
+
+    `writable` is 1 for a client that writes slots itself, 0 for one that stages (copy-in).
+    """
 
     version: int
     instance: int
     writable: int
     pool_bytes: int
+    index_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MapIndex:
+    """Asks for the index that took the place of a retired one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class IndexMapped:
+    """Sent with the descriptor of the index."""
+
+    index_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Sent with the descriptor of the client's staging memfd; answered by an empty `Count`."""
+
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SealStaged:
+    """A `Seal` whose bytes lie in the client's staging memory, one block's cells at each offset.
+
+    The daemon copies them to the slots and hashes what arrived; answered by `Sealed`.
+    """
+
+    namespace: int
+    put_id: bytes
+    hashes: commands.U8
+    offsets: commands.U64
 
 
 # The numbers are part of the format: append, never reorder.
@@ -53,10 +89,20 @@ _TYPES: dict[int, type] = {
     17: commands.Count,
     18: commands.Failed,
     19: Welcome,
+    20: commands.Hint,
+    21: commands.Describe,
+    22: commands.Description,
+    23: MapIndex,
+    24: IndexMapped,
+    25: Stage,
+    26: SealStaged,
 }
 _NUMBERS = {kind: number for number, kind in _TYPES.items()}
 _FIELDS = {
-    kind: [(field.name, str(field.type)) for field in dataclasses.fields(kind)]
+    kind: [
+        (field.name, str(field.type).removeprefix("commands."))
+        for field in dataclasses.fields(kind)
+    ]
     for kind in _TYPES.values()
 }
 COMMANDS = get_args(commands.Command)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from kvstore import limits
+
 IdArray = npt.NDArray[np.uint32]
 BoolArray = npt.NDArray[np.bool_]
 U64Array = npt.NDArray[np.uint64]
@@ -23,7 +25,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 def scan_budget(n: int) -> int:
     """Most entries a call for `n` victims may look at."""
-    return 8 * n + 1024
+    return 8 * n + limits.MIN_SCAN
 
 
 class LazyOrder:

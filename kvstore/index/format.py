@@ -42,8 +42,8 @@ MASK32 = (1 << 32) - 1
 MASK56 = (1 << 56) - 1
 MASK64 = (1 << 64) - 1
 
-_NAMESPACE_FACTOR = 0x9E3779B97F4A7C15
-_HOME_SHIFT = 20
+NAMESPACE_FACTOR = 0x9E3779B97F4A7C15
+HOME_SHIFT = 20
 _CHECK_FACTOR = 0xD6E8FEB86659FD93
 # Odd weights: a change of any one word always changes the sum.
 _WEIGHTS = (
@@ -102,13 +102,13 @@ def check_namespace(namespace: int) -> None:
 
 def home_of(word0: int, namespace: int, mask: int) -> int:
     """The row where the search for a key starts."""
-    return ((word0 ^ (namespace * _NAMESPACE_FACTOR & MASK64)) >> _HOME_SHIFT) & mask
+    return ((word0 ^ (namespace * NAMESPACE_FACTOR & MASK64)) >> HOME_SHIFT) & mask
 
 
 def homes_of(words: Words, namespace: int, mask: int) -> NDArray[np.int64]:
     """`home_of` for (n, 4) key words of one namespace: int64 (n,)."""
-    salt = np.uint64(namespace * _NAMESPACE_FACTOR & MASK64)
-    mixed = ((words[:, 0] ^ salt) >> np.uint64(_HOME_SHIFT)) & np.uint64(mask)
+    salt = np.uint64(namespace * NAMESPACE_FACTOR & MASK64)
+    mixed = ((words[:, 0] ^ salt) >> np.uint64(HOME_SHIFT)) & np.uint64(mask)
     return mixed.astype(np.int64)
 
 

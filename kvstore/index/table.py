@@ -11,8 +11,10 @@ from kvstore.index.format import (
     H_ENTRIES,
     H_EPOCH,
     H_FLAGS,
+    HOME_SHIFT,
     MASK32,
     MASK56,
+    NAMESPACE_FACTOR,
     ROW_WORDS,
     W_CHECK,
     W_PLACE,
@@ -140,6 +142,31 @@ class IndexTable:
         check_namespace(namespace)
         return self._find(words, namespace, homes_of(words, namespace, self._mask))
 
+    def words_of(self, block_ids: NDArray[np.integer]) -> Words:
+        """The keys of these live block ids as (n, 4) uint64."""
+        slots = self._position[np.asarray(block_ids, np.int64)]
+        return np.take(self.view.rows, slots, axis=0)[:, :W_SPACE]
+
+    def rebuilt(
+        self, buffer: Buffer, capacity: int, *, without: NDArray[np.integer]
+    ) -> tuple[IndexTable, NDArray[np.uint32]]:
+        """The table of this one's rows, less those of the ids `without`, written into `buffer`.
+
+        Also returns the block ids (uint32) that found no place within the probe bound. This
+        table stays as it is: retire it when readers can have the new one. `InvalidArgument` as
+        for `create`, or for a capacity that is too small.
+        """
+        made = IndexTable.create(
+            buffer, capacity, self.view.instance_id, max_blocks=len(self._position)
+        )
+        made.view.header[H_EPOCH] = self.view.header[H_EPOCH]
+        slots = self._position[self._position >= 0]
+        gone = self._position[np.asarray(without, np.int64)]
+        rows = self.view.rows[np.setdiff1d(slots, gone[gone >= 0], assume_unique=True)]
+        if len(rows) > made._limit:
+            raise InvalidArgument("capacity", f"{len(rows)} rows do not fit {capacity}")
+        return made, made._fill(rows)
+
     def check(self) -> None:
         """Walk all rows; `Corrupted` at the first broken invariant. For tests and debugging."""
         rows = self.view.rows
@@ -192,6 +219,35 @@ class IndexTable:
         versions[slots] += np.uint32(1)
         self._position[(rows[:, W_PLACE] & np.uint64(MASK32)).astype(np.int64)] = slots
         self._entries += len(slots)
+
+    def _fill(self, rows: Words) -> NDArray[np.uint32]:
+        """Puts rows into this empty table, which nobody reads yet; returns ids without a place.
+
+        Linear probing in one pass: rows sorted by home lie each at its home, or right behind the
+        row before it.
+        """
+        salts = (rows[:, W_SPACE] >> np.uint64(32)) * np.uint64(NAMESPACE_FACTOR)
+        homes = (((rows[:, 0] ^ salts) >> np.uint64(HOME_SHIFT)) & np.uint64(self._mask)).astype(
+            np.int64
+        )
+        order = np.argsort(homes, kind="stable")
+        rows, homes = rows[order], homes[order]
+        rest = np.empty((0, ROW_WORDS), np.uint64)
+        while True:
+            steps = np.arange(len(rows))
+            places = np.maximum.accumulate(homes - steps) + steps
+            fits = (places - homes < self._bound) & (places <= self._mask)
+            if fits.all():
+                break
+            rest = np.concatenate((rest, rows[~fits]))
+            rows, homes = rows[fits], homes[fits]
+        self.view.rows[places] = rows
+        self._position[(rows[:, W_PLACE] & np.uint64(MASK32)).astype(np.int64)] = places
+        self._entries = len(rows)
+        # Runs that go around the table's end, and rows past the probe bound: few, one by one.
+        lost = [row[W_PLACE] & MASK32 for row in rest.tolist() if not self._insert_one(row)]
+        self.view.header[H_ENTRIES] = self._entries
+        return np.array(lost, np.uint32)
 
     def _insert_one(self, row: list[int]) -> bool:
         if self._entries >= self._limit:

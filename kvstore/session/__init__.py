@@ -1,6 +1,39 @@
-"""Match, get and put over shared memory, for the embedded store and the daemon's clients alike."""
+"""What a user asks of a store, and how it is done over shared memory."""
 
-from kvstore.session.base import CommandPort, Hit, Miss, NamespaceHandle, PutResult
-from kvstore.session.local import LocalSession, View
+from kvstore.session.base import (
+    NOTHING_MATCHED,
+    BlockReport,
+    Hint,
+    Hit,
+    Matched,
+    Miss,
+    MissReason,
+    NamespaceHandle,
+    NamespaceInfo,
+    PutResult,
+    Session,
+    StoreInfo,
+    Tier,
+    View,
+)
+from kvstore.session.channel import ChannelSession
+from kvstore.session.local import LocalSession
 
-__all__ = ["CommandPort", "Hit", "LocalSession", "Miss", "NamespaceHandle", "PutResult", "View"]
+__all__ = [
+    "NOTHING_MATCHED",
+    "BlockReport",
+    "ChannelSession",
+    "Hint",
+    "Hit",
+    "LocalSession",
+    "Matched",
+    "Miss",
+    "MissReason",
+    "NamespaceHandle",
+    "NamespaceInfo",
+    "PutResult",
+    "Session",
+    "StoreInfo",
+    "Tier",
+    "View",
+]

@@ -1,286 +1,355 @@
 """A session over mapped memory: matches read the index, gets and puts copy, calls are few.
 
 Ours: the order of reads and copies that keeps a racing eviction from ever showing. Not ours:
-what to evict, where to put (the store decides), and how commands travel (the port).
+what to evict, where to put (the store decides), and how commands travel (the link).
 """
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import secrets
+import time
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import cell_checksums, header_bytes
-from kvstore.errors import InvalidArgument, KVStoreError, LayoutMismatch, StaleNamespace
-from kvstore.index.format import IndexView
-from kvstore.index.reader import IndexReader
+from kvstore.block import cell_checksums, unpack
+from kvstore.errors import (
+    Corrupted,
+    DeadlineExceeded,
+    KVStoreError,
+    ProtocolError,
+    ResourceExhausted,
+    StaleNamespace,
+    Unavailable,
+)
+from kvstore.index.reader import Match
 from kvstore.keys import as_hashes
 from kvstore.layout import Layout
 from kvstore.session.base import (
-    CommandPort,
+    TIERS,
+    Bytes1D,
+    Hashes,
+    Hint,
     Hit,
+    Matched,
     Miss,
     MissReason,
     NamespaceHandle,
     PutResult,
-    Tier,
 )
-
-R = TypeVar("R")
-Bytes1D = npt.NDArray[np.uint8]
-_TIERS = {1: Tier.DRAM, 2: Tier.NVME, 3: Tier.HBM}
+from kvstore.session.control import ControlSession, Deadline, duration_ms, hint_ms
+from kvstore.session.link import Granted, Link, Memory, Part, checked_part
 
 
-class View:
-    """Blocks under a lease, without a copy: read-only uint8 arrays. Release it soon."""
+class LocalView:
+    """A `View` of a store's own memory, under a lease."""
 
-    def __init__(self, port: CommandPort, lease: int, blocks: list[Bytes1D], timeout_s: float):
-        self._port, self._lease, self._timeout_s = port, lease, timeout_s
+    def __init__(self, session: LocalSession, lease: int, blocks: list[Bytes1D]) -> None:
+        self._session, self._lease = session, lease
         self.blocks = blocks
 
     def release(self) -> None:
-        """Ends the lease; the arrays must not be used afterwards. Safe to call twice."""
+        """See `View.release`; a store that is gone holds nothing any more."""
         if self._lease:
             lease, self._lease, self.blocks = self._lease, 0, []
-            self._port.call(c.Release(lease=lease), self._timeout_s)
+            self._session.release(lease)
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.release()
 
 
-class LocalSession:
-    """One client of one store on the same host (or in the same process).
+@dataclass(frozen=True, slots=True, eq=False)
+class _Put:
+    """One put as it was asked for and checked."""
 
-    pool: uint8, read-only or writable; generations: uint64 a granule; index: uint8.
-    """
+    namespace: NamespaceHandle
+    chain: c.U8
+    sources: Sequence[Bytes1D]
+    part: Part
+    put_id: bytes
+    parent: bytes
+    position: int
+    ttl_ms: int
 
-    def __init__(
-        self,
-        port: CommandPort,
-        *,
-        pool: Bytes1D,
-        generations: npt.NDArray[np.uint64],
-        index: Bytes1D,
-        timeout_s: float,
-    ) -> None:
-        self._port = port
-        self._pool = pool
-        self._generations = generations
-        self._reader = IndexReader(IndexView.open(index))
-        self._timeout_s = timeout_s
-
-    def open_namespace(self, name: str, layout: Layout) -> NamespaceHandle:
-        """Opens the namespace of `name` and `layout`, creating it where it is new."""
-        opened = self._call(c.OpenNamespace(name=name, layout=layout.encode()), c.NamespaceOpened)
-        return NamespaceHandle(
-            id=opened.namespace,
-            name=name,
-            layout=layout,
-            generation=opened.generation,
-            key=opened.key,
+    def reserve(self, number: int) -> c.Reserve:
+        return c.Reserve(
+            namespace=number,
+            put_id=self.put_id,
+            hashes=self.chain,
+            cells=self.part.cells,
+            parent=self.parent,
+            position=self.position,
+            ttl_ms=self.ttl_ms,
         )
 
-    def match(self, namespace: NamespaceHandle, hashes: Sequence[bytes] | c.U8) -> int:
-        """How many leading blocks of the chain are stored; makes no call."""
-        return self._reader.match(namespace.id, as_hashes(hashes)).count
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slot:
+    """One found block, as it was when it was found."""
+
+    memory: Memory
+    layout: Layout
+    granule: int
+    generation: int
+
+    def changed(self) -> bool:
+        """Whether the slot is another block's by now, or is being written."""
+        return int(self.memory.generations[self.granule]) != self.generation
+
+    def is_sound(self, part: Part, copied: Bytes1D) -> bool:
+        """Whether the copied part is what the block's header says."""
+        try:
+            header = unpack(self.memory.header(self.layout, self.granule))
+        except (Corrupted, ProtocolError):
+            return False
+        expected = header.checksums[part.cells] if len(part.cells) else header.checksums
+        return bool((cell_checksums(copied, part.bounds) == expected).all())
+
+
+class LocalSession(ControlSession):
+    """One client of one store on the same host (or in the same process).
+
+    Implements `Session`, but for one thing: when the store is gone it raises instead of missing;
+    `ResilientSession` adds that. verify_reads: check the checksums at each get.
+    """
+
+    def __init__(self, link: Link, *, timeout_s: float, verify_reads: bool = False) -> None:
+        super().__init__(link, timeout_s=timeout_s)
+        # Readers order their loads by what x86 guarantees; elsewhere only a checksum can tell.
+        self._verify = verify_reads or platform.machine() != "x86_64"
+
+    # -- reading -----------------------------------------------------------------------
+
+    def match(
+        self,
+        namespace: NamespaceHandle,
+        hashes: Hashes,
+        *,
+        hint: Hint | None = None,
+        timeout_s: float | None = None,
+    ) -> Matched:
+        """See `Session.match`; makes no call, unless a hint goes with it."""
+        deadline = self._deadline(timeout_s)
+        chain = as_hashes(hashes)
+        if hint:
+            hint_ms(hint)
+        number = self._number(namespace, deadline)
+        memory = self._link.memory(deadline.left_s)
+        found = memory.index.match(number, chain)
+        self._note(found, found.count, len(chain))
+        if hint and found.count:
+            self._advise(namespace, chain[: found.count], hint, deadline)
+        return Matched(found.count, found.tiers)
 
     def get_into(
         self,
         namespace: NamespaceHandle,
-        hashes: Sequence[bytes] | c.U8,
+        hashes: Hashes,
         destinations: Sequence[Bytes1D],
+        *,
+        cells: Iterable[int] = (),
+        timeout_s: float | None = None,
     ) -> list[Hit | Miss]:
-        """Copies each block's bytes into its destination (uint8, 1-D, `block_bytes` long).
-
-        Stops at the first miss: blocks behind it are of no use to a prefix. A destination
-        counts only where the result says `Hit`.
-        """
+        """See `Session.get_into`; makes no call."""
+        deadline = self._deadline(timeout_s)
         chain = as_hashes(hashes)
-        self._check_buffers("destinations", namespace, chain, destinations)
-        found = self._reader.match(namespace.id, chain)
-        n = found.count
+        part = checked_part(
+            "destinations", namespace.layout, chain, destinations, cells, writable=True
+        )
+        number = self._number(namespace, deadline)
+        memory = self._link.memory(deadline.left_s)
+        found = memory.index.match(number, chain)
         results: list[Hit | Miss] = []
-        for i in range(n):
+        for i in range(found.count):
             granule, generation = int(found.granules[i]), int(found.generations[i])
-            if not self._copy_out(namespace, granule, generation, destinations[i]):
-                results.append(Miss(MissReason.OVERWRITTEN))
+            slot = _Slot(memory, namespace.layout, granule, generation)
+            reason = self._copy_out(slot, part, destinations[i])
+            if reason:
+                results.append(Miss(reason))
                 break
-            results.append(Hit(_TIERS[int(found.tiers[i])]))
+            results.append(Hit(TIERS[int(found.tiers[i])]))
         hits = sum(isinstance(result, Hit) for result in results)
-        read = found.granules[:hits].astype(np.uint32)
-        self._report(read, found.generations[:hits], len(chain), hits)
-        missing = len(chain) - len(results)
-        return results + [Miss(MissReason.NOT_STORED)] * missing
+        self._note(found, hits, len(chain))
+        return results + [Miss(MissReason.NOT_STORED)] * (len(chain) - len(results))
 
-    def _copy_out(
-        self, namespace: NamespaceHandle, granule: int, generation: int, destination: Bytes1D
-    ) -> bool:
-        """Copies one slot; False when it changed hands before or during the copy."""
-        if int(self._generations[granule]) != generation:
-            return False
-        destination[:] = self._payload(namespace, granule)
-        return int(self._generations[granule]) == generation
-
-    def view(self, namespace: NamespaceHandle, hashes: Sequence[bytes] | c.U8) -> View:
-        """Leases the leading stored run of the chain and shows its bytes without a copy."""
-        leased = self._call(c.Lease(namespace=namespace.id, hashes=as_hashes(hashes)), c.Leased)
-        blocks = []
-        for granule in leased.granules:
-            block = self._payload(namespace, int(granule)).view()
+    def view(
+        self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
+    ) -> LocalView:
+        """See `Session.view`; the arrays are the store's own memory."""
+        chain = as_hashes(hashes)
+        leased = self._inside(
+            namespace, timeout_s, lambda number: c.Lease(namespace=number, hashes=chain), c.Leased
+        )
+        memory = self._link.memory(self._timeout_s)
+        blocks = [memory.payload(namespace.layout, granule) for granule in leased.granules.tolist()]
+        for block in blocks:
             block.flags.writeable = False
-            blocks.append(block)
-        return View(self._port, leased.lease, blocks, self._timeout_s)
+        return LocalView(self, leased.lease, blocks)
+
+    def release(self, lease: int) -> None:
+        """Ends a view's lease; with the store gone there is none."""
+        with contextlib.suppress(Unavailable, DeadlineExceeded):
+            self._call(c.Release(lease=lease), c.Count, Deadline(self._timeout_s))
+
+    # -- writing -----------------------------------------------------------------------
 
     def put(
         self,
         namespace: NamespaceHandle,
-        hashes: Sequence[bytes] | c.U8,
+        hashes: Hashes,
         sources: Sequence[Bytes1D],
         *,
         put_id: bytes | None = None,
         cells: Iterable[int] = (),
         parent: bytes = b"",
         position: int = -1,
+        ttl_s: float | None = None,
+        hint: Hint | None = None,
+        timeout_s: float | None = None,
     ) -> PutResult:
-        """Stores blocks, or one rank's cells of them, in order.
-
-        sources: uint8, 1-D, the concatenated bytes of `cells` (none: the whole block). All
-        ranks of one put share `put_id` (16 bytes). Blocks that are there already, or for which
-        there is no room, are counted, not raised.
-        """
+        """See `Session.put`; two calls, and one more with a hint."""
+        deadline = self._deadline(timeout_s)
         chain = as_hashes(hashes)
-        wanted = np.array(sorted(cells), np.uint32)
-        self._check_buffers("sources", namespace, chain, sources, wanted)
-        put_id = put_id or secrets.token_bytes(16)
-        reserved = self._call(
-            c.Reserve(
-                namespace=namespace.id,
-                put_id=put_id,
-                hashes=chain,
-                cells=wanted,
-                parent=parent,
-                position=position,
-            ),
-            c.Reserved,
+        put = _Put(
+            namespace=namespace,
+            chain=chain,
+            sources=sources,
+            part=checked_part("sources", namespace.layout, chain, sources, cells),
+            put_id=put_id or secrets.token_bytes(16),
+            parent=parent,
+            position=position,
+            ttl_ms=duration_ms("ttl_s", ttl_s),
         )
-        granted = np.flatnonzero(reserved.status == c.ReserveStatus.GRANTED).tolist()
-        existed = int((reserved.status == c.ReserveStatus.EXISTS).sum())
-        if not len(granted):
-            return PutResult(stored=0, existed=existed, waiting=0, not_stored=len(chain) - existed)
+        if hint:
+            hint_ms(hint)
+        self._report_before_eviction(deadline)
+        result = self._put(put, deadline)
+        if hint:
+            self._advise(namespace, chain, hint, deadline)
+        return result
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- inside ------------------------------------------------------------------------
+
+    def _advise(
+        self, namespace: NamespaceHandle, chain: c.U8, hint: Hint, deadline: Deadline
+    ) -> None:
+        """A hint beside a match or a put is advice: where it is not taken, nothing is lost."""
+        with contextlib.suppress(ResourceExhausted, Unavailable, DeadlineExceeded):
+            self.hint(namespace, chain, hint, timeout_s=max(deadline.left_s, 1e-3))
+
+    def _put(self, put: _Put, deadline: Deadline) -> PutResult:
+        number = self._number(put.namespace, deadline)
         try:
-            checksums = np.stack(
-                [
-                    self._copy_in(namespace, int(reserved.granules[i]), sources[i], wanted)
-                    for i in granted
-                ]
+            reserved = self._call(put.reserve(number), c.Reserved, deadline)
+        except StaleNamespace:
+            self._ids.clear()
+            number = self._number(put.namespace, deadline)
+            reserved = self._call(put.reserve(number), c.Reserved, deadline)
+        except ResourceExhausted as error:  # an engine goes on without its cache
+            return PutResult(
+                stored=0,
+                existed=0,
+                waiting=0,
+                not_stored=len(put.chain),
+                retry_after_ms=error.retry_after_ms,
             )
-        except BaseException:
-            self._call(
-                c.Abort(namespace=namespace.id, put_id=put_id, hashes=chain[granted]), c.Count
-            )
-            raise
-        sealed = self._call(
-            c.Seal(
-                namespace=namespace.id,
-                put_id=put_id,
-                hashes=chain[granted],
-                checksums=checksums,
-            ),
-            c.Sealed,
-        )
-        stored = int((sealed.status == c.SealStatus.STORED).sum())
-        waiting = int((sealed.status == c.SealStatus.WAITING).sum())
+        granted = np.flatnonzero(reserved.status == c.ReserveStatus.GRANTED)
+        existed = int((reserved.status == c.ReserveStatus.EXISTS).sum())
+        full = bool((reserved.status == c.ReserveStatus.NO_SPACE).any())
+        status = self._fill(put, number, reserved, granted, deadline)
+        stored = int((status == c.SealStatus.STORED).sum())
+        waiting = int((status == c.SealStatus.WAITING).sum())
         return PutResult(
             stored=stored,
             existed=existed,
             waiting=waiting,
-            not_stored=len(chain) - existed - stored - waiting,
+            not_stored=len(put.chain) - existed - stored - waiting,
+            retry_after_ms=limits.RETRY_AFTER_MS if full else 0,
         )
 
-    def _copy_in(
-        self, namespace: NamespaceHandle, granule: int, source: Bytes1D, cells: c.U32
-    ) -> c.U64:
-        """Copies one block's (or part's) cells into a granted slot and hashes what arrived."""
-        target = self._payload(namespace, granule)
-        bounds = namespace.layout.cell_bounds
-        if not len(cells):
-            target[:] = source
-            return cell_checksums(target, bounds)
-        sums = np.empty(len(cells), np.uint64)
-        taken = 0
-        for k, cell in enumerate(cells):
-            start, end = int(bounds[cell]), int(bounds[cell + 1])
-            target[start:end] = source[taken : taken + end - start]
-            sums[k] = cell_checksums(target[start:end], np.array([0, end - start]))[0]
-            taken += end - start
-        return sums
-
-    def drop(self, namespace: NamespaceHandle, hashes: Sequence[bytes] | c.U8) -> int:
-        """Forgets the blocks; returns how many there were."""
-        return self._call(c.Drop(namespace=namespace.id, hashes=as_hashes(hashes)), c.Count).blocks
-
-    def drop_namespace(self, namespace: NamespaceHandle) -> int:
-        """Forgets all blocks of the namespace: open it again to go on."""
-        nothing = np.empty((0, limits.KEY_BYTES), np.uint8)
-        return self._call(c.Drop(namespace=namespace.id, hashes=nothing), c.Count).blocks
-
-    def explain(
-        self, namespace: NamespaceHandle, hashes: Sequence[bytes] | c.U8
-    ) -> list[c.ExplainStatus]:
-        """Why each block of the chain can or cannot be found."""
-        explained = self._call(
-            c.Explain(namespace=namespace.id, hashes=as_hashes(hashes)), c.Explained
+    def _fill(
+        self,
+        put: _Put,
+        number: int,
+        reserved: c.Reserved,
+        chosen: np.ndarray[tuple[int], np.dtype[np.intp]],
+        deadline: Deadline,
+    ) -> c.U8:
+        """Moves the granted blocks' bytes in; a failure gives their slots back."""
+        if not len(chosen):
+            return np.empty(0, np.uint8)
+        granted = Granted(
+            namespace=number,
+            layout=put.namespace.layout,
+            put_id=put.put_id,
+            hashes=put.chain[chosen],
+            granules=reserved.granules[chosen],
+            part=put.part,
         )
-        return [c.ExplainStatus(int(status)) for status in explained.status]
-
-    def stats(self) -> c.Stats:
-        """The store's counters."""
-        return self._call(c.Stat(), c.Stats)
-
-    # -- inside ------------------------------------------------------------------------
-
-    def _payload(self, namespace: NamespaceHandle, granule: int) -> Bytes1D:
-        start = granule * limits.GRANULE_BYTES + header_bytes(namespace.layout.n_cells)
-        return self._pool[start : start + namespace.layout.block_bytes]
-
-    def _report(self, granules: c.U32, generations: c.U64, lookups: int, hits: int) -> None:
-        """Tells the store what was read; a lost report costs only eviction quality."""
-        touch = c.Touch(granules=granules, generations=generations, lookups=lookups, hits=hits)
+        sources = [put.sources[i] for i in chosen.tolist()]
         try:
-            self._call(touch, c.Count)
-        except StaleNamespace:
-            return
+            return self._link.fill(granted, sources, deadline.left_s)
+        except BaseException:
+            abort = c.Abort(namespace=number, put_id=put.put_id, hashes=granted.hashes)
+            with contextlib.suppress(KVStoreError):
+                self._call(abort, c.Count, Deadline(self._timeout_s))
+            raise
 
-    def _call(self, command: c.Command, expected: type[R]) -> R:
-        result = self._port.call(command, self._timeout_s)
-        if not isinstance(result, expected):
-            raise KVStoreError(f"the store answered {type(result).__name__}")
-        return result
+    def _copy_out(self, slot: _Slot, part: Part, destination: Bytes1D) -> MissReason | None:
+        """Copies one slot; says why not where it changed hands before or during the copy."""
+        if slot.changed():
+            return MissReason.OVERWRITTEN
+        part.copy_out(slot.memory.payload(slot.layout, slot.granule), destination)
+        sound = not self._verify or slot.is_sound(part, destination)
+        if slot.changed():
+            return MissReason.OVERWRITTEN
+        return None if sound else MissReason.CORRUPTED
 
-    @staticmethod
-    def _check_buffers(
-        name: str,
-        namespace: NamespaceHandle,
-        chain: c.U8,
-        buffers: Sequence[Bytes1D],
-        cells: c.U32 | None = None,
-    ) -> None:
-        if len(buffers) != len(chain):
-            raise InvalidArgument(name, f"{len(buffers)} buffers for {len(chain)} keys")
-        layout = namespace.layout
-        expected = layout.block_bytes
-        if cells is not None and len(cells):
-            if int(cells[-1]) >= layout.n_cells:
-                raise LayoutMismatch("cells", f"the layout has {layout.n_cells} cells")
-            expected = int(np.diff(layout.cell_bounds)[cells].sum())
-        for i, buffer in enumerate(buffers):
-            if buffer.dtype != np.uint8 or buffer.ndim != 1 or buffer.size != expected:
-                raise LayoutMismatch(f"{name}[{i}]", f"expected {expected} uint8, 1-D")
+    def _note(self, found: Match, hits: int, lookups: int) -> None:
+        granules = found.granules[:hits].astype(np.uint32)
+        now = time.monotonic()
+        self._touched(
+            self._touches.add(granules, found.generations[:hits], lookups=lookups, now=now)
+        )
+
+    def _touched(self, began: bool) -> None:
+        """Touches were noted; `began`: they are the first of a batch. Reports what is due."""
+        del began
+        if self._touches.due(time.monotonic()):
+            with contextlib.suppress(Unavailable, DeadlineExceeded):
+                self.report_touches(self._timeout_s)
+
+    def _report_before_eviction(self, deadline: Deadline) -> None:
+        """What was read must not be what a put evicts because nobody told."""
+        if self._touches.pending:
+            self.report_touches(deadline.left_s)

@@ -151,6 +151,23 @@ class SlabAllocator:
         """Slot bytes of the slab that holds `granule`. AssertionError when no slab holds it."""
         return int(self._slab_slot[self._slab_at(granule)]) * limits.GRANULE_BYTES
 
+    @property
+    def n_units(self) -> int:
+        """Units of the pool; a slab is named by one of them."""
+        return self._n_units
+
+    def is_alone(self, granules: int) -> bool:
+        """Whether no slab is cut for slots of another size."""
+        return all(size == granules or not c.slabs for size, c in self._classes.items())
+
+    def slabs_of(self, granules: npt.NDArray[np.integer]) -> I64Array:
+        """The slabs (int64 [n]) that hold these granules, -1 where none does."""
+        return self._owner[np.asarray(granules, np.int64) // self._unit_granules]
+
+    def slot_sizes(self, slabs: I64Array) -> I64Array:
+        """Granules of a slot (int64 [n]) in each of these slabs."""
+        return self._slab_slot[slabs]
+
     def n_free(self, slot_bytes: int) -> int:
         """Slots that `alloc(slot_bytes, ...)` could give now, from free units too."""
         granules = self.slot_granules(slot_bytes)

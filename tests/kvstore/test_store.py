@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvstore import commands as c
-from kvstore.errors import InvalidArgument, LayoutMismatch, PermissionDenied, StaleNamespace
-from kvstore.index.format import capacity_for, index_bytes
+from kvstore import limits
+from kvstore.errors import (
+    InvalidArgument,
+    LayoutMismatch,
+    PermissionDenied,
+    ResourceExhausted,
+    StaleNamespace,
+)
+from kvstore.index import IndexReader, IndexView
 from kvstore.layout import Attention, Layout
 from kvstore.store import Store, StoreMemory
 
@@ -21,32 +31,47 @@ LAYOUT = Layout(
     dtype="float32",
     block_tokens=16,
 )
+BLOCKS_PER_MIB = 85  # of LAYOUT: 8,448 bytes with the header, in slots of 12 KiB
 
 
 class Rig:
     """A store of `blocks` slots with one connection and one namespace."""
 
-    def __init__(self, pool: int = 1 << 20, max_blocks: int = 512) -> None:
+    def __init__(self, pool: int = 1 << 20, max_blocks: int = 512, policy: str = "lru") -> None:
+        self.now_ms = 1_000_000
+        self.indexes: list[npt.NDArray[np.uint8]] = []
+        self.generations = np.zeros(pool // 4096, np.uint64)
         self.store = Store(
             StoreMemory(
                 pool=np.zeros(pool, np.uint8),
-                generations=np.zeros(pool // 4096, np.uint64),
-                index=np.zeros(index_bytes(capacity_for(max_blocks)), np.uint8),
+                generations=self.generations,
+                new_index=self._new_index,
             ),
             secret=b"s" * 32,
             instance_id=7,
             max_blocks=max_blocks,
+            policy=policy,
+            now_ms=self.now_ms,
         )
         self.me = self.store.connect()
         self.ns = self.open()
 
-    def open(self) -> int:
-        opened = self.do(c.OpenNamespace(name="t", layout=LAYOUT.encode()))
+    def _new_index(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        self.indexes.append(np.zeros(nbytes, np.uint8))
+        return self.indexes[-1]
+
+    def pass_ms(self, ms: int) -> None:
+        self.now_ms += ms
+        self.store.tick(self.now_ms)
+        self.store.check()
+
+    def open(self, name: str = "t", layout: Layout = LAYOUT) -> int:
+        opened = self.do(c.OpenNamespace(name=name, layout=layout.encode()))
         assert isinstance(opened, c.NamespaceOpened)
         return opened.namespace
 
     def do(self, command: c.Command, connection: int | None = None) -> c.Result:
-        result = self.store.handle(connection or self.me, command)
+        result = self.store.handle(connection or self.me, command, self.now_ms)
         self.store.check()
         return result
 
@@ -67,6 +92,22 @@ class Rig:
         )
         assert isinstance(result, c.Sealed)
         return result
+
+    def put(self, hashes: c.U8, **options: object) -> None:
+        """Reserves and seals."""
+        self.reserve(hashes, **options)
+        options.pop("position", None)
+        options.pop("ttl_ms", None)
+        self.seal(hashes, **options)
+
+    def hint(self, kind: c.HintKind, for_ms: int, hashes: c.U8) -> int:
+        hint = c.Hint(namespace=self.ns, kind=int(kind), for_ms=for_ms, hashes=hashes)
+        result = self.do(hint)
+        assert isinstance(result, c.Count)
+        return result.blocks
+
+    def stored(self, hashes: c.U8) -> list[bool]:
+        return [status == c.ExplainStatus.STORED for status in self.explain(hashes)]
 
     def explain(self, hashes: c.U8) -> list[int]:
         result = self.do(c.Explain(namespace=self.ns, hashes=hashes))
@@ -138,12 +179,15 @@ def test_a_full_pool_evicts_the_oldest_and_never_a_leased_block() -> None:
 
 def test_a_pool_of_leased_blocks_has_no_space() -> None:
     rig = Rig()
-    for i in range(200):
-        if rig.reserve(keys(i)).status[0] != c.ReserveStatus.GRANTED:
-            break
-        rig.seal(keys(i))
+    for i in range(BLOCKS_PER_MIB):
+        rig.put(keys(i))
         rig.do(c.Lease(namespace=rig.ns, hashes=keys(i)))
-    assert rig.reserve(keys(999)).status.tolist() == [c.ReserveStatus.NO_SPACE]
+    with pytest.raises(ResourceExhausted, match="in use") as caught:
+        rig.reserve(keys(999))
+    assert caught.value.retry_after_ms > 0
+    assert rig.store.stats().refused == 1
+    mixed = rig.reserve(keys(0, 999)).status.tolist()
+    assert mixed == [c.ReserveStatus.EXISTS, c.ReserveStatus.NO_SPACE]
 
 
 def test_chains_are_evicted_from_the_tail() -> None:
@@ -165,7 +209,7 @@ def test_a_slot_changes_its_generation_when_it_is_given_up() -> None:
     rig = Rig()
     reserved = rig.reserve(keys(1))
     rig.seal(keys(1))
-    generations = rig.store._memory.generations
+    generations = rig.generations
     before = int(generations[reserved.granules[0]])
     assert before % 2 == 0
     rig.do(c.Drop(namespace=rig.ns, hashes=keys(1)))
@@ -180,7 +224,7 @@ def test_dropping_a_namespace_moves_its_generation_on() -> None:
     with pytest.raises(StaleNamespace, match="open it again"):
         rig.reserve(keys(1))
     rig.ns = rig.open()
-    assert rig.explain(keys(1)) == [c.ExplainStatus.NEVER_STORED]
+    assert rig.explain(keys(1, 2)) == [c.ExplainStatus.DROPPED, c.ExplainStatus.NEVER_STORED]
 
 
 @pytest.mark.parametrize(
@@ -210,29 +254,309 @@ def test_a_lease_is_its_holders_alone() -> None:
         rig.do(c.Release(lease=1))
 
 
+def test_a_block_lives_no_longer_than_its_time_to_live() -> None:
+    rig = Rig()
+    rig.put(keys(1), ttl_ms=500)
+    rig.put(keys(2), ttl_ms=5_000)
+    assert rig.store.next_due_ms == rig.now_ms + 500
+    rig.pass_ms(499)
+    assert rig.stored(keys(1, 2)) == [True, True]
+    rig.pass_ms(1)
+    assert rig.explain(keys(1, 2)) == [c.ExplainStatus.EXPIRED, c.ExplainStatus.STORED]
+    assert rig.store.stats().expired == 1
+    rig.pass_ms(10_000)
+    assert rig.store.next_due_ms is None
+    assert rig.store.stats().used_bytes == 0
+
+
+def test_an_expired_block_keeps_its_slot_while_a_view_holds_it() -> None:
+    rig = Rig()
+    rig.put(keys(1), ttl_ms=100)
+    lease = rig.do(c.Lease(namespace=rig.ns, hashes=keys(1)))
+    assert isinstance(lease, c.Leased)
+    rig.pass_ms(1_000)
+    assert rig.stored(keys(1)) == [False]
+    assert rig.store.stats().used_bytes > 0
+    assert rig.generations[lease.granules[0]] == lease.generations[0]
+    rig.do(c.Release(lease=lease.lease))
+    assert rig.store.stats().used_bytes == 0
+    assert rig.generations[lease.granules[0]] != lease.generations[0]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_drop_hides_leased_blocks_at_once_and_frees_them_in_time(whole: bool) -> None:
+    rig = Rig()
+    rig.put(keys(1, 2), position=0)
+    reader = rig.store.connect()
+    rig.do(c.Lease(namespace=rig.ns, hashes=keys(1, 2)), reader)
+    hashes = np.empty((0, 32), np.uint8) if whole else keys(1, 2)
+    dropped = rig.do(c.Drop(namespace=rig.ns, hashes=hashes))
+    assert dropped == c.Count(blocks=2)
+    rig.ns = rig.open()
+    assert rig.stored(keys(1, 2)) == [False, False]
+    assert rig.store.stats().used_bytes > 0
+    rig.put(keys(1, 2))  # they can be put again meanwhile
+    rig.store.disconnect(reader)
+    rig.store.holder_died(reader)
+    rig.store.check()
+    assert rig.store.stats().blocks == 2
+
+
+def test_pinned_blocks_outlive_a_flood_until_their_time() -> None:
+    rig = Rig()
+    rig.put(keys(0, 1), position=0)
+    assert rig.hint(c.HintKind.PIN_UNTIL, 60_000, keys(0, 1, 2)) == 2
+    assert rig.store.stats().pinned_blocks == 2
+    flood(rig, 3)
+    assert rig.stored(keys(0, 1)) == [True, True]
+    rig.pass_ms(60_000)
+    assert rig.store.stats().pinned_blocks == 0
+    flood(rig, 4)
+    assert rig.stored(keys(0, 1)) == [False, False]
+
+
+def test_no_more_than_a_share_of_the_pool_can_be_pinned() -> None:
+    rig = Rig()
+    every = keys(*range(BLOCKS_PER_MIB))
+    for i in range(BLOCKS_PER_MIB):
+        rig.put(every[i : i + 1])
+    half = every[: BLOCKS_PER_MIB // 2]
+    assert rig.hint(c.HintKind.PIN_UNTIL, 1_000, half) == len(half)
+    before = rig.store.stats()
+    with pytest.raises(ResourceExhausted, match="pinned"):
+        rig.hint(c.HintKind.PIN_UNTIL, 1_000, every[len(half) :])
+    assert rig.store.stats() == before
+    assert rig.hint(c.HintKind.PIN_UNTIL, 0, half) == len(half)  # ends the pins
+    assert rig.store.stats().pinned_blocks == 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo"])
+def test_an_ended_session_goes_first_and_an_expected_one_last(policy: str) -> None:
+    rig = Rig(policy=policy)
+    n = BLOCKS_PER_MIB // 4
+    ended, expected = keys(*range(n)), keys(*range(1_000, 1_000 + n))
+    rig.put(expected)
+    for start in range(2 * n):
+        rig.put(keys(2_000 + start))
+    rig.put(ended)
+    rig.hint(c.HintKind.SESSION_ENDS, 0, ended)
+    rig.hint(c.HintKind.NEXT_TURN_BY, 1_000, expected)
+    for i in range(n + 1):
+        rig.put(keys(3_000 + i))
+    assert not any(rig.stored(ended))
+    assert all(rig.stored(expected))
+    for i in range(2 * n):
+        rig.put(keys(4_000 + i))
+    assert all(rig.stored(expected))
+    rig.pass_ms(1_000)  # the turn never came
+    for i in range(n + 1):
+        rig.put(keys(5_000 + i))
+    assert not any(rig.stored(expected))
+
+
+def test_a_turn_that_came_is_no_longer_waited_for() -> None:
+    rig = Rig()
+    rig.put(keys(1))
+    rig.hint(c.HintKind.NEXT_TURN_BY, 1_000, keys(1))
+    lease = rig.do(c.Lease(namespace=rig.ns, hashes=keys(1)))
+    assert isinstance(lease, c.Leased)
+    rig.do(c.Release(lease=lease.lease))
+    rig.put(keys(2))
+    rig.pass_ms(2_000)
+    assert rig.store.next_due_ms is None
+    flood(rig, 1, n=BLOCKS_PER_MIB - 2)
+    assert rig.stored(keys(1)) == [True]  # it was not demoted when the time was over
+
+
+def test_explain_knows_why_and_when_a_block_went() -> None:
+    rig = Rig()
+    rig.put(keys(1, 2))
+    rig.now_ms += 77
+    rig.do(c.Drop(namespace=rig.ns, hashes=keys(1)))
+    flood(rig, 2)
+    result = rig.do(c.Explain(namespace=rig.ns, hashes=keys(1, 2, 3)))
+    assert isinstance(result, c.Explained)
+    assert result.status.tolist() == [
+        c.ExplainStatus.DROPPED,
+        c.ExplainStatus.EVICTED,
+        c.ExplainStatus.NEVER_STORED,
+    ]
+    assert result.when_ms.tolist() == [rig.now_ms, rig.now_ms, 0]
+    rig.put(keys(1))
+    assert rig.explain(keys(1)) == [c.ExplainStatus.STORED]
+
+
+def test_explain_finds_a_key_under_another_layout_of_the_name() -> None:
+    rig = Rig()
+    rig.put(keys(1))
+    rig.ns = rig.open(layout=Layout.opaque(model="test", block_bytes=999, block_tokens=16))
+    assert rig.explain(keys(1)) == [c.ExplainStatus.OTHER_LAYOUT]
+
+
+@pytest.mark.parametrize("max_blocks", [100_000, 70_000])
+def test_the_index_grows_and_tells_its_readers(max_blocks: int) -> None:
+    rig = Rig(pool=256 << 20, max_blocks=max_blocks)
+    rig.ns = rig.open(layout=Layout.opaque(model="test", block_bytes=512, block_tokens=16))
+    hashes = np.random.default_rng(0).integers(0, 256, (60_000, 32), np.uint8)
+    for start in range(0, len(hashes), 6_000):
+        some = hashes[start : start + 6_000]
+        fields = {"namespace": rig.ns, "put_id": b"p" * 16, "hashes": some}
+        rig.store.handle(rig.me, c.Reserve(cells=NO_CELLS, **fields), rig.now_ms)
+        sums = np.zeros((len(some), 1), np.uint64)
+        rig.store.handle(rig.me, c.Seal(checksums=sums, **fields), rig.now_ms)
+    rig.store.check()
+    assert len(rig.indexes) > 1
+    readers = [IndexReader(IndexView.open(index)) for index in rig.indexes]
+    assert [reader.retired for reader in readers] == [True] * (len(readers) - 1) + [False]
+    assert readers[-1].match(rig.ns, hashes).count == len(hashes)
+    assert readers[-1].view.capacity >= 2 * len(hashes)
+    rig.do(c.Drop(namespace=rig.ns, hashes=hashes[: len(hashes) // 2]))  # so many make it anew
+    assert IndexReader(IndexView.open(rig.indexes[-1])).match(rig.ns, hashes[30_000:]).count
+    assert rig.store.stats().blocks == 30_000
+
+
+def test_a_dropped_put_gives_its_slots_back_when_its_writer_stops_writing() -> None:
+    rig = Rig()
+    rank = rig.store.connect()
+    rig.reserve(keys(1), cells=np.array([0], np.uint32))
+    rig.reserve(keys(1), cells=np.array([1], np.uint32), connection=rank)
+    rig.do(c.Abort(namespace=rig.ns, put_id=b"p" * 16, hashes=keys(1)), rank)
+    assert rig.store.stats().quarantined_blocks == 1
+    # The slot is not let go by asking again under the same put id...
+    assert rig.reserve(keys(1)).status.tolist() == [c.ReserveStatus.IN_PROGRESS]
+    # ...but by the seal, which says that the writing is over.
+    assert rig.seal(keys(1), cells=1).status.tolist() == [c.SealStatus.DROPPED]
+    assert rig.store.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("how", [c.Seal, c.Abort])
+def test_a_writer_in_a_dropped_namespace_lets_go_with_its_next_word(how: type) -> None:
+    rig = Rig()
+    rig.reserve(keys(1))
+    rig.do(c.Drop(namespace=rig.ns, hashes=np.empty((0, 32), np.uint8)))
+    assert rig.store.stats().quarantined_blocks == 1
+    if how is c.Seal:
+        with pytest.raises(StaleNamespace):
+            rig.seal(keys(1))
+    else:
+        rig.do(c.Abort(namespace=rig.ns, put_id=b"p" * 16, hashes=keys(1)))
+    assert rig.store.stats().used_bytes == 0
+
+
+def test_one_client_cannot_reserve_the_whole_pool() -> None:
+    rig = Rig()
+    granted = rig.reserve(keys(*range(BLOCKS_PER_MIB))).status == c.ReserveStatus.GRANTED
+    assert granted.sum() == BLOCKS_PER_MIB // 2
+    other = rig.store.connect()
+    assert rig.reserve(keys(999), connection=other).status.tolist() == [c.ReserveStatus.GRANTED]
+    rig.seal(keys(*range(BLOCKS_PER_MIB)))
+    assert rig.reserve(keys(888)).status.tolist() == [c.ReserveStatus.GRANTED]
+
+
+def test_a_key_twice_in_one_batch_is_written_once() -> None:
+    rig = Rig()
+    status = rig.reserve(keys(1, 1)).status.tolist()
+    assert status == [c.ReserveStatus.GRANTED, c.ReserveStatus.IN_PROGRESS]
+    assert rig.seal(keys(1, 1)).status.tolist() == [c.SealStatus.STORED, c.SealStatus.DROPPED]
+
+
+def test_a_put_does_not_evict_the_head_of_its_own_chain() -> None:
+    rig = Rig()
+    head = keys(1, 2, 3)
+    rig.put(head)  # the coldest of all
+    flood(rig, 1, n=BLOCKS_PER_MIB - 3)
+    status = rig.reserve(np.concatenate([head, keys(10, 11)])).status.tolist()
+    assert status == [c.ReserveStatus.EXISTS] * 3 + [c.ReserveStatus.GRANTED] * 2
+    assert all(rig.stored(head))
+
+
+def test_a_slab_is_not_emptied_in_vain() -> None:
+    """Blocks of another size go only where their slab can go with them."""
+    rig = Rig()
+    small = rig.ns
+    every = keys(*range(BLOCKS_PER_MIB))
+    for i in range(BLOCKS_PER_MIB):
+        rig.put(every[i : i + 1])
+    leased = [i for i in range(BLOCKS_PER_MIB) if i % 2]  # one at least in each slab
+    for i in leased:
+        rig.do(c.Lease(namespace=small, hashes=every[i : i + 1]))
+    rig.ns = rig.open(layout=Layout.opaque(model="test", block_bytes=30_000, block_tokens=16))
+    with pytest.raises(ResourceExhausted):
+        rig.reserve(keys(500))
+    rig.ns = small
+    assert all(rig.stored(every))
+
+
+def test_a_namespace_too_many_takes_the_place_of_the_longest_unused_empty_one() -> None:
+    rig = Rig()
+    rig.put(keys(1))
+    for i in range(limits.MAX_NAMESPACES - 1):
+        opened = rig.store.handle(
+            rig.me, c.OpenNamespace(name=f"n{i}", layout=LAYOUT.encode()), rig.now_ms
+        )
+        assert isinstance(opened, c.NamespaceOpened)
+    epoch = IndexReader(IndexView.open(rig.indexes[-1])).namespace_epoch
+    assert rig.open("one more") > limits.MAX_NAMESPACES
+    assert IndexReader(IndexView.open(rig.indexes[-1])).namespace_epoch == epoch + 1
+    assert rig.stored(keys(1)) == [True]
+
+
+def flood(rig: Rig, seed: int, n: int = 4 * BLOCKS_PER_MIB) -> None:
+    """Puts n blocks of nobody's, one a batch."""
+    for i in range(n):
+        rig.put(keys(1_000_000 * seed + 10_000 + i))
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo"])
 @pytest.mark.parametrize("seed", range(5))
-def test_random_histories_keep_every_invariant(seed: int) -> None:
+def test_random_histories_keep_every_invariant(seed: int, policy: str) -> None:
     rng = np.random.default_rng(seed)
-    rig = Rig(max_blocks=64)
+    rig = Rig(max_blocks=64, policy=policy)
+    spaces_layout = Layout.opaque(model="m", block_bytes=70_000, block_tokens=1)
+    spaces = [rig.ns, rig.open("big", spaces_layout)]
+    cells = [LAYOUT.n_cells, 1]
     peers = [rig.me, rig.store.connect(), rig.store.connect()]
     leases: list[tuple[int, int]] = []
-    for step in range(300):
-        peer = peers[int(rng.integers(3))]
+    for step in range(500):
+        peer = int(rng.integers(3))
+        which = int(rng.integers(2))
+        rig.ns = spaces[which]
         some = keys(*rng.choice(120, size=int(rng.integers(1, 8)), replace=False).tolist())
         put_id = bytes([int(rng.integers(3))]) * 16
-        match int(rng.integers(7)):
-            case 0 | 1:
-                rig.reserve(some, put_id=put_id, connection=peer, position=step % 3 - 1)
-            case 2:
-                rig.seal(some, put_id=put_id, connection=peer)
-            case 3:
-                lease = rig.do(c.Lease(namespace=rig.ns, hashes=some), peer)
+        match int(rng.integers(11)):
+            case 0 | 1 | 2:
+                with contextlib.suppress(ResourceExhausted):
+                    rig.reserve(
+                        some,
+                        put_id=put_id,
+                        connection=peers[peer],
+                        position=step % 3 - 1,
+                        ttl_ms=int(rng.choice([0, 300])),
+                    )
+            case 3 | 4:
+                rig.seal(some, cells[which], put_id=put_id, connection=peers[peer])
+            case 5:
+                lease = rig.do(c.Lease(namespace=rig.ns, hashes=some), peers[peer])
                 assert isinstance(lease, c.Leased)
-                leases.append((peer, lease.lease))
-            case 4 if leases:
+                if lease.lease:
+                    leases.append((peers[peer], lease.lease))
+            case 6 if leases:
                 holder, number = leases.pop(int(rng.integers(len(leases))))
                 rig.do(c.Release(lease=number), holder)
-            case 5:
-                rig.do(c.Drop(namespace=rig.ns, hashes=some), peer)
-            case 6:
-                rig.do(c.Abort(namespace=rig.ns, put_id=put_id, hashes=some), peer)
+            case 7:
+                gone = some if rng.random() < 0.9 else np.empty((0, 32), np.uint8)
+                rig.do(c.Drop(namespace=rig.ns, hashes=gone), peers[peer])
+                spaces = [rig.open(), rig.open("big", spaces_layout)] if not len(gone) else spaces
+            case 8:
+                rig.do(c.Abort(namespace=rig.ns, put_id=put_id, hashes=some), peers[peer])
+            case 9:
+                with contextlib.suppress(ResourceExhausted):
+                    rig.hint(c.HintKind(int(rng.integers(1, 4))), int(rng.integers(900)), some)
+            case 10:
+                rig.pass_ms(int(rng.integers(200)))
+                if peer and rng.random() < 0.2:
+                    rig.store.disconnect(peers[peer])
+                    rig.store.holder_died(peers[peer])
+                    leases = [held for held in leases if held[0] != peers[peer]]
+                    peers[peer] = rig.store.connect()
+                    rig.store.check()

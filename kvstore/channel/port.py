@@ -1,0 +1,195 @@
+"""The client's side of the same-host channel: a blocking socket with a deadline on every call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from typing import Any
+
+from kvstore import commands
+from kvstore.channel import wire
+from kvstore.errors import DeadlineExceeded, PermissionDenied, ProtocolError, Unavailable
+
+_WELCOME_FDS = 3
+
+
+class ChannelPort:
+    """One connection. After any failure it is closed: make a new one to go on."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        """`Unavailable` where nobody answers in time, and what the daemon says if it refuses."""
+        self._lock = threading.Lock()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.fds: list[int] = []
+        try:
+            self._sock.settimeout(timeout_s)
+            self._sock.connect(path)
+            welcome = self._exchange(None, timeout_s, fds_wanted=_WELCOME_FDS)
+            if not isinstance(welcome, wire.Welcome) or len(self.fds) != _WELCOME_FDS:
+                raise ProtocolError("the daemon did not introduce itself")
+        except BaseException as error:
+            self.close()
+            if isinstance(error, PermissionError):
+                raise PermissionDenied(f"user {os.getuid()} may not connect to {path}") from None
+            if isinstance(error, OSError):
+                raise Unavailable(f"no daemon answers at {path}: {error}") from None
+            raise
+        self.welcome = welcome
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over."""
+        return self._sock.fileno() < 0
+
+    def call(self, command: commands.Command, timeout_s: float) -> commands.Result:
+        """One round trip; `DeadlineExceeded` or `Unavailable` also close the connection."""
+        result: commands.Result = self._exchange(command, timeout_s)
+        return result
+
+    def seal_staged(self, record: wire.SealStaged, timeout_s: float) -> commands.Sealed:
+        """A seal of blocks in staging memory."""
+        sealed: commands.Sealed = self._expect(commands.Sealed, self._exchange(record, timeout_s))
+        return sealed
+
+    def stage(self, fd: int, nbytes: int, timeout_s: float) -> None:
+        """Hands the staging memory over; the descriptor stays the caller's."""
+        self._expect(
+            commands.Count, self._exchange(wire.Stage(nbytes=nbytes), timeout_s, send_fd=fd)
+        )
+
+    def map_index(self, timeout_s: float) -> tuple[int, int]:
+        """Descriptor (the caller's from now on) and size of the index that is used now."""
+        result = self._exchange(wire.MapIndex(), timeout_s, fds_wanted=1)
+        mapped = self._expect(wire.IndexMapped, result)
+        if not self.fds:
+            raise ProtocolError("the daemon sent no index")
+        return self.fds.pop(), mapped.index_bytes
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Waits for the end of the connection: True when it is over, False after `timeout_s`.
+
+        `poke` ends the wait early.
+        """
+        poller = select.poll()
+        try:
+            # No POLLIN: answers are for `call`. POLLHUP comes unasked.
+            poller.register(self._sock, select.POLLRDHUP)
+        except ValueError:  # closed, maybe just now by a call in another thread
+            return True
+        poller.register(self._wake_read, select.POLLIN)
+        events = poller.poll(None if timeout_s is None else timeout_s * 1e3)
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.read(self._wake_read, 64)
+        return self.closed or any(fd != self._wake_read for fd, _ in events)
+
+    def poke(self) -> None:
+        """Wakes `wait`."""
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._wake_write, b"x")
+
+    def shut(self) -> None:
+        """Ends the connection; a call or wait in another thread ends at once. `close` follows."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self.poke()
+
+    def abandon(self) -> None:
+        """Closes this process's copy of the socket; the process that it was forked from goes on."""
+        self._sock.close()
+
+    def close(self) -> None:
+        """Ends the connection and gives all descriptors back; nobody may be in `wait`."""
+        self.shut()
+        for fd in (self._wake_read, self._wake_write, *self.fds):
+            if fd >= 0:
+                os.close(fd)
+        self._wake_read = self._wake_write = -1
+        self.fds.clear()
+
+    # -- inside ------------------------------------------------------------------------
+
+    @staticmethod
+    def _expect(kind: type[Any], result: Any) -> Any:
+        if not isinstance(result, kind):
+            raise ProtocolError(f"the daemon answered {type(result).__name__}")
+        return result
+
+    def _exchange(
+        self, record: object, timeout_s: float, *, fds_wanted: int = 0, send_fd: int | None = None
+    ) -> Any:
+        """Sends a record (None: nothing) and receives one."""
+        frame = wire.encode(record) if record is not None else b""
+        deadline = time.monotonic() + timeout_s
+        if not self._lock.acquire(timeout=max(0.0, timeout_s)):
+            raise DeadlineExceeded(f"another call held the connection for {timeout_s} s")
+        try:
+            if self.closed:
+                raise Unavailable("the connection to the daemon is closed")
+            result = self._guarded(frame, deadline, fds_wanted, send_fd, timeout_s)
+        finally:
+            self._lock.release()
+        return wire.raise_if_failed(result)
+
+    def _guarded(
+        self, frame: bytes, deadline: float, fds_wanted: int, send_fd: int | None, timeout_s: float
+    ) -> Any:
+        """After a failure in the middle of a call the stream has no meaning: it is shut."""
+        try:
+            self._send(frame, deadline, send_fd)
+            return self._receive(deadline, fds_wanted)
+        except TimeoutError:
+            self.shut()
+            raise DeadlineExceeded(f"no answer within {timeout_s} s") from None
+        except OSError as error:
+            self.shut()
+            raise Unavailable(f"the daemon is gone: {error}") from None
+        except (Unavailable, ProtocolError):
+            self.shut()
+            raise
+
+    def _send(self, frame: bytes, deadline: float, send_fd: int | None) -> None:
+        if not frame:
+            return
+        self._arm(deadline)
+        sent = 0
+        if send_fd is not None:
+            sent = socket.send_fds(self._sock, [frame], [send_fd])
+        if sent < len(frame):
+            self._sock.sendall(memoryview(frame)[sent:])
+
+    def _arm(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+
+    def _receive(self, deadline: float, fds_wanted: int) -> Any:
+        head = self._read_head(deadline, fds_wanted)
+        return wire.decode(head, self._read(wire.body_length(head), deadline))
+
+    def _read_head(self, deadline: float, fds_wanted: int) -> bytes:
+        if not fds_wanted:
+            return self._read(wire.FRAME.size, deadline)
+        self._arm(deadline)
+        head, fds, _flags, _address = socket.recv_fds(self._sock, wire.FRAME.size, fds_wanted)
+        self.fds.extend(fds)
+        if not head:
+            raise Unavailable("the daemon closed the connection")
+        return head + self._read(wire.FRAME.size - len(head), deadline)
+
+    def _read(self, count: int, deadline: float) -> bytes:
+        data = bytearray(count)
+        view, done = memoryview(data), 0
+        while done < count:
+            self._arm(deadline)
+            got = self._sock.recv_into(view[done:])
+            if not got:
+                raise Unavailable("the daemon closed the connection")
+            done += got
+        return bytes(data)

@@ -1,0 +1,190 @@
+"""A session with a daemon on the same host: mapped memory, and a unix socket for the calls."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.channel.port import ChannelPort
+from kvstore.errors import KVStoreError, Unavailable
+from kvstore.index.format import IndexView
+from kvstore.index.reader import IndexReader
+from kvstore.memory import Arena
+from kvstore.session.base import Bytes1D
+from kvstore.session.control import Deadline
+from kvstore.session.fork import ForkGuard
+from kvstore.session.link import Granted, Memory, fill_directly
+from kvstore.session.local import LocalSession
+from kvstore.session.resilient import ResilientSession
+from kvstore.session.staging import Staging
+
+
+class ChannelLink:
+    """One connection to a daemon, and its memory as mapped here. Once lost it stays lost."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        """`Unavailable` where no daemon answers at `path`, OSError where its memory won't map."""
+        self._lock = threading.Lock()
+        self._arenas: list[Arena] = []
+        self._port = ChannelPort(path, timeout_s)
+        self._staging: Staging | None = None
+        self._memory: Memory | None = None
+        try:
+            self._memory = self._map_all()
+        except BaseException:
+            self.close()
+            raise
+        self._guard = ForkGuard(self._port.abandon)
+
+    def call(self, command: c.Command, timeout_s: float) -> c.Result:
+        """See `Link.call`."""
+        self._guard.check()
+        return self._port.call(command, timeout_s)
+
+    def memory(self, timeout_s: float) -> Memory:
+        """See `Link.memory`; makes a call only where the index moved."""
+        self._guard.check()
+        memory = self._memory
+        if memory is None:
+            raise Unavailable("the daemon is gone")
+        return self._map_index(timeout_s) if memory.index.retired else memory
+
+    def fill(self, granted: Granted, sources: Sequence[Bytes1D], timeout_s: float) -> c.U8:
+        """See `Link.fill`."""
+        deadline = Deadline(max(timeout_s, 1e-3))
+        if self._port.welcome.writable:
+            memory = self.memory(deadline.left_s)
+            return fill_directly(self, memory, granted, sources, deadline.left_s)
+        with self._lock:
+            if self._staging is None or self._staging.nbytes < granted.part.nbytes:
+                self._staging = self._new_staging(granted.part.nbytes, deadline)
+            return self._staging.fill(self._port, granted, sources, deadline)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Waits for the end of the connection: True when it is over. `poke` ends the wait."""
+        return self._port.wait(timeout_s)
+
+    def poke(self) -> None:
+        """Wakes `wait`."""
+        self._port.poke()
+
+    def shut(self) -> None:
+        """Ends the connection at once, also for calls under way; `close` follows."""
+        self._memory = None
+        self._port.shut()
+
+    def close(self) -> None:
+        """See `Link.close`; views that are still held keep the memory until they go."""
+        self._memory = None
+        self._port.close()
+        for arena in self._arenas:
+            arena.close()
+        self._arenas.clear()
+        if self._staging:
+            self._staging.close()
+            self._staging = None
+
+    # -- inside ------------------------------------------------------------------------
+
+    def _map_all(self) -> Memory:
+        welcome = self._port.welcome
+        fds, self._port.fds = self._port.fds, []
+        pool_bytes = welcome.pool_bytes
+        sizes = (pool_bytes, pool_bytes // limits.GRANULE_BYTES * 8, welcome.index_bytes)
+        for i, (fd, nbytes) in enumerate(zip(fds, sizes, strict=True)):
+            # An arena takes its descriptor over even where it fails; the later ones are ours.
+            try:
+                self._arenas.append(Arena(fd, nbytes, writable=i == 0 and bool(welcome.writable)))
+            except BaseException:
+                self._port.fds = fds[i + 1 :]
+                raise
+        pool, generations, index = self._arenas
+        return Memory(
+            pool=pool.array,
+            generations=generations.array.view(np.uint64),
+            index=IndexReader(IndexView.open(index.array)),
+            instance=welcome.instance,
+        )
+
+    def _map_index(self, timeout_s: float) -> Memory:
+        with self._lock:
+            memory = self._memory
+            if memory is None:
+                raise Unavailable("the daemon is gone")
+            if not memory.index.retired:  # another thread was here first
+                return memory
+            arena = Arena(*self._port.map_index(timeout_s), writable=False)
+            self._arenas[2].close()
+            self._arenas[2] = arena
+            self._memory = Memory(
+                pool=memory.pool,
+                generations=memory.generations,
+                index=IndexReader(IndexView.open(arena.array)),
+                instance=memory.instance,
+            )
+            return self._memory
+
+    def _new_staging(self, block_bytes: int, deadline: Deadline) -> Staging:
+        if self._staging:
+            self._staging.close()
+            self._staging = None
+        staging = Staging(max(limits.STAGING_BYTES, block_bytes))
+        try:
+            self._port.stage(staging.fd, staging.nbytes, deadline.left_s)
+        except BaseException:
+            staging.close()
+            raise
+        return staging
+
+
+class _ChannelConnection(LocalSession):
+    """A `LocalSession` whose reads are reported by the thread that watches the connection."""
+
+    def __init__(self, link: ChannelLink, *, timeout_s: float, verify_reads: bool) -> None:
+        super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads)
+        self._channel = link
+
+    def watch(self) -> None:
+        """Returns when the connection is over; until then it reports touches in time."""
+        while not self._channel.wait(self._pause_s()):
+            if self._touches.due(time.monotonic()):
+                with contextlib.suppress(KVStoreError):
+                    self.report_touches(self._timeout_s)
+
+    def shut(self) -> None:
+        """Ends the connection, and with it `watch`."""
+        self._channel.shut()
+
+    def _pause_s(self) -> float | None:
+        """Sleeps for good while nothing was read: an idle client costs no wake-ups."""
+        return limits.TOUCH_INTERVAL_MS * 1e-3 if self._touches.pending else None
+
+    def _touched(self, began: bool) -> None:
+        if began or self._touches.full:
+            self._channel.poke()
+
+
+class ChannelSession(ResilientSession):
+    """A `Session` with the daemon at a unix socket, which outlives the daemon's deaths.
+
+    path: the channel's socket. timeout_s: the deadline of calls that name none. verify_reads:
+    check the checksums at each get too. lazy: do not wait for the daemon here; until it answers,
+    nothing is found. Raises `Unavailable` unless lazy, `PermissionDenied` where this user has no
+    pool, OSError where the daemon's memory cannot be mapped.
+    """
+
+    def __init__(
+        self, path: str, *, timeout_s: float = 5.0, verify_reads: bool = False, lazy: bool = False
+    ) -> None:
+        def connect(timeout_s: float) -> _ChannelConnection:
+            link = ChannelLink(path, timeout_s)
+            return _ChannelConnection(link, timeout_s=default_s, verify_reads=verify_reads)
+
+        default_s = timeout_s
+        super().__init__(connect, timeout_s=timeout_s, lazy=lazy)

@@ -1,0 +1,130 @@
+"""What the store knows of each block: arrays by block id, where a million blocks are rows."""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+IdArray = npt.NDArray[np.uint32]
+Granules = npt.NDArray[np.uint32]
+NO_BLOCK = np.uint32(0xFFFFFFFF)
+
+
+class BlockState(enum.IntEnum):
+    """Where a block id is in its life."""
+
+    FREE = 0
+    PENDING = 1  # reserved: its slot is being written
+    LIVE = 2  # in the index
+    DOOMED = 3  # out of the index, but leased: its slot comes back with the last lease
+
+
+class Blocks:
+    """Ids from 0 to `max_blocks`, their slots, chains and leases. Decides nothing.
+
+    A child knows its parent by id and birth, so that a parent's going needs no visit to its
+    children: a link to an earlier life of an id counts for nothing.
+    """
+
+    def __init__(self, max_blocks: int, granules: int) -> None:
+        self.state = np.zeros(max_blocks, np.uint8)
+        self.granule = np.zeros(max_blocks, np.uint32)
+        self.namespace = np.zeros(max_blocks, np.uint32)
+        self.children = np.zeros(max_blocks, np.uint32)
+        self.leases = np.zeros(max_blocks, np.uint32)
+        self._parent = np.full(max_blocks, NO_BLOCK, np.uint32)
+        self._parent_birth = np.zeros(max_blocks, np.uint32)
+        self._birth = np.zeros(max_blocks, np.uint32)
+        self._at_granule = np.full(granules, NO_BLOCK, np.uint32)
+        self._free = np.arange(max_blocks - 1, -1, -1, dtype=np.uint32)
+        self.n_free = max_blocks
+
+    def take(self, granules: Granules, namespace: int) -> IdArray:
+        """Ids for slots that are to be written; at most `n_free` of them."""
+        n = len(granules)
+        ids = self._free[self.n_free - n : self.n_free][::-1].copy()
+        self.n_free -= n
+        self.state[ids] = BlockState.PENDING
+        self.granule[ids] = granules
+        self.namespace[ids] = namespace
+        return ids
+
+    def give_back(self, ids: IdArray) -> None:
+        """These ids are free again, and their slots are somebody else's business."""
+        self.state[ids] = BlockState.FREE
+        self._birth[ids] += np.uint32(1)
+        self._free[self.n_free : self.n_free + len(ids)] = ids
+        self.n_free += len(ids)
+
+    def appear(self, ids: IdArray) -> None:
+        """Pending blocks are in the index from now on."""
+        self.state[ids] = BlockState.LIVE
+        self.children[ids] = 0
+        self._parent[ids] = NO_BLOCK
+        self._at_granule[self.granule[ids]] = ids
+
+    def link(self, children: IdArray, parents: IdArray) -> None:
+        """Says which live block comes before which in a chain."""
+        self._parent[children] = parents
+        self._parent_birth[children] = self._birth[parents]
+        np.add.at(self.children, parents, 1)
+
+    def vanish(self, ids: IdArray) -> IdArray:
+        """Live blocks (distinct ids) have left the index; returns those that nobody leases.
+
+        The others are doomed; the caller gives the returned ones back.
+        """
+        parents = self._parent[ids]
+        linked = parents != NO_BLOCK
+        parents, births = parents[linked], self._parent_birth[ids[linked]]
+        np.subtract.at(self.children, parents[self._birth[parents] == births], 1)
+        # Their children's links end with this life: one that is doomed must not get them back.
+        self._birth[ids] += np.uint32(1)
+        self.children[ids] = 0
+        self._at_granule[self.granule[ids]] = NO_BLOCK
+        leased = self.leases[ids] > 0
+        self.state[ids[leased]] = BlockState.DOOMED
+        return ids[~leased]
+
+    def lease(self, ids: IdArray) -> None:
+        """One more lease on each live block; an id may come twice."""
+        np.add.at(self.leases, ids, 1)
+
+    def release(self, ids: IdArray) -> IdArray:
+        """One lease less on each; returns the doomed ones that nobody leases any more."""
+        np.subtract.at(self.leases, ids, 1)
+        over = (self.leases[ids] == 0) & (self.state[ids] == BlockState.DOOMED)
+        return np.unique(ids[over])
+
+    def live_in(self, namespace: int) -> IdArray:
+        """All live blocks of a namespace."""
+        found = (self.state == BlockState.LIVE) & (self.namespace == namespace)
+        return np.flatnonzero(found).astype(np.uint32)
+
+    def at(self, granules: Granules) -> IdArray:
+        """The live blocks whose slots begin at these granules, `NO_BLOCK` where there is none."""
+        return self._at_granule[granules]
+
+    def count(self, state: BlockState) -> int:
+        """How many ids are in a state."""
+        return int(np.count_nonzero(self.state == state))
+
+    def check(self) -> None:
+        """AssertionError unless the arrays agree with each other."""
+        free = self._free[: self.n_free]
+        assert self.count(BlockState.FREE) == self.n_free == len(np.unique(free))
+        assert (self.state[free] == BlockState.FREE).all()
+        live = np.flatnonzero(self.state == BlockState.LIVE).astype(np.uint32)
+        assert (self.at(self.granule[live]) == live).all()
+        assert np.count_nonzero(self._at_granule != NO_BLOCK) == len(live)
+        leased = np.flatnonzero(self.leases)
+        assert np.isin(self.state[leased], (BlockState.LIVE, BlockState.DOOMED)).all()
+        assert (self.leases[self.state == BlockState.DOOMED] > 0).all()
+        parents = self._parent[live]
+        linked = parents != NO_BLOCK
+        current = self._birth[parents[linked]] == self._parent_birth[live[linked]]
+        counted = np.zeros_like(self.children)
+        np.add.at(counted, parents[linked][current], 1)
+        assert (counted[live] == self.children[live]).all(), "children are miscounted"

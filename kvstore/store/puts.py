@@ -1,0 +1,122 @@
+"""Blocks on their way in: reserved and not yet sealed, and who is writing which cells of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.commands import U32, U64
+from kvstore.layout import Layout
+
+PutKey = tuple[int, bytes, bytes]  # namespace, hash, put id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GrantedBlocks:
+    """Where the bytes of granted blocks belong, for whoever copies for their writer.
+
+    cells: uint32, empty for all. payloads: one for each hash, None where it is not granted.
+    """
+
+    layout: Layout
+    cells: U32
+    payloads: list[npt.NDArray[np.uint8] | None]
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """One block of one put. `missing`: mask of the cells that nobody has sealed yet."""
+
+    namespace: int
+    key: bytes
+    put_id: bytes
+    block: int
+    granule: int
+    slot_bytes: int
+    parent: bytes
+    position: int
+    ttl_ms: int
+    missing: int
+    checksums: U64
+    writers: dict[int, int] = field(default_factory=dict)  # connection -> mask of its cells
+    dropped: bool = False
+
+    def may_join(self, put_id: bytes, connection: int, mask: int) -> bool:
+        """Whether it is that put, and none of these cells is sealed or another connection's."""
+        others = 0
+        for writer, cells in self.writers.items():
+            others |= cells if writer != connection else 0
+        return put_id == self.put_id and not mask & others and mask & self.missing == mask
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """What one client holds. `granted_bytes`: of slots that it may write."""
+
+    puts: dict[PutKey, Pending] = field(default_factory=dict)
+    leases: dict[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
+    leased_blocks: int = 0
+    granted_bytes: int = 0
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether no memory depends on this client."""
+        return not self.puts and not self.leases
+
+
+class Puts:
+    """All pending blocks, by key. A dropped one is no longer found, but its slot is its writers'
+    until the last of them has let go: it is in quarantine."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[tuple[int, bytes], Pending] = {}
+        self.quarantined = 0
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __iter__(self) -> Iterator[Pending]:
+        return iter(self._by_key.values())
+
+    def find(self, namespace: int, key: bytes) -> Pending | None:
+        """The put of that key under way."""
+        return self._by_key.get((namespace, key))
+
+    def begin(self, pending: Pending) -> None:
+        """A new put of a key that has none."""
+        self._by_key[pending.namespace, pending.key] = pending
+
+    def finish(self, complete: Iterable[Pending]) -> None:
+        """All cells are in."""
+        for pending in complete:
+            del self._by_key[pending.namespace, pending.key]
+
+    def join(self, pending: Pending, number: int, who: Connection, mask: int) -> None:
+        """A connection will write these cells."""
+        if number not in pending.writers:
+            who.granted_bytes += pending.slot_bytes
+        pending.writers[number] = pending.writers.get(number, 0) | mask
+        who.puts[pending.namespace, pending.key, pending.put_id] = pending
+
+    def drop(self, pending: Pending) -> bool:
+        """Nobody will find it; False where that was so already."""
+        if pending.dropped:
+            return False
+        pending.dropped = True
+        del self._by_key[pending.namespace, pending.key]
+        self.quarantined += 1
+        return True
+
+    def leave(self, pending: Pending, number: int, who: Connection) -> bool:
+        """The connection will not write to the slot any more; True: nor will anybody, and the put
+        was dropped, so that the slot is free."""
+        del pending.writers[number]
+        del who.puts[pending.namespace, pending.key, pending.put_id]
+        who.granted_bytes -= pending.slot_bytes
+        if not pending.dropped or pending.writers:
+            return False
+        self.quarantined -= 1
+        return True
