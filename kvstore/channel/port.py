@@ -26,6 +26,7 @@ class ChannelPort:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.fds: list[int] = []
+        self.interrupted = False  # whether it is over because a call was broken off here
         try:
             self._sock.settimeout(timeout_s)
             self._sock.connect(path)
@@ -150,6 +151,10 @@ class ChannelPort:
             self.shut()
             raise Unavailable(f"the daemon is gone: {error}") from None
         except (Unavailable, ProtocolError):
+            self.shut()
+            raise
+        except BaseException:  # a KeyboardInterrupt: the next call would read this one's answer
+            self.interrupted = True
             self.shut()
             raise
 

@@ -70,6 +70,11 @@ class ChannelLink:
         """Waits for the end of the connection: True when it is over. `poke` ends the wait."""
         return self._port.wait(timeout_s)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it is over because a call was broken off in this process."""
+        return self._port.interrupted
+
     def poke(self) -> None:
         """Wakes `wait`."""
         self._port.poke()
@@ -150,12 +155,13 @@ class _ChannelConnection(LocalSession):
         super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads)
         self._channel = link
 
-    def watch(self) -> None:
-        """Returns when the connection is over; until then it reports touches in time."""
+    def watch(self) -> bool:
+        """See `Connection.watch`; until then it reports touches in time."""
         while not self._channel.wait(self._pause_s()):
             if self._touches.due(time.monotonic()):
                 with contextlib.suppress(KVStoreError):
                     self.report_touches(self._timeout_s)
+        return not self._channel.interrupted
 
     def shut(self) -> None:
         """Ends the connection, and with it `watch`."""

@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 class Connection(Session, Protocol):
     """A session that ends with its connection."""
 
-    def watch(self) -> None:
-        """Returns when the connection is over."""
+    def watch(self) -> bool:
+        """Returns when the connection is over; whether the store is to blame for it."""
 
     def shut(self) -> None:
         """Ends the connection, and with it `watch`; `close` follows."""
@@ -295,9 +295,9 @@ class ResilientSession:
             if connection is None:
                 self._reconnect()
                 continue
-            connection.watch()
+            lost = connection.watch()
             self._end(connection)
-            if not self._ended.is_set():
+            if lost and not self._ended.is_set():
                 log.warning("lost the store; trying to reach it again")
         if self._connection:  # made while the session was being closed
             self._end(self._connection)
