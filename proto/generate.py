@@ -1,0 +1,40 @@
+"""Generates the Python code of the .proto files: `python proto/generate.py [FOLDER]`.
+
+The result lies beside the sources unless another folder is named, and is checked in, so that an
+install needs no compiler.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from pathlib import Path
+
+from grpc_tools import protoc
+
+SOURCES = Path(__file__).parent
+PROTOS = ("kvstore_proto/v1/kvstore.proto",)
+
+
+def generate(target: Path) -> int:
+    """Writes the modules and their types below `target`; the compiler's exit code."""
+    # The environment's own plugin, also where its folder is not on the PATH.
+    scripts = Path(sysconfig.get_path("scripts"))
+    status = protoc.main(
+        [
+            "protoc",
+            f"--proto_path={SOURCES}",
+            f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
+            f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
+            f"--python_out={target}",
+            f"--grpc_python_out={target}",
+            f"--mypy_out={target}",
+            f"--mypy_grpc_out=only_sync:{target}",
+            *PROTOS,
+        ]
+    )
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(generate(Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCES))
