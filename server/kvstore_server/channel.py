@@ -1,213 +1,293 @@
-"""The daemon's side of the same-host channel: one thread, one loop, one store.
+"""The daemon's side of the same-host channel: connections in, commands to the stores, answers out.
 
-Owns the listening socket, the connections and the pidfds. Decides nothing about blocks: every
-record becomes a command for the store, every answer goes back on the connection it came from.
+Decides nothing about blocks. Owns the listening socket, the connections, the pidfds, and the
+threads that copy for clients that may not write the pool.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import selectors
+import resource
 import socket
-import struct
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from kvstore import limits
+from kvstore import commands as c
 from kvstore.channel import wire
 from kvstore.errors import KVStoreError, ProtocolError, Unavailable
-from kvstore.memory import Arenas
-from kvstore.store import Store, failed
+from kvstore.session.link import part_of
+from kvstore.store import failed
+from kvstore_server.loop import Loop
+from kvstore_server.peer import Peer, Process, process_of
+from kvstore_server.staging import Copy, StagingArea
+from kvstore_server.tenants import Tenant, Tenants
 
-_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
-_READ_BYTES = 1 << 20
+_COPY_THREADS = 2  # more do not help: a copy is bound by the memory, not by the cores
+_FULL_PAUSE_S = 0.1
 
 log = structlog.get_logger()
 
 
-class _Peer:
-    """One client: its socket, its process, and the bytes that are on their way."""
+def bind(path: Path, *, for_all_users: bool = False) -> socket.socket:
+    """A listening unix socket at `path`; clears a dead daemon's, refuses beside a live one.
 
-    def __init__(self, sock: socket.socket, connection: int, pidfd: int) -> None:
-        self.sock, self.connection, self.pidfd = sock, connection, pidfd
-        self.inbox = bytearray()
-        self.outbox = bytearray()
-
-
-def bind(path: Path) -> socket.socket:
-    """A listening unix socket at `path`; clears a dead daemon's, refuses beside a live one."""
+    for_all_users: whether others than this process's user may connect to it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    if path.exists():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()  # its daemon is dead
-            else:
-                listener.close()
-                raise Unavailable(
-                    f"a daemon already serves {path}: stop it or name another --socket"
-                )
-    # Owner only: until each user has a pool of its own, nobody else may reach this one.
-    previous = os.umask(0o177)
     try:
-        listener.bind(str(path))
-    finally:
-        os.umask(previous)
-    listener.listen(64)
+        _clear_stale(path)
+        previous = os.umask(0o111 if for_all_users else 0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(previous)
+        listener.listen(64)
+    except BaseException:
+        listener.close()
+        raise
     return listener
 
 
+def _clear_stale(path: Path) -> None:
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()  # its daemon is dead
+            return
+    raise Unavailable(f"a daemon already serves {path}: stop it or name another --socket")
+
+
+def _refuse(sock: socket.socket, error: Exception) -> None:
+    """Says why instead of just hanging up."""
+    known = error if isinstance(error, KVStoreError) else Unavailable(f"no pool: {error}")
+    with contextlib.suppress(OSError):
+        sock.send(wire.encode(failed(known)))
+    sock.close()
+
+
+def raise_descriptor_limit() -> None:
+    """A client takes three descriptors; the usual soft limit is met long before ours is."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class ChannelServer:
-    """Serves one store to the clients of one unix socket until `stop` is called."""
+    """Serves the tenants' stores to the clients of one unix socket, on a loop of its owner's."""
 
-    def __init__(
-        self, store: Store, arenas: Arenas, listener: socket.socket, *, instance: int
-    ) -> None:
-        self._store, self._arenas, self._listener = store, arenas, listener
-        self._instance = instance
-        self._selector = selectors.DefaultSelector()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._stopping = False
-        self._peers: set[_Peer] = set()
-        self._quarantine: dict[int, int] = {}  # pidfd -> connection
-        self._watch(listener, self._accept)
-        self._watch(self._wake_read, self._drain_wakeup)
+    def __init__(self, loop: Loop, tenants: Tenants, listener: socket.socket) -> None:
+        self._loop, self._tenants, self._listener = loop, tenants, listener
+        self._peers: set[Peer] = set()
+        self._quarantine: dict[int, tuple[Tenant, int]] = {}  # pidfd -> whose connection it was
+        self._copies = ThreadPoolExecutor(_COPY_THREADS, "kvstore-copy")
+        self._ticks_at_s: float | None = None
+        loop.watch(listener.fileno(), self._accept)
 
-    def run(self) -> None:
-        """The loop; returns after `stop`."""
-        while not self._stopping:
-            for key, events in self._selector.select():
-                key.data(events)
-        self._close()
-
-    def stop(self) -> None:
-        """Ends the loop; safe in a signal handler."""
-        self._stopping = True
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"x")
-
-    def _drain_wakeup(self, _: int) -> None:
-        os.read(self._wake_read, 64)
-
-    def _watch(self, source: Any, action: Callable[[int], None]) -> None:
-        self._selector.register(source, selectors.EVENT_READ, action)
-
-    def _accept(self, _: int) -> None:
-        sock, _address = self._listener.accept()
-        sock.setblocking(False)
-        pid, uid, _gid = _PEER.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        )
-        try:
-            if uid != os.getuid():
-                raise KVStoreError(f"user {uid} has no pool here")
-            pidfd = os.pidfd_open(pid)
-            connection = self._store.connect()
-        except (KVStoreError, OSError) as error:
-            log.warning("client refused", pid=pid, uid=uid, reason=str(error))
-            sock.close()
-            return
-        peer = _Peer(sock, connection, pidfd)
-        self._peers.add(peer)
-        self._watch(sock, lambda events: self._ready(peer, events))
-        self._welcome(peer)
-
-    def _welcome(self, peer: _Peer) -> None:
-        arenas = self._arenas
-        record = wire.encode(
-            wire.Welcome(
-                version=wire.WIRE_VERSION,
-                instance=self._instance,
-                writable=1,
-                pool_bytes=arenas.pool.nbytes,
-            )
-        )
-        fds = [arenas.pool.fd, arenas.generations.fd, arenas.index.fd]
-        try:
-            socket.send_fds(peer.sock, [record], fds)
-        except OSError:
-            self._lost(peer)
-
-    def _ready(self, peer: _Peer, events: int) -> None:
-        try:
-            if events & selectors.EVENT_WRITE:
-                self._flush(peer)
-            if events & selectors.EVENT_READ:
-                data = peer.sock.recv(_READ_BYTES)
-                if not data:
-                    raise ConnectionResetError
-                peer.inbox += data
-                self._serve(peer)
-        except BlockingIOError:
-            return
-        except ProtocolError as error:
-            log.warning("garbage on the socket", connection=peer.connection, reason=str(error))
-            self._lost(peer)
-        except OSError:
-            self._lost(peer)
-
-    def _serve(self, peer: _Peer) -> None:
-        size = wire.FRAME.size
-        while len(peer.inbox) >= size:
-            head = bytes(peer.inbox[:size])
-            end = size + wire.body_length(head)
-            if len(peer.inbox) < end:
-                return
-            command = wire.decode(head, bytes(peer.inbox[size:end]))
-            del peer.inbox[:end]
-            peer.outbox += wire.encode(self._answer(peer.connection, command))
-            self._flush(peer)
-
-    def _answer(self, connection: int, command: Any) -> object:
-        if not isinstance(command, wire.COMMANDS):
-            raise ProtocolError(f"{type(command).__name__} is no command")
-        try:
-            return self._store.handle(connection, command)
-        except KVStoreError as error:
-            return failed(error)
-
-    def _flush(self, peer: _Peer) -> None:
-        """Sends what the socket takes; a client that never reads is cut off at the limit."""
-        while peer.outbox:
-            try:
-                sent = peer.sock.send(peer.outbox)
-            except BlockingIOError:
-                break
-            del peer.outbox[:sent]
-        if len(peer.outbox) > 2 * limits.MAX_FRAME_BYTES:
-            raise ProtocolError("the client does not read its answers")
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.outbox else 0)
-        self._selector.modify(peer.sock, events, lambda events: self._ready(peer, events))
-
-    def _lost(self, peer: _Peer) -> None:
-        """The connection is over: its memory waits for its process to end (promise 7)."""
-        self._selector.unregister(peer.sock)
-        peer.sock.close()
-        self._peers.discard(peer)
-        if self._store.disconnect(peer.connection):
-            os.close(peer.pidfd)
-            return
-        self._quarantine[peer.pidfd] = peer.connection
-        self._watch(peer.pidfd, lambda _: self._died(peer.pidfd))
-
-    def _died(self, pidfd: int) -> None:
-        self._selector.unregister(pidfd)
-        self._store.holder_died(self._quarantine.pop(pidfd))
-        os.close(pidfd)
-
-    def _close(self) -> None:
-        for peer in list(self._peers):
-            peer.sock.close()
-            os.close(peer.pidfd)
+    def close(self) -> None:
+        """Ends all connections; the loop has ended. The listener stays its owner's."""
+        self._copies.shutdown()
+        for peer in self._peers:
+            peer.close()
+            os.close(peer.process.pidfd)
         for pidfd in self._quarantine:
             os.close(pidfd)
-        self._selector.close()
-        self._listener.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+
+    # -- connections -------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            sock, _address = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # out of descriptors: the waiting client would wake us for ever
+            log.warning("cannot accept", reason=str(error))
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.call_later(_FULL_PAUSE_S, self._accept_again)
+            return
+        sock.setblocking(False)
+        try:
+            process = process_of(sock)
+        except OSError:
+            sock.close()  # it is gone already
+            return
+        self._admit(sock, process)
+
+    def _accept_again(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.watch(self._listener.fileno(), self._accept)
+
+    def _admit(self, sock: socket.socket, process: Process) -> None:
+        try:
+            tenant = self._tenants.for_uid(process.uid)
+            connection = tenant.store.connect()
+        except (KVStoreError, OSError) as error:
+            log.warning("client refused", pid=process.pid, uid=process.uid, reason=str(error))
+            os.close(process.pidfd)
+            _refuse(sock, error)
+            return
+        peer = Peer(sock, process, tenant, connection)
+        self._peers.add(peer)
+        self._loop.watch(sock.fileno(), lambda: self._ready(peer))
+        self._guarded(peer, lambda: self._welcome(peer))
+
+    def _welcome(self, peer: Peer) -> None:
+        arenas = peer.tenant.arenas
+        assert arenas.index
+        welcome = wire.Welcome(
+            version=wire.WIRE_VERSION,
+            instance=peer.tenant.instance,
+            writable=int(peer.tenant.writable),
+            pool_bytes=arenas.pool.nbytes,
+            index_bytes=arenas.index.nbytes,
+        )
+        peer.send(welcome, (arenas.pool.fd, arenas.generations.fd, arenas.index.fd))
+
+    def _ready(self, peer: Peer) -> None:
+        def work() -> None:
+            peer.flush()
+            if not peer.busy:
+                peer.receive()
+            self._serve(peer)
+
+        self._guarded(peer, work)
+
+    def _guarded(self, peer: Peer, work: Callable[[], None]) -> None:
+        """Does something for a peer; whatever goes wrong with it ends only its own connection."""
+        try:
+            with contextlib.suppress(BlockingIOError):
+                work()
+            if not peer.busy:
+                self._loop.want_write(peer.sock.fileno(), peer.has_unsent)
+        except ProtocolError as error:
+            log.warning("garbage on the socket", pid=peer.process.pid, reason=str(error))
+            self._lost(peer)
+        except OSError:
+            self._lost(peer)
+
+    def _lost(self, peer: Peer) -> None:
+        """The connection is over: its memory waits for its process to end (promise 7).
+
+        Never while a copy for it is under way, because then it is not watched.
+        """
+        self._peers.discard(peer)
+        self._loop.unwatch(peer.sock.fileno())
+        peer.close()
+        if peer.tenant.store.disconnect(peer.connection):
+            os.close(peer.process.pidfd)
+            return
+        pidfd = peer.process.pidfd
+        self._quarantine[pidfd] = (peer.tenant, peer.connection)
+        self._loop.watch(pidfd, lambda: self._died(pidfd))
+
+    def _died(self, pidfd: int) -> None:
+        self._loop.unwatch(pidfd)
+        tenant, connection = self._quarantine.pop(pidfd)
+        tenant.store.holder_died(connection)
+        os.close(pidfd)
+
+    # -- records -----------------------------------------------------------------------
+
+    def _serve(self, peer: Peer) -> None:
+        for record in peer.records():
+            try:
+                self._answer(peer, record)
+            except ProtocolError:
+                raise
+            except KVStoreError as error:
+                peer.send(failed(error))
+
+    def _answer(self, peer: Peer, record: Any) -> None:
+        match record:
+            case wire.MapIndex():
+                index = peer.tenant.arenas.index
+                assert index
+                peer.send(wire.IndexMapped(index_bytes=index.nbytes), (index.fd,))
+            case wire.Stage():
+                self._stage(peer, record)
+            case wire.SealStaged():
+                self._copy_in(peer, record)
+            case _ if isinstance(record, wire.COMMANDS):
+                peer.send(self._handle(peer, record))
+            case _:
+                raise ProtocolError(f"{type(record).__name__} is no command")
+
+    def _handle(self, peer: Peer, command: c.Command) -> c.Result:
+        """One command; sees to it that what it made due is done in time."""
+        self._tenants.tick()
+        result = peer.tenant.store.handle(peer.connection, command, self._tenants.now_ms())
+        self._tick_in_time()
+        return result
+
+    def _tick_in_time(self) -> None:
+        delay_s = self._tenants.next_due_s()
+        if delay_s is None:
+            return
+        at_s = self._loop.now_s() + delay_s
+        if self._ticks_at_s is None or at_s < self._ticks_at_s:
+            self._ticks_at_s = at_s
+            self._loop.call_later(delay_s, lambda: self._tick(at_s))
+
+    def _tick(self, at_s: float) -> None:
+        if at_s != self._ticks_at_s:
+            return  # an earlier moment was asked for since, and that call looks further
+        self._ticks_at_s = None
+        self._tenants.tick()
+        self._tick_in_time()
+
+    # -- copy-in -----------------------------------------------------------------------
+
+    def _stage(self, peer: Peer, record: wire.Stage) -> None:
+        area = StagingArea(peer.take_fd(), record.nbytes)
+        if peer.staging:
+            peer.staging.close()
+        peer.staging = area
+        peer.send(c.Count(blocks=0))
+
+    def _copy_in(self, peer: Peer, record: wire.SealStaged) -> None:
+        """Copies in another thread; until it ends nothing else of this peer is served."""
+        copy = self._plan(peer, record)
+        peer.busy = True
+        self._loop.unwatch(peer.sock.fileno())
+
+        def ended(done: Future[c.Seal]) -> None:
+            self._loop.call_soon(lambda: self._sealed(peer, done))
+
+        self._copies.submit(copy.run).add_done_callback(ended)
+
+    def _plan(self, peer: Peer, record: wire.SealStaged) -> Copy:
+        if peer.staging is None:
+            raise ProtocolError("staged blocks without staging memory")
+        granted = peer.tenant.store.granted(
+            peer.connection, record.namespace, record.put_id, record.hashes
+        )
+        part = part_of(granted.layout, granted.cells)
+        if record.offsets.shape != (len(record.hashes),):
+            raise ProtocolError("staged blocks without their offsets")
+        return Copy(
+            record=record,
+            part=part,
+            sources=[peer.staging.cut(at, part.nbytes) for at in record.offsets.tolist()],
+            payloads=granted.payloads,
+        )
+
+    def _sealed(self, peer: Peer, done: Future[c.Seal]) -> None:
+        peer.busy = False
+        self._loop.watch(peer.sock.fileno(), lambda: self._ready(peer))
+
+        def work() -> None:
+            try:
+                peer.send(self._handle(peer, done.result()))
+            except KVStoreError as error:
+                peer.send(failed(error))
+            self._serve(peer)
+
+        self._guarded(peer, work)

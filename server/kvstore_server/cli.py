@@ -1,101 +1,134 @@
-"""`kvstore-server`: reads the settings, makes the memory, serves until SIGTERM."""
+"""`kvstore-server`: reads the settings and serves, or shows and checks them."""
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
+import contextlib
+import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from kvstore import __version__
-from kvstore.embedded import default_max_blocks
 from kvstore.errors import KVStoreError
-from kvstore.memory import Arenas
-from kvstore.store import Store
-from kvstore_server.channel import ChannelServer, bind
+from kvstore.sizes import format_size
 from kvstore_server.settings import Settings
+from kvstore_server.settings_sources import Loaded, load
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def load_secret(folder: Path) -> bytes:
-    """The 32-byte secret that keys all chains; made once, mode 0600, so keys survive restarts."""
-    path = folder / "chain.key"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        secret = path.read_bytes()
-        if len(secret) != 32:
-            raise KVStoreError(f"{path} holds {len(secret)} bytes, not 32: restore it") from None
-        return secret
-    secret = secrets.token_bytes(32)
-    with os.fdopen(fd, "wb") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
-    return secret
+# Plain errors: a daemon's are read in logs, one line each.
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+config_app = typer.Typer(help="Shows and checks the settings; starts nothing.")
+app.add_typer(config_app, name="config")
 
 
-def serve(settings: Settings) -> None:
-    """Runs the daemon in this process until SIGTERM or SIGINT."""
-    listener = bind(settings.socket)
-    try:
-        max_blocks = settings.max_blocks or default_max_blocks(settings.dram)
-        arenas = Arenas.create(settings.dram, max_blocks)
-        arenas.index.forbid_new_writers()
-        arenas.generations.forbid_new_writers()
-        instance = secrets.randbits(63)
-        store = Store(
-            arenas.store_memory(),
-            secret=load_secret(settings.data_dir),
-            instance_id=instance,
-            max_blocks=max_blocks,
-            policy=settings.eviction,
-        )
-        server = ChannelServer(store, arenas, listener, instance=instance)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop())
-        print(
-            f"kvstore-server {__version__}\n"
-            f"  socket    unix://{settings.socket}\n"
-            f"  dram      {settings.dram / (1 << 20):.0f} MiB, {settings.eviction} eviction\n"
-            f"  blocks    at most {max_blocks}",
-            flush=True,
-        )
-        server.run()
-    finally:
-        listener.close()
-        settings.socket.unlink(missing_ok=True)
+def _help(field: str) -> str | None:
+    return Settings.model_fields[field].description
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvstore-server {__version__}")
+        raise typer.Exit
+
+
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
+
+
+@app.callback(invoke_without_command=True)
 def run(
-    socket: Annotated[Path | None, typer.Option(help="Unix socket to serve.")] = None,
-    dram: Annotated[str | None, typer.Option(help="Pool size, as 8GiB.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the chain key.")] = None,
-    eviction: Annotated[str | None, typer.Option(help="lru, arc or s3fifo.")] = None,
-    max_blocks: Annotated[int | None, typer.Option(help="Size of the index.")] = None,
+    context: typer.Context,
+    *,
+    config: Config = None,
+    socket: Annotated[str | None, typer.Option(help=_help("socket"))] = None,
+    dram: Annotated[str | None, typer.Option(help=_help("dram"))] = None,
+    data_dir: Annotated[str | None, typer.Option(help=_help("data_dir"))] = None,
+    eviction: Annotated[str | None, typer.Option(help=_help("eviction"))] = None,
+    tenants: Annotated[str | None, typer.Option(help=_help("tenants"))] = None,
+    max_blocks: Annotated[str | None, typer.Option(help=_help("max_blocks"))] = None,
+    trust: Annotated[str | None, typer.Option(help=_help("trust"))] = None,
+    huge_pages: Annotated[str | None, typer.Option(help=_help("huge_pages"))] = None,
+    numa_node: Annotated[str | None, typer.Option(help=_help("numa_node"))] = None,
+    prefault: Annotated[
+        bool | None, typer.Option("--prefault/--no-prefault", help=_help("prefault"))
+    ] = None,
+    grpc: Annotated[bool | None, typer.Option("--grpc/--no-grpc", help=_help("grpc"))] = None,
+    grpc_port: Annotated[str | None, typer.Option(help=_help("grpc_port"))] = None,
+    log_format: Annotated[str | None, typer.Option(help=_help("log_format"))] = None,
+    log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    """Serves a KV cache to the engines of this host."""
-    flags: dict[str, Any] = {
-        "socket": socket,
-        "dram": dram,
-        "data_dir": data_dir,
-        "eviction": eviction,
-        "max_blocks": max_blocks,
+    """Serves a KV cache to the engines of this host. Every flag may also be a variable,
+    KVSTORE_DRAM for --dram, or a key of the settings file."""
+    # All flags are text here, so that a bad one gets the same message wherever it was written.
+    given = {name: value for name, value in locals().items() if name in Settings.model_fields}
+    context.obj = {name: value for name, value in given.items() if value is not None}
+    context.meta["config"] = config
+    if context.invoked_subcommand is None:
+        with _errors_as_exits():
+            _serve(load(context.obj, config))
+
+
+def _serve(loaded: Loaded) -> None:
+    from kvstore_server.serve import serve  # showing settings must not need what serving needs
+
+    serve(loaded.settings)
+
+
+@config_app.command()
+def show(
+    context: typer.Context,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Prints every setting, its value, and where it came from."""
+    with _errors_as_exits():
+        loaded = load(context.obj, config or context.meta["config"])
+    print(_as_json(loaded) if as_json else _as_table(loaded))
+
+
+@config_app.command()
+def check(context: typer.Context, config: Config = None) -> None:
+    """Says whether the daemon would accept the settings; the exit code is 2 if not."""
+    with _errors_as_exits():
+        loaded = load(context.obj, config or context.meta["config"])
+    print(f"ok: {loaded.file or 'no settings file'}")
+
+
+def _as_json(loaded: Loaded) -> str:
+    values = loaded.settings.model_dump(mode="json")
+    rows: Mapping[str, object] = {
+        field: {"value": values[field], "origin": origin.kind, "name": origin.name or None}
+        for field, origin in loaded.origins.items()
     }
+    return json.dumps(rows, indent=2)
+
+
+def _as_table(loaded: Loaded) -> str:
+    rows = [
+        (field, _as_words(getattr(loaded.settings, field), field), str(origin))
+        for field, origin in loaded.origins.items()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
+
+
+def _as_words(value: object, field: str) -> str:
+    if field == "dram" and isinstance(value, int):
+        return format_size(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)
+
+
+@contextlib.contextmanager
+def _errors_as_exits() -> Iterator[None]:
+    """One line on standard error, and the exit code of the error's class."""
     try:
-        serve(Settings(**{name: value for name, value in flags.items() if value is not None}))
-    except ValidationError as error:
-        for problem in error.errors():
-            print(f"kvstore-server: {problem['loc'][0]}: {problem['msg']}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        yield
     except (KVStoreError, OSError) as error:
         print(f"kvstore-server: {error}", file=sys.stderr)
         raise typer.Exit(getattr(error, "code", 1)) from None

@@ -1,47 +1,176 @@
-"""The daemon's settings: flags over `KVSTORE_*` environment over defaults."""
+"""The daemon's settings: flags over `KVSTORE_*` environment over a TOML file over defaults."""
 
 from __future__ import annotations
 
 import os
-import re
-import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+from kvstore import limits
+from kvstore.channel.paths import default_socket, grpc_socket
+from kvstore.embedded import default_max_blocks
+from kvstore.errors import InvalidArgument
+from kvstore.memory import HugePages
+from kvstore.sizes import format_size, parse_size
+from kvstore_server.logs import LogFormat, LogLevel
 
-
-def parse_size(value: object) -> int:
-    """Bytes of "8GiB", "512MiB", "1G" or a plain number; ValueError otherwise."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(value), re.IGNORECASE)
-    if not found:
-        raise ValueError(f"{value!r} is no size: write 8GiB, 512MiB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def default_socket() -> Path:
-    """`kvstore.sock` in the user's runtime folder, or in a folder of its own under /tmp."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) if runtime else Path(tempfile.gettempdir()) / f"kvstore-{os.getuid()}"
-    return folder / "kvstore.sock"
+_MAX_SOCKET_PATH_BYTES = 107  # of sockaddr_un's 108 one is the closing zero
 
 
 def default_data_dir() -> Path:
-    """Where the keys of the namespaces are kept between runs."""
+    """Where the secrets are kept between runs; `InvalidArgument` for a user without a home."""
     state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "kvstore"
+    if state:
+        return Path(state) / "kvstore"
+    try:
+        return Path.home() / ".local" / "state" / "kvstore"
+    except RuntimeError:
+        raise InvalidArgument("data_dir", "this user has no home folder: name one") from None
+
+
+def _absolute(path: Path) -> Path:
+    """The gateway and later readers of the banner need not share this working folder."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _parse_pool_size(value: object) -> int:
+    nbytes = parse_size(value)
+    if nbytes < limits.MIN_POOL_BYTES:
+        raise ValueError(f"should be {format_size(limits.MIN_POOL_BYTES)} or more")
+    return nbytes
+
+
+def _not_bool(value: object) -> object:
+    # Python counts True as the number 1; in a settings file it is a mistake.
+    if isinstance(value, bool):
+        raise ValueError("should be a whole number")
+    return value
+
+
+def _none_word(value: object) -> object:
+    """Lets the environment and flags say what TOML says by leaving the key out."""
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+def _check_socket_path(path: Path) -> None:
+    length = len(os.fsencode(path))
+    if length > _MAX_SOCKET_PATH_BYTES:
+        raise ValueError(
+            f"{path} has {length} bytes, a unix socket's path at most {_MAX_SOCKET_PATH_BYTES}:"
+            " choose a shorter one"
+        )
+
+
+PoolSize = Annotated[int, BeforeValidator(_parse_pool_size)]
+WholeNumber = Annotated[int, BeforeValidator(_not_bool)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Settings(BaseSettings):
-    """Everything that `kvstore-server` can be told."""
+    """Everything that `kvstore-server` can be told. Built from arguments alone; `load` in
+    `settings_sources` is what reads the file and the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="KVSTORE_", extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="KVSTORE_",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+    )
 
-    socket: Path = Field(default_factory=default_socket)
-    dram: Annotated[int, BeforeValidator(parse_size)] = 1 << 30
-    data_dir: Path = Field(default_factory=default_data_dir)
-    eviction: str = "lru"
-    max_blocks: int | None = Field(default=None, ge=1)
+    socket: AbsolutePath = Field(
+        default_factory=default_socket, description="Unix socket of the same-host channel."
+    )
+    dram: PoolSize = Field(default=1 << 30, description="Pool size, such as 8GiB.")
+    data_dir: AbsolutePath = Field(
+        default_factory=default_data_dir, description="Folder of the chain key and the token."
+    )
+    eviction: Literal["lru", "arc", "s3fifo"] = Field(
+        default="lru", description="Which blocks go first: lru, arc or s3fifo."
+    )
+    tenants: WholeNumber = Field(
+        default=1, ge=1, description="How many users may have a pool; the memory is split."
+    )
+    max_blocks: Annotated[WholeNumber | None, BeforeValidator(_none_word)] = Field(
+        default=None, ge=1, description="Most blocks in one pool (none: as many as may fit)."
+    )
+    trust: Literal["direct", "copy-in"] = Field(
+        default="direct",
+        description="direct: the owner's engines write the pool; copy-in: only the daemon does.",
+    )
+    huge_pages: HugePages = Field(
+        default=HugePages.AUTO, description="Huge pages for the pool: auto, off or require."
+    )
+    numa_node: Annotated[WholeNumber | None, BeforeValidator(_none_word)] = Field(
+        default=None, ge=0, le=1023, description="NUMA node of the pool (none: any)."
+    )
+    prefault: bool = Field(default=True, description="Take the pool's memory at the start.")
+    grpc: bool = Field(default=True, description="Serve gRPC, in a process of its own.")
+    grpc_port: Annotated[WholeNumber | None, BeforeValidator(_none_word)] = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Loopback TCP port of gRPC (0: any free one; none: no TCP).",
+    )
+    log_format: LogFormat = Field(default="text", description="Log lines as text or json.")
+    log_level: LogLevel = Field(
+        default="info", description="Least level to log: debug, info, warning or error."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments alone: what reads the world also has to say where each value came from."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        assert isinstance(init_settings, InitSettingsSource)
+        return (init_settings,)
+
+    @field_validator("socket")
+    @classmethod
+    def _socket_fits(cls, path: Path) -> Path:
+        _check_socket_path(grpc_socket(path))  # the longer of the two
+        return path
+
+    @field_validator("tenants")
+    @classmethod
+    def _pools_fit(cls, tenants: int, info: ValidationInfo) -> int:
+        dram = info.data.get("dram")
+        if dram is not None and dram // tenants < limits.MIN_POOL_BYTES:
+            raise ValueError(
+                f"{format_size(dram)} split {tenants} ways is under"
+                f" {format_size(limits.MIN_POOL_BYTES)} a pool: raise dram or lower tenants"
+            )
+        return tenants
+
+    @field_validator("max_blocks")
+    @classmethod
+    def _blocks_fit(cls, max_blocks: int | None, info: ValidationInfo) -> int | None:
+        dram, tenants = info.data.get("dram"), info.data.get("tenants")
+        if max_blocks is None or dram is None or tenants is None:
+            return max_blocks
+        most = dram // tenants // limits.GRANULE_BYTES
+        if max_blocks > most:
+            raise ValueError(f"a pool of {format_size(dram // tenants)} holds at most {most}")
+        return max_blocks
+
+    @property
+    def max_blocks_per_pool(self) -> int:
+        """`max_blocks`, or what a pool of this size is made for."""
+        return self.max_blocks or default_max_blocks(self.dram // self.tenants)

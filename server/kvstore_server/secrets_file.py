@@ -1,0 +1,79 @@
+"""The daemon's two secret files: the key of all chains, and the token of gRPC over TCP.
+
+Both are made once, with mode 0600, and are whole or absent: a crash never leaves half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from kvstore.errors import InvalidArgument, KVStoreError
+
+_SECRET_BYTES = 32
+_MIN_TOKEN_CHARACTERS = 16
+
+
+def load_secret(folder: Path) -> bytes:
+    """The 32-byte secret that keys all chains, made on first use, so that keys survive restarts.
+
+    `KVStoreError` for a file of another length, `InvalidArgument` for one that all users can
+    read, `OSError` where the folder cannot be written.
+    """
+    path = folder / "chain.key"
+    secret = _read_or_make(path, secrets.token_bytes(_SECRET_BYTES))
+    if len(secret) != _SECRET_BYTES:
+        raise KVStoreError(f"{path} holds {len(secret)} bytes, not {_SECRET_BYTES}: restore it")
+    return secret
+
+
+def load_token_path(folder: Path) -> Path:
+    """The file with the bearer token that gRPC over TCP asks for, made on first use.
+
+    Raises as `load_secret` does, and `KVStoreError` for a token that is short or not ASCII.
+    """
+    path = folder / "grpc.token"
+    token = _read_or_make(path, secrets.token_urlsafe(_SECRET_BYTES).encode() + b"\n").strip()
+    if len(token) < _MIN_TOKEN_CHARACTERS or not token.isascii():
+        raise KVStoreError(
+            f"{path} holds no token of {_MIN_TOKEN_CHARACTERS} ASCII characters or more:"
+            " remove it and a new one is made"
+        )
+    return path
+
+
+def _read_or_make(path: Path, content: bytes) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        _publish(path, content)
+    # The group is let in: orchestrators hand volumes to a group of the pod's own.
+    if path.stat().st_mode & 0o007:
+        raise InvalidArgument("data_dir", f"all users can reach {path}: run chmod 600 on it")
+    return path.read_bytes()
+
+
+def _publish(path: Path, content: bytes) -> None:
+    """Writes the file whole under another name, then links it; keeps one that is there already."""
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return  # another daemon was faster; its content counts
+    finally:
+        os.unlink(temporary)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

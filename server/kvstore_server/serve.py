@@ -1,0 +1,237 @@
+"""The daemon's life: checks, memory, channel, gateway, banner, drain. It decides about no block."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import structlog
+
+from kvstore import __version__
+from kvstore.channel.paths import grpc_socket
+from kvstore.errors import InvalidArgument
+from kvstore.host import Host, read_host
+from kvstore.memory import HugePages
+from kvstore.sizes import format_size
+from kvstore_server.channel import ChannelServer, bind, raise_descriptor_limit
+from kvstore_server.logs import configure_logging
+from kvstore_server.loop import Loop
+from kvstore_server.secrets_file import load_secret, load_token_path
+from kvstore_server.settings import Settings
+from kvstore_server.supervisor import Gateway, GatewayReady
+from kvstore_server.tenants import Tenants
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+# Some programs, timeout(1) among them, signal a process and then its group: that is one request.
+_SAME_SIGNAL_S = 0.2
+
+log = structlog.get_logger()
+
+
+def check_pool_fits(settings: Settings, host: Host) -> None:
+    """`InvalidArgument` for a pool that the machine, or the process's cgroup, cannot hold.
+
+    Asked before anything is made: too large a pool would start well and be killed when it fills.
+    """
+    reserved = host.huge_pages.free * host.huge_pages.page_bytes
+    if settings.huge_pages is not HugePages.OFF and settings.dram <= reserved:
+        return  # reserved huge pages are no part of the memory that is counted as available
+    room = host.room
+    if room and settings.dram > room.nbytes:
+        raise InvalidArgument(
+            "dram",
+            f"a pool of {format_size(settings.dram)} does not fit into the"
+            f" {format_size(room.nbytes)} of memory available ({room.bound_by}): lower dram",
+        )
+
+
+class EndingSignals:
+    """SIGTERM and SIGINT as a descriptor that a loop can watch. A second one kills at once."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self.fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._now_s = now_s
+        self._first_s: float | None = None
+        self._previous = {number: signal.signal(number, self._note) for number in _ENDING}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._first_s is None:
+            self._first_s = self._now_s()
+            os.write(self._write_fd, b"x")
+        elif self._now_s() - self._first_s > _SAME_SIGNAL_S:
+            # The kernel's own action needs no loop that still turns.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def close(self) -> None:
+        """Puts the previous handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.close(self.fd)
+        os.close(self._write_fd)
+
+
+class SocketFile:
+    """The file of a unix socket, removed only while it is still the one that was seen."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, int] | None = None
+
+    def see(self) -> None:
+        """Takes what lies there now for ours."""
+        self._seen = self._identity()
+
+    def remove(self) -> None:
+        """Removes ours; a daemon started since then keeps its own."""
+        if self._seen and self._seen == self._identity():
+            self.path.unlink(missing_ok=True)
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None
+        # Whatever else may lie at that path, a file or a folder, is nobody's to remove.
+        return (found.st_dev, found.st_ino) if stat.S_ISSOCK(found.st_mode) else None
+
+
+class _Daemon:
+    """One run: what happens when the gateway has a say, and when a signal arrives."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        tenants: Tenants,
+        loop: Loop,
+        channel: SocketFile,
+        signals: EndingSignals,
+    ) -> None:
+        self._settings, self._tenants, self._loop = settings, tenants, loop
+        self._channel, self._signals = channel, signals
+        self._grpc = SocketFile(grpc_socket(settings.socket))
+        self._banner_due = True
+        self._gateway: Gateway | None = None
+
+    def start(self) -> None:
+        """Queues the first work of the loop: the gateway, or at once the banner."""
+        self._loop.watch(self._signals.fd, self.drain)
+        if not self._settings.grpc:
+            self._loop.call_later(0.0, lambda: self._announce(None))
+            return
+        command = gateway_command(self._settings, load_token_path(self._settings.data_dir))
+        self._gateway = Gateway(self._loop, command, on_outcome=self._announce)
+        self._gateway.start()
+
+    def drain(self) -> None:
+        """No new clients, then the gateway's end, then the loop's."""
+        log.info("drains")
+        self._loop.unwatch(self._signals.fd)
+        self._channel.remove()  # who connects from here on is told at once that nobody is there
+        if self._gateway:
+            self._grpc.see()
+            self._gateway.drain(self._loop.stop)
+        else:
+            self._loop.stop()
+
+    def close(self) -> None:
+        """Ends what still runs."""
+        if self._gateway:
+            self._gateway.close()
+            self._grpc.remove()
+
+    def _announce(self, gateway: GatewayReady | None) -> None:
+        """Prints the banner after the first outcome; later ones are in the log."""
+        if self._banner_due:
+            self._banner_due = False
+            print("\n".join(banner(self._settings, gateway, self._tenants.describe())), flush=True)
+
+
+def gateway_command(settings: Settings, token: Path) -> list[str]:
+    """The gateway's command line, less the pipes that its supervisor adds."""
+    # -P: the folder that the daemon happens to run in must not shadow a module.
+    command = [sys.executable, "-P", "-m", "kvstore_server.gateway"]
+    command += ["--channel", str(settings.socket), "--token-file", str(token)]
+    command += ["--grpc-socket", str(grpc_socket(settings.socket))]
+    if settings.grpc_port is not None:
+        command += ["--grpc-port", str(settings.grpc_port)]
+    return command
+
+
+def banner(
+    settings: Settings, gateway: GatewayReady | None, details: Sequence[str] = ()
+) -> list[str]:
+    """What a started daemon says; scripts wait for the last line, which begins with `  ready`."""
+    pools = f" in {settings.tenants} pools" if settings.tenants > 1 else ""
+    return [
+        f"kvstore-server {__version__}",
+        f"  socket    unix://{settings.socket}",
+        f"  grpc      {_grpc_words(settings, gateway)}",
+        f"  dram      {format_size(settings.dram)}{pools}, {settings.eviction} eviction",
+        f"  blocks    at most {settings.max_blocks_per_pool:,} a pool",
+        f"  data      {settings.data_dir}",
+        *details,
+        f"  ready     pid {os.getpid()}",
+    ]
+
+
+def _grpc_words(settings: Settings, gateway: GatewayReady | None) -> str:
+    if not settings.grpc:
+        return "off"
+    if gateway is None:
+        return "down: the gateway failed and is being tried again, see the log"
+    words = f"unix://{gateway.grpc_socket}"
+    if gateway.grpc_port is not None:
+        words += f", 127.0.0.1:{gateway.grpc_port} with the token in the data folder"
+    return words
+
+
+def _make_tenants(settings: Settings) -> Tenants:
+    return Tenants(
+        dram=settings.dram,
+        max_blocks=settings.max_blocks_per_pool,
+        eviction=settings.eviction,
+        tenants=settings.tenants,
+        trust=settings.trust,
+        huge_pages=settings.huge_pages,
+        numa_node=settings.numa_node,
+        prefault=settings.prefault,
+        secret=load_secret(settings.data_dir),
+        version=__version__,
+    )
+
+
+def serve(settings: Settings) -> None:
+    """Runs the daemon in this process until SIGTERM or SIGINT, then drains it.
+
+    `InvalidArgument` where the machine cannot give what is asked, `Unavailable` beside another
+    daemon, `OSError` for folders that cannot be written; all sockets are gone afterwards.
+    """
+    check_pool_fits(settings, read_host())
+    configure_logging(settings.log_format, settings.log_level)
+    raise_descriptor_limit()
+    with contextlib.ExitStack() as stack:
+        signals = EndingSignals()
+        stack.callback(signals.close)
+        listener = stack.enter_context(bind(settings.socket, for_all_users=settings.tenants > 1))
+        channel = SocketFile(settings.socket)
+        channel.see()
+        stack.callback(channel.remove)
+        tenants = _make_tenants(settings)
+        stack.callback(tenants.close)
+        loop = Loop()
+        stack.callback(loop.close)
+        server = ChannelServer(loop, tenants, listener)
+        stack.callback(server.close)
+        daemon = _Daemon(settings, tenants, loop, channel, signals)
+        stack.callback(daemon.close)
+        daemon.start()
+        loop.run()

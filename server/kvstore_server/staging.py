@@ -1,0 +1,64 @@
+"""Copy-in: the daemon takes blocks out of a client's staging memory and hashes what it took.
+
+A client that may not write the pool cannot change a byte after its checksum was made: both are
+made here, from the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore.channel import wire
+from kvstore.errors import InvalidArgument
+from kvstore.memory import Arena, open_sealed
+from kvstore.session.base import Bytes1D
+from kvstore.session.link import Part
+
+
+class StagingArea:
+    """A client's staging memory, mapped for reading."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        """Takes the descriptor over; `InvalidArgument` unless it is sealed to its size."""
+        self._arena: Arena = open_sealed(fd, nbytes)
+
+    def cut(self, offset: int, nbytes: int) -> Bytes1D:
+        """The bytes at an offset that the client named; `InvalidArgument` for one outside."""
+        if offset + nbytes > self._arena.nbytes:
+            raise InvalidArgument("offsets", f"{offset} + {nbytes} bytes lie outside the staging")
+        return self._arena.array[offset : offset + nbytes]
+
+    def close(self) -> None:
+        """Unmaps it."""
+        self._arena.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """Staged blocks on their way to their slots. `checksums`: (n, cells), in the hashes' order.
+
+    Blocks that were not granted have no payload: nothing is copied, and the seal drops them.
+    """
+
+    record: wire.SealStaged
+    part: Part
+    sources: Sequence[Bytes1D]
+    payloads: Sequence[Bytes1D | None]
+
+    def run(self) -> c.Seal:
+        """Copies and hashes; returns the seal of what arrived. Safe in any thread."""
+        width = len(self.part.bounds) - 1
+        checksums = np.zeros((len(self.sources), width), np.uint64)
+        for i, (source, payload) in enumerate(zip(self.sources, self.payloads, strict=True)):
+            if payload is not None:
+                checksums[i] = self.part.copy_in(source, payload)
+        return c.Seal(
+            namespace=self.record.namespace,
+            put_id=self.record.put_id,
+            hashes=self.record.hashes,
+            checksums=checksums,
+        )
