@@ -1,0 +1,22 @@
+"""The `kvstore` command: asks a store, explains its answers, checks the host, measures."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+_NEEDED = ("rich", "typer")
+
+
+def main() -> int:
+    """Entry point; returns the exit code (see `output.Code`)."""
+    try:
+        from kvstore_client.cli.app import run
+    except ModuleNotFoundError as error:
+        if error.name not in _NEEDED:
+            raise
+        print(f"kvstore: needs {error.name}: pip install 'kvstore-llm[cli]'", file=sys.stderr)
+        return 2
+    # What the libraries warn of goes to standard error, one line each, as errors do.
+    logging.basicConfig(format="kvstore: %(message)s", level=logging.WARNING)
+    return run(sys.argv[1:])

@@ -1,0 +1,46 @@
+"""Which store a command asks, and how it gets a session with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from kvstore.errors import InvalidArgument
+from kvstore.session.base import Session
+from kvstore_client.client import KVStoreClient
+from kvstore_client.targets import default_target
+
+TARGET_VARIABLE = "KVSTORE_TARGET"
+TOKEN_VARIABLE = "KVSTORE_TOKEN_FILE"
+
+Connect = Callable[[str, float], AbstractContextManager[Session]]
+
+
+def target_of(option: str | None) -> str:
+    """The option's target, else $KVSTORE_TARGET, else this user's daemon."""
+    return option or os.environ.get(TARGET_VARIABLE) or default_target()
+
+
+def connect(target: str, timeout_s: float) -> AbstractContextManager[Session]:
+    """A session with the store at `target`, closed at the end of the `with`.
+
+    Raises `InvalidArgument`, `Unavailable`, and over gRPC `DeadlineExceeded`, `PermissionDenied`.
+    """
+    return contextlib.closing(KVStoreClient(target, timeout_s=timeout_s, token=read_token(target)))
+
+
+def read_token(target: str) -> str | None:
+    """The token in the file that $KVSTORE_TOKEN_FILE names; None for targets that need none.
+
+    A file, since command lines and environments can be read by others. Raises `InvalidArgument`.
+    """
+    path = os.environ.get(TOKEN_VARIABLE)
+    if not path or not target.startswith("grpc://"):
+        return None
+    try:
+        return Path(path).read_text("ascii").strip()
+    except (OSError, UnicodeError) as error:
+        raise InvalidArgument(TOKEN_VARIABLE, f"{path} holds no token: {error}") from None
