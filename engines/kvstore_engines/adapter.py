@@ -7,34 +7,66 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore import Hit, Layout, hash_chain
-from kvstore.session import LocalSession
-from kvstore_engines.store_port import GetResult
+from kvstore import Hint, HintKind, Hit, Layout, Session, Tier, hash_chain
+from kvstore_engines.store_port import MISS, GetResult
+
+# Slowest last: what a run of hits took is what its slowest block took.
+SPEED_ORDER = (Tier.HBM, Tier.DRAM, Tier.NVME)
 
 
 class SessionStore:
-    """Blocks of one layout, in the namespace `name` of `session`."""
+    """Blocks of one layout, or those of their cells that hold `heads`, in a namespace.
 
-    def __init__(self, session: LocalSession, name: str, layout: Layout) -> None:
+    heads: the key/value heads of this rank, None for all. Raises what `Session.open_namespace`
+    and `Layout.cells_of` raise.
+    """
+
+    def __init__(
+        self, session: Session, name: str, layout: Layout, heads: range | None = None
+    ) -> None:
         self._session = session
+        self._cells = layout.cells_of(heads=heads)
         self._namespace = session.open_namespace(name, layout)
 
-    def chain(self, token_ids: Sequence[int]) -> NDArray[np.uint8]:
-        """Keyed hashes of the full blocks, (n, 32) uint8."""
+    def chain(self, token_ids: Sequence[int], parent: bytes = b"") -> NDArray[np.uint8]:
+        """See `BlockStore.chain`; the hashes are keyed by the namespace's secret."""
         namespace = self._namespace
-        return hash_chain(token_ids, block_tokens=namespace.layout.block_tokens, key=namespace.key)
+        return hash_chain(
+            token_ids,
+            block_tokens=namespace.layout.block_tokens,
+            key=namespace.key,
+            parent=parent or None,
+        )
 
     def get_into(
         self, hashes: NDArray[np.uint8], destinations: Sequence[NDArray[np.uint8]]
     ) -> GetResult:
-        """Fills the leading destinations that are stored."""
-        hits = [
-            answer
-            for answer in self._session.get_into(self._namespace, hashes, destinations)
-            if isinstance(answer, Hit)
-        ]
-        return GetResult(len(hits), str(hits[-1].tier) if hits else None)
+        """See `BlockStore.get_into`."""
+        answers = self._session.get_into(self._namespace, hashes, destinations, cells=self._cells)
+        tiers = [answer.tier for answer in answers if isinstance(answer, Hit)]
+        return GetResult(len(tiers), str(max(tiers, key=SPEED_ORDER.index))) if tiers else MISS
 
-    def put(self, hashes: NDArray[np.uint8], sources: Sequence[NDArray[np.uint8]]) -> int:
-        """Stores what is missing; returns how many blocks are new."""
-        return self._session.put(self._namespace, hashes, sources).stored
+    def put(
+        self,
+        hashes: NDArray[np.uint8],
+        sources: Sequence[NDArray[np.uint8]],
+        *,
+        put_id: bytes,
+        parent: bytes = b"",
+        position: int = 0,
+    ) -> int:
+        """See `BlockStore.put`; blocks that other ranks still owe cells of count too."""
+        put = self._session.put(
+            self._namespace,
+            hashes,
+            sources,
+            put_id=put_id,
+            cells=self._cells,
+            parent=parent,
+            position=position,
+        )
+        return put.stored + put.waiting
+
+    def hint_session_ends(self, hashes: NDArray[np.uint8]) -> None:
+        """See `EndsSessions.hint_session_ends`: the store evicts these blocks first."""
+        self._session.hint(self._namespace, hashes, Hint(kind=HintKind.SESSION_ENDS))

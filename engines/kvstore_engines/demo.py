@@ -1,180 +1,157 @@
 """The main job, on real input: one process prefills and puts, another gets and decodes.
 
-A real `kvstore-server` stands between them, and a third run without a store is the reference.
-Exits 1 when a token differs or nothing was matched.
+A real `kvstore-server` stands between them, and a third process without a store is the
+reference. Exits 1 when a token differs or nothing was matched. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
-from kvstore import Attention, Layout
-from kvstore_client import KVStoreClient
-from kvstore_engines.adapter import SessionStore
-from kvstore_engines.checkpoint import fingerprint, load_checkpoint
-from kvstore_engines.engine import Engine
-from kvstore_engines.smollm2 import ensure_smollm2, load_tokenizer
+from kvstore_engines.demo_report import Row, print_report
+from kvstore_engines.demo_text import QUESTIONS, prompt_text
+from kvstore_engines.jobs import EngineSpec, Job, Result, WorkerError
+from kvstore_engines.launch import Workers, workers
+from kvstore_engines.smollm2 import ModelUnavailableError, ensure_smollm2, load_tokenizer
 
-BLOCK_TOKENS = 16
 NEW_TOKENS = 24
-SYSTEM = (
-    "You are the assistant of a small public library. You answer in one or two plain sentences. "
-    "The library opens at nine and closes at eighteen from Monday to Friday, and at thirteen on "
-    "Saturday; it is closed on Sunday. Books are lent for four weeks and may be renewed twice. "
-    "Films are lent for one week. Children under twelve need a card signed by a parent. The "
-    "reading room on the second floor is quiet; the ground floor is for talking and coffee. "
-    "Do not invent rules that are not written here."
-)
-FIRST = "What is the capital of France?"
-QUESTIONS = [
-    [FIRST],
-    ["How long may I keep a book?"],
-    ["When do you close on Saturday?"],
-    [FIRST, "The capital of France is Paris.", "And on which river does it lie?"],
-]
+NUM_PAGES = 256
+END_S = 20.0
+WARM_UP_TOKENS = 8  # less than a block: warms torch, not the store
+LAST_LINE_OF_BANNER = "  ready"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def prompt_text(turns: list[str]) -> str:
-    """A conversation in SmolLM2's chat format, open for the assistant's next answer."""
-    roles = ("user", "assistant")
-    said = "".join(
-        f"<|im_start|>{roles[i % 2]}\n{turn}<|im_end|>\n" for i, turn in enumerate(turns)
-    )
-    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{said}<|im_start|>assistant\n"
+class ServerError(RuntimeError):
+    """The daemon did not start; its own words say why."""
 
 
-def layout_of(model: Path) -> Layout:
-    """The layout of the model's fp32 blocks."""
-    config = load_checkpoint(model).config
-    return Layout(
-        model=fingerprint(model),
-        attention=Attention.GQA,
-        layers=config.layers,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        dtype="float32",
-        block_tokens=BLOCK_TOKENS,
-    )
+class Steps:
+    """Says what is going on, and how long it took."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[Callable[[str], None]]:
+        """One step; what it yields shows how far the step is."""
+        began = time.perf_counter()
+        with self._console.status(title) as status:
+            # Where there is no terminal, as in a log, a status line would never be seen.
+            yield (
+                (lambda detail: status.update(f"{title}: {detail}"))
+                if self._console.is_terminal
+                else (lambda detail: self._console.print(f"    {detail}"))
+            )
+        self._console.print(f"  {title:<58}{time.perf_counter() - began:6.1f} s")
 
 
-def answer(model: Path, target: str | None, new_tokens: int) -> list[dict[str, Any]]:
-    """Answers every question in turn, with the store at `target` or without one."""
-    tokenizer = load_tokenizer(model)
-    prompts = [tokenizer.encode(prompt_text(turns)).ids for turns in QUESTIONS]
-    store = None
-    if target:
-        store = SessionStore(KVStoreClient(target), "demo", layout_of(model))
-    engine = Engine(model, store=store, num_pages=256, block_tokens=BLOCK_TOKENS)
-    engine.generate([prompts[0][:8]], 1)  # the first forward pass warms torch, not the store
-    rows = []
-    for prompt in prompts:
-        result = engine.generate([prompt], new_tokens)[0]
-        rows.append(
-            {
-                "prompt_tokens": result.prompt_tokens,
-                "matched_tokens": result.matched_tokens,
-                "tier": result.tier,
-                "ttft_s": result.time_to_first_token_s,
-                "stored": result.stored_blocks,
-                "tokens": list(result.token_ids),
-                "text": tokenizer.decode(list(result.token_ids)),
-            }
-        )
-    return rows
-
-
-@contextmanager
+@contextlib.contextmanager
 def server(folder: Path) -> Iterator[str]:
-    """A `kvstore-server` on a unix socket in `folder`."""
+    """A `kvstore-server` on a unix socket in `folder`; gives its target."""
     socket = folder / "kvstore.sock"
-    command = [sys.executable, "-m", "kvstore_server.cli", "--dram", "512MiB"]
+    flags = ["--dram", "512MiB", "--no-grpc", "--socket", str(socket)]
     process = subprocess.Popen(
-        [*command, "--socket", str(socket), "--data-dir", str(folder / "data")],
+        [sys.executable, "-m", "kvstore_server.cli", *flags, "--data-dir", str(folder / "data")],
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert process.stdout is not None
     try:
-        for line in process.stdout:
-            if line.startswith("  blocks"):  # the banner's last line: it serves
-                break
+        _wait_ready(process)
         yield f"unix://{socket}"
     finally:
         process.terminate()
-        process.wait(20)
-        process.stdout.close()
+        try:
+            process.communicate(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
-def run_process(model: Path, target: str | None, new_tokens: int) -> list[dict[str, Any]]:
-    """`answer` in a process of its own."""
-    command = [sys.executable, "-m", "kvstore_engines.demo", "--model", str(model)]
-    command += ["--new-tokens", str(new_tokens), *(["--target", target] if target else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
+def _wait_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout
+    said: list[str] = []
+    for line in process.stdout:
+        said.append(line.rstrip())
+        if line.startswith(LAST_LINE_OF_BANNER):
+            return
+    raise ServerError("\n".join(["kvstore-server did not start:", *said[-3:]]))
 
 
-def show(console: Console, decoded: list[dict[str, Any]], plain: list[dict[str, Any]]) -> bool:
-    """Prints the table; returns whether all tokens are equal and something was matched."""
-    table = Table(title="SmolLM2-135M through kvstore")
-    for name in ("prompt tokens", "matched", "tier", "TTFT with", "TTFT without", "tokens equal"):
-        table.add_column(name, justify="right")
-    table.add_column("answer")
-    for with_store, without in zip(decoded, plain, strict=True):
-        table.add_row(
-            str(with_store["prompt_tokens"]),
-            str(with_store["matched_tokens"]),
-            with_store["tier"] or "-",
-            f"{with_store['ttft_s'] * 1e3:.0f} ms",
-            f"{without['ttft_s'] * 1e3:.0f} ms",
-            "yes" if with_store["tokens"] == without["tokens"] else "NO",
-            with_store["text"].strip()[:48],
-        )
-    console.print(table)
-    matched = sum(row["matched_tokens"] for row in decoded)
-    prompts = sum(row["prompt_tokens"] for row in decoded)
-    equal = [a["tokens"] == b["tokens"] for a, b in zip(decoded, plain, strict=True)]
-    console.print(
-        f"{matched} of {prompts} prompt tokens came from the store; "
-        f"{sum(equal)} of {len(equal)} answers equal to the token"
-    )
-    return all(equal) and matched > 0
+def answer(
+    engine: EngineSpec,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    progress: Callable[[str], None],
+) -> list[Result]:
+    """Answers the prompts one after the other, in a process of its own."""
+    progress("loading torch and the model")
+    with workers() as started:
+        _ask(started, engine, prompts[0][:WARM_UP_TOKENS], 1)
+        results = []
+        for i, prompt in enumerate(prompts):
+            progress(f"question {i + 1} of {len(prompts)}")
+            results.append(_ask(started, engine, prompt, new_tokens))
+    return results
+
+
+def _ask(started: Workers, engine: EngineSpec, prompt: list[int], new_tokens: int) -> Result:
+    return started.ask(Job(engine=engine, prompts=[prompt], new_tokens=new_tokens))[0][0]
+
+
+def measure(steps: Steps) -> list[Row]:
+    """The whole job: one row for each question."""
+    with steps.step("SmolLM2-135M-Instruct, made ready once") as progress:
+        folder = ensure_smollm2(progress=progress)
+        tokenizer = load_tokenizer(folder)
+        prompts = [tokenizer.encode(prompt_text(turns)).ids for turns in QUESTIONS]
+    engine = EngineSpec(model=str(folder), namespace="demo", num_pages=NUM_PAGES)
+    decoded = _through_the_store(engine, prompts, steps)
+    with steps.step("reference process: computes everything, no store") as progress:
+        plain = answer(engine, prompts, NEW_TOKENS, progress)
+    return [
+        Row(with_store=a, without=b, text=tokenizer.decode(list(a.token_ids)))
+        for a, b in zip(decoded, plain, strict=True)
+    ]
+
+
+def _through_the_store(
+    engine: EngineSpec, prompts: Sequence[list[int]], steps: Steps
+) -> list[Result]:
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as running:
+        with steps.step("kvstore-server starts"):
+            target = running.enter_context(server(Path(work)))
+        stored = dataclasses.replace(engine, target=target)
+        with steps.step("prefill process: computes the prompts, puts their blocks") as progress:
+            answer(stored, prompts, 1, progress)
+        with steps.step("decode process: matches, gets and decodes") as progress:
+            return answer(stored, prompts, NEW_TOKENS, progress)
 
 
 @app.command()
-def main(
-    model: Annotated[Path | None, typer.Option(hidden=True)] = None,
-    target: Annotated[str | None, typer.Option(hidden=True)] = None,
-    new_tokens: Annotated[int, typer.Option(hidden=True)] = NEW_TOKENS,
-) -> None:
-    """Runs the whole demo, or (with --model) one of its processes."""
-    if model:
-        print(json.dumps(answer(model, target, new_tokens)))
-        return
-    console = Console(width=120)
-    with console.status("getting the model ready (once)"):
-        folder = ensure_smollm2(progress=console.print)
-    with tempfile.TemporaryDirectory() as work, server(Path(work)) as at:
-        with console.status("prefill process: computes the prompts and puts their blocks"):
-            run_process(folder, at, 1)
-        with console.status("decode process: matches, gets and decodes"):
-            decoded = run_process(folder, at, NEW_TOKENS)
-    with console.status("reference process: no store"):
-        plain = run_process(folder, None, NEW_TOKENS)
-    if not show(console, decoded, plain):
+def main() -> None:
+    """Runs the demo; exits 1 where a token differs, nothing was matched, or it cannot run."""
+    console = Console(width=min(120, max(100, Console().width)), highlight=False)
+    console.print("kvstore demo: one process prefills and puts, another gets and decodes")
+    try:
+        rows = measure(Steps(console))
+    except (ModelUnavailableError, ServerError, WorkerError) as error:
+        console.print(f"[bold red]The demo cannot run.[/] {escape(str(error))}")
+        raise typer.Exit(1) from None
+    if not print_report(console, rows):
         raise typer.Exit(1)
 
 

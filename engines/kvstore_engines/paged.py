@@ -14,8 +14,9 @@ class PagePool:
 
     `storage` is [pages, *page_shape], contiguous, on the CPU. The page shape is the model's:
     grouped-query attention has [kv_heads, layers, 2, block_tokens, head_dim], which in memory is
-    the store's block layout with one head per cell and all layers in one cell; latent attention
-    has [layers, block_tokens, width].
+    the store's block layout with one head per cell and all layers in one cell; a rank of several
+    has its own heads, and so its own cells of the block. Latent attention has [layers,
+    block_tokens, width].
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class PagePool:
 
     @property
     def page_nbytes(self) -> int:
-        """Bytes in one page, which is one store block."""
+        """Bytes in one page: a store block, or this rank's cells of one."""
         return int(self._bytes.shape[1])
 
     def layer(self, index: int) -> torch.Tensor:

@@ -16,9 +16,13 @@ class FakeBlockStore:
         self.block_tokens = block_tokens
         self.broken = broken
         self.blocks: dict[bytes, NDArray[np.uint8]] = {}
+        self.hashed_tokens = 0
+        self.puts: list[tuple[bytes, bytes, int]] = []  # (put id, parent, position)
+        self.ended: list[bytes] = []
 
-    def chain(self, token_ids: Sequence[int]) -> NDArray[np.uint8]:
-        size, parent, out = self.block_tokens, b"", []
+    def chain(self, token_ids: Sequence[int], parent: bytes = b"") -> NDArray[np.uint8]:
+        size, out = self.block_tokens, []
+        self.hashed_tokens += len(token_ids)
         for start in range(0, len(token_ids) // size * size, size):
             block = np.asarray(token_ids[start : start + size], dtype=np.int64).tobytes()
             parent = hashlib.sha256(parent + block).digest()
@@ -38,12 +42,25 @@ class FakeBlockStore:
             hits += 1
         return GetResult(hits, "fake" if hits else None)
 
-    def put(self, hashes: NDArray[np.uint8], sources: Sequence[NDArray[np.uint8]]) -> int:
+    def put(
+        self,
+        hashes: NDArray[np.uint8],
+        sources: Sequence[NDArray[np.uint8]],
+        *,
+        put_id: bytes,
+        parent: bytes = b"",
+        position: int = 0,
+    ) -> int:
         self._fail_if_broken([])
+        self.puts.append((put_id, parent, position))
         before = len(self.blocks)
         for key, source in zip(hashes, sources, strict=True):
             self.blocks.setdefault(key.tobytes(), source.copy())
         return len(self.blocks) - before
+
+    def hint_session_ends(self, hashes: NDArray[np.uint8]) -> None:
+        self._fail_if_broken([])
+        self.ended.extend(key.tobytes() for key in hashes)
 
     def zero(self) -> None:
         """Spoil every block."""

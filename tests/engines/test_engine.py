@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,87 +10,16 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from engines.fakes import FakeBlockStore  # noqa: E402
+from engines.smollm2 import NEW_TOKENS, Reference  # noqa: E402
+from engines.tiny import MODELS, PROMPTS, reference, save_tiny  # noqa: E402
 
-from kvstore_engines.checkpoint import CheckpointError, fingerprint, load_checkpoint  # noqa: E402
+from kvstore.errors import InvalidArgument  # noqa: E402
+from kvstore_engines.checkpoint import fingerprint, load_checkpoint  # noqa: E402
+from kvstore_engines.config import load_config  # noqa: E402
 from kvstore_engines.engine import Engine  # noqa: E402
-from kvstore_engines.smollm2 import ensure_smollm2, load_tokenizer  # noqa: E402
+from kvstore_engines.fields import CheckpointError  # noqa: E402
 
-pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-MLA: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-    "n_group": 4,
-    "topk_group": 2,
-    "initializer_range": 0.2,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"tie_word_embeddings": True}),
-    "llama3": ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 16}),
-    "deepseek_v2": ("DeepseekV2", {**MLA, "q_lora_rank": None, "topk_method": "greedy"}),
-    "deepseek_v2_groups": (
-        "DeepseekV2",
-        {**MLA, "q_lora_rank": 20, "topk_method": "group_limited_greedy"},
-    ),
-    "deepseek_v3": ("DeepseekV3", {**MLA, "q_lora_rank": 20}),
-}
-PROMPTS = [[(7 * i + j * j) % 97 for j in range(n)] for i, n in enumerate((1, 16, 37, 50))]
-
-
-def save_tiny(name: str, folder: Path) -> Any:
-    """A seeded random model, saved; biases too, so that leaving one out shows."""
-    family, extra = MODELS[name]
-    torch.manual_seed(5)
-    config = getattr(transformers, f"{family}Config")(**{**COMMON, **extra})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if key.endswith("bias"):
-                value.normal_(0, 0.3)
-        for key, value in model.named_buffers():
-            if key.endswith("correction_bias"):
-                value.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    return model
-
-
-def reference(model: Any, prompt: list[int], count: int) -> tuple[int, ...]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
-    )
-    return tuple(out[0, len(prompt) :].tolist())
+pytestmark = pytest.mark.engines
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -162,9 +90,94 @@ def test_a_missing_tensor_or_field_is_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-def test_smollm2_equals_transformers() -> None:
-    folder = ensure_smollm2()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompt = load_tokenizer(folder).encode("The capital of France is").ids
-    result = Engine(folder, store=None, num_pages=4).generate([prompt], 16)[0]
-    assert result.token_ids == reference(model, prompt, 16)
+def test_smollm2_equals_transformers(smollm2: Reference) -> None:
+    results = Engine(smollm2.folder, store=None, num_pages=8).generate(smollm2.prompts, NEW_TOKENS)
+    assert [result.token_ids for result in results] == smollm2.tokens
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    result = Engine(tmp_path, store=None, num_pages=8).generate([PROMPTS[3]], 20)[0]
+    assert result.token_ids == reference(model, PROMPTS[3], 20)
+    before = fingerprint(tmp_path)
+    tail = bytearray(shards[1].read_bytes())
+    tail[-1] ^= 1
+    shards[1].write_bytes(tail)
+    assert fingerprint(tmp_path) != before
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match=shards[1].name):
+        load_checkpoint(tmp_path)
+
+
+def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not a file name"):
+        load_checkpoint(tmp_path)
+
+
+def test_rope_fields_in_their_older_form_mean_the_same(tmp_path: Path) -> None:
+    save_tiny("deepseek_v3_yarn", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    new = load_config(tmp_path)
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    rope["type"] = rope.pop("rope_type")
+    path.write_text(json.dumps({**config, "rope_scaling": rope}))
+    assert load_config(tmp_path) == new
+    assert new.rope.kind == "yarn"
+    assert new.max_positions == 1024  # eight times 128
+
+
+def test_each_block_is_hashed_once_and_put_with_its_place(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    store = FakeBlockStore(16)
+    engine = Engine(tmp_path, store=store, num_pages=8)
+    result = engine.generate([PROMPTS[3]], 31)[0]
+    assert result.stored_blocks == 5  # 80 of the 50 + 31 tokens
+    assert store.hashed_tokens == 80
+    whole = store.chain([*PROMPTS[3], *result.token_ids])
+    assert sorted(store.blocks) == sorted(key.tobytes() for key in whole)
+    places = [(parent, position) for _, parent, position in store.puts]
+    assert places == [(b"", 0), (whole[2].tobytes(), 3), (whole[3].tobytes(), 4)]
+    assert len({put_id for put_id, _, _ in store.puts}) == 3
+    assert all(len(put_id) == 16 for put_id, _, _ in store.puts)
+
+
+def test_the_store_is_told_of_a_session_that_ends_and_of_no_other(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    store = FakeBlockStore(16)
+    engine = Engine(tmp_path, store=store, num_pages=8)
+    engine.generate([PROMPTS[2]], 20)
+    assert store.ended == []
+    result = engine.generate([PROMPTS[3]], 20, session_ends=True)[0]
+    whole = store.chain([*PROMPTS[3], *result.token_ids])
+    assert store.ended == [key.tobytes() for key in whole]
+    store.broken = True
+    assert engine.generate([PROMPTS[3]], 20, session_ends=True)[0].token_ids == result.token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new_tokens", "field"),
+    [
+        ([], 1, "prompt_ids"),
+        ([1], 0, "max_new_tokens"),
+        ([97], 1, "prompt_ids"),
+        ([-1], 1, "prompt_ids"),
+        ([1] * 200, 57, "prompt_ids"),
+        ([1] * 120, 40, "prompt_ids"),
+    ],
+)
+def test_an_impossible_request_names_its_field(
+    prompt: list[int], new_tokens: int, field: str, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path)
+    engine = Engine(tmp_path, store=None, num_pages=8)
+    with pytest.raises(InvalidArgument) as raised:
+        engine.submit(prompt, new_tokens)
+    assert raised.value.field == field
+    assert not engine.busy

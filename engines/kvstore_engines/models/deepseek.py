@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
 
 from kvstore_engines.attention import AttentionBackend, Batch
-from kvstore_engines.checkpoint import CheckpointError, MlaConfig, ModelConfig, MoeConfig, Weights
+from kvstore_engines.checkpoint import Weights
+from kvstore_engines.config import MlaConfig, ModelConfig, MoeConfig
+from kvstore_engines.fields import CheckpointError
 from kvstore_engines.models.layers import (
     Linear,
     RMSNorm,
     SwiGlu,
-    inverse_frequencies,
     last_rows,
     linear,
-    rope_tables,
-    rotate,
     swiglu,
 )
 from kvstore_engines.paged import PagePool
+from kvstore_engines.rope import inverse_frequencies, rope_tables, rotate
 
 LATENT_EPS = 1e-6  # the latent norms do not follow rms_norm_eps in the reference model
 
@@ -95,17 +95,19 @@ class DeepseekModel:
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_eps)
         self._head = weights["lm_head.weight"]
         self._frequencies = inverse_frequencies(config.rope, config.mla.qk_rope_head_dim)
+        key_dim = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim
+        self._scale = key_dim**-0.5 * config.rope.softmax_factor
 
     def make_pool(self, num_pages: int, block_tokens: int, dtype: torch.dtype) -> PagePool:
         """Pages [layers, block_tokens, kv_lora_rank + qk_rope_head_dim]."""
-        width = self._mla.kv_lora_rank + self._mla.qk_rope_head_dim
-        shape = (self._config.layers, block_tokens, width)
+        shape = (self._config.layers, block_tokens, self._mla.width)
         return PagePool(num_pages, shape, layer_dim=1, dtype=dtype)
 
     def forward(self, token_ids: torch.Tensor, batch: Batch, pool: PagePool) -> torch.Tensor:
         """token_ids (tokens,) int64 -> logits (sequences, vocab) of each span's last token."""
         x = F.embedding(token_ids, self._embed)
-        tables = rope_tables(self._frequencies, batch.positions, x.dtype)
+        factor = self._config.rope.attention_factor
+        tables = rope_tables(self._frequencies, batch.positions, x.dtype, factor)
         for i, layer in enumerate(self._layers):
             x = x + self._attend(layer, layer.attention_norm(x), tables, batch, pool.layer(i))
             x = x + layer.mlp(layer.mlp_norm(x))
@@ -125,8 +127,7 @@ class DeepseekModel:
         key = rotate(key[:, None], *tables, interleaved=m.rope_interleave)[:, 0]
         pages[batch.pages, batch.offsets] = torch.cat((layer.latent_norm(latent), key), dim=-1)
         q = self._query(layer, x, tables)
-        scale = (m.qk_nope_head_dim + m.qk_rope_head_dim) ** -0.5
-        mixed = self._attention.latent(q, pages, batch, scale, m.kv_lora_rank)
+        mixed = self._attention.latent(q, pages, batch, self._scale, m.kv_lora_rank)
         return layer.o(torch.einsum("thr,hvr->thv", mixed, layer.value_up).flatten(1))
 
     def _query(

@@ -1,13 +1,14 @@
-"""The parts both families share: linear maps, RMSNorm, rope and SwiGLU."""
+"""The parts both families share: linear maps, RMSNorm and SwiGLU, whole or one rank's share."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
 
 from kvstore_engines.attention import Batch
-from kvstore_engines.checkpoint import RopeConfig, Weights
+from kvstore_engines.checkpoint import Weights
+from kvstore_engines.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,42 @@ class SwiGlu:
 
     gate: Linear
     up: Linear
-    down: Linear
+    down: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) -> the same shape."""
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def linear(weights: Weights, name: str, bias: bool = False) -> Linear:
-    """The linear map called `name`."""
-    return Linear(weights[f"{name}.weight"], weights[f"{name}.bias"] if bias else None)
+@dataclass(frozen=True)
+class SummedLinear:
+    """One rank's columns of a linear map: the ranks' products are added up, then the bias.
+
+    weight (out, this rank's part of in), bias (out,) or none (Megatron-LM's RowParallelLinear).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    parallel: Parallel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., this rank's part of in) -> (..., out), the same on every rank."""
+        out = self.parallel.all_reduce(F.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
+
+
+def linear(weights: Weights, name: str, bias: bool = False, rows: slice = slice(None)) -> Linear:
+    """The linear map called `name`, or those of its output rows."""
+    chosen = weights[f"{name}.bias"][rows] if bias else None
+    return Linear(_owned(weights[f"{name}.weight"], rows, slice(None)), chosen)
+
+
+def summed_linear(
+    weights: Weights, name: str, parallel: Parallel, columns: slice, bias: bool = False
+) -> SummedLinear:
+    """This rank's input columns of the linear map called `name`."""
+    weight = _owned(weights[f"{name}.weight"], slice(None), columns)
+    return SummedLinear(weight, weights[f"{name}.bias"] if bias else None, parallel)
 
 
 def swiglu(weights: Weights, name: str, bias: bool = False) -> SwiGlu:
@@ -62,37 +89,18 @@ def swiglu(weights: Weights, name: str, bias: bool = False) -> SwiGlu:
     return SwiGlu(gate, up, down)
 
 
-def inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
-    """(dim / 2,) float32 rotation per position."""
-    plain = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    return _llama3(plain, rope) if rope.kind == "llama3" else plain
+def split_swiglu(
+    weights: Weights, name: str, parallel: Parallel, share: slice, bias: bool = False
+) -> SwiGlu:
+    """This rank's share of the inner width of the feed-forward network called `name`."""
+    gate, up = (linear(weights, f"{name}.{part}_proj", bias, share) for part in ("gate", "up"))
+    return SwiGlu(gate, up, summed_linear(weights, f"{name}.down_proj", parallel, share, bias))
 
 
-def _llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    turns = rope.original_max_positions / (2 * math.pi / plain)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * plain / rope.factor + kept * plain
-
-
-def rope_tables(
-    frequencies: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, (tokens, 1, dim / 2); the angles are taken in float32."""
-    angles = (positions[:, None].float() * frequencies)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
-) -> torch.Tensor:
-    """Rotate x (tokens, heads, dim). Pairs are (i, i + dim/2), or neighbours if interleaved.
-
-    Interleaved pairs come out de-interleaved: a dot product of two such vectors is the same.
-    """
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def _owned(weight: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    """A part with memory of its own, so that the rest of the weight can be given back."""
+    part = weight[rows, columns]
+    return part if part.shape == weight.shape else part.clone()
 
 
 def last_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:
