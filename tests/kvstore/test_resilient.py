@@ -36,8 +36,9 @@ class Line:
         self.failure: KVStoreError | None = None
         self.calls = 0
 
-    def watch(self) -> None:
+    def watch(self) -> bool:
         assert self.over.wait(WAIT_S)
+        return True
 
     def shut(self) -> None:
         self.over.set()

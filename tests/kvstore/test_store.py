@@ -31,6 +31,7 @@ LAYOUT = Layout(
     dtype="float32",
     block_tokens=16,
 )
+SLOT_BYTES = 12 << 10
 BLOCKS_PER_MIB = 85  # of LAYOUT: 8,448 bytes with the header, in slots of 12 KiB
 
 
@@ -446,7 +447,7 @@ def test_a_writer_in_a_dropped_namespace_lets_go_with_its_next_word(how: type) -
 def test_one_client_cannot_reserve_the_whole_pool() -> None:
     rig = Rig()
     granted = rig.reserve(keys(*range(BLOCKS_PER_MIB))).status == c.ReserveStatus.GRANTED
-    assert granted.sum() == BLOCKS_PER_MIB // 2
+    assert granted.sum() == int((1 << 20) * limits.MAX_GRANTED_SHARE) // SLOT_BYTES
     other = rig.store.connect()
     assert rig.reserve(keys(999), connection=other).status.tolist() == [c.ReserveStatus.GRANTED]
     rig.seal(keys(*range(BLOCKS_PER_MIB)))

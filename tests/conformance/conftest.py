@@ -1,0 +1,67 @@
+"""One interface, every way to it: each test here runs against all of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from daemon import daemon
+from kvstore import Attention, KVStore, Layout, Session
+from kvstore_client import KVStoreClient
+
+POOL_BYTES = 32 << 20
+LAYOUT = Layout(
+    model="test",
+    attention=Attention.GQA,
+    layers=2,
+    kv_heads=3,
+    head_dim=16,
+    dtype="float32",
+    block_tokens=16,
+)
+WAYS = ["embedded", "direct", "copy-in", "grpc"]
+_names = itertools.count()
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def store(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Session]:
+    """A session over one of the ways; shared by a module's tests, whose namespaces differ."""
+    way = request.param
+    if way == "embedded":
+        with KVStore(dram=POOL_BYTES) as embedded:
+            yield embedded
+            embedded.check()
+        return
+    folder = tmp_path_factory.mktemp(way)
+    trust = "copy-in" if way == "copy-in" else "direct"
+    with daemon(folder, "--dram", "32MiB", "--trust", trust, grpc=way == "grpc") as running:
+        target = f"grpc+unix://{running.grpc_socket}" if way == "grpc" else running.target
+        with KVStoreClient(target) as client:
+            yield client
+
+
+@pytest.fixture
+def name() -> str:
+    """A namespace that no other test uses."""
+    return f"test-{next(_names)}"
+
+
+def random_hashes(n: int, seed: int = 0) -> np.ndarray:
+    """Hashes as an engine of its own scheme would bring."""
+    return np.random.default_rng([n, seed]).integers(0, 256, (n, 32), np.uint8)
+
+
+def random_blocks(n: int, seed: int = 0, layout: Layout = LAYOUT) -> list[np.ndarray]:
+    """Distinct bytes for n blocks."""
+    rng = np.random.default_rng([n, seed, 1])
+    return [rng.integers(0, 256, layout.block_bytes, np.uint8) for _ in range(n)]
+
+
+def empty_blocks(n: int, layout: Layout = LAYOUT) -> list[np.ndarray]:
+    """Destinations for n blocks."""
+    return [np.zeros(layout.block_bytes, np.uint8) for _ in range(n)]

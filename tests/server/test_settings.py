@@ -1,0 +1,282 @@
+"""Where settings come from, which layer wins, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore import __version__
+from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore_server.cli import app
+from kvstore_server.secrets_file import load_secret, load_token_path
+from kvstore_server.settings import Settings
+from kvstore_server.settings_sources import Kind, Loaded, load
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user without settings of its own."""
+    for name in [name for name in os.environ if name.startswith("KVSTORE_")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
+def file(folder: Path, text: str) -> Path:
+    path = folder / "given.toml"
+    path.write_text(text)
+    return path
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_without_any_setting_the_defaults_hold(home: Path) -> None:
+    loaded = load({})
+    assert loaded.file is None
+    assert {origin.kind for origin in loaded.origins.values()} == {Kind.DEFAULT}
+    assert loaded.settings.socket == home / "XDG_RUNTIME_DIR" / "kvstore.sock"
+    assert loaded.settings.data_dir == home / "XDG_STATE_HOME" / "kvstore"
+    assert (loaded.settings.dram, loaded.settings.grpc_port) == (1 << 30, None)
+
+
+def test_each_layer_wins_over_the_one_before(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = file(home, 'dram = "2GiB"\neviction = "arc"\ntenants = 2\n')
+    monkeypatch.setenv("KVSTORE_EVICTION", "s3fifo")
+    monkeypatch.setenv("KVSTORE_TENANTS", "3")
+    loaded = load({"tenants": "4"}, config)
+    settings, origins = loaded.settings, loaded.origins
+    assert (settings.dram, settings.eviction, settings.tenants) == (2 << 30, "s3fifo", 4)
+    assert str(origins["dram"]) == f"file {config}"
+    assert str(origins["eviction"]) == "environment KVSTORE_EVICTION"
+    assert str(origins["tenants"]) == "flag --tenants"
+    assert str(origins["socket"]) == "default"
+
+
+def test_the_file_is_found_by_flag_then_variable_then_user(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = home / "XDG_CONFIG_HOME" / "kvstore" / "server.toml"
+    own.parent.mkdir(parents=True)
+    own.write_text("tenants = 2")
+    assert load({}).file == own
+    named = home / "named.toml"
+    named.write_text("tenants = 3")
+    monkeypatch.setenv("KVSTORE_CONFIG", str(named))
+    assert load({}).settings.tenants == 3
+    assert load({}, file(home, "tenants = 4")).settings.tenants == 4
+
+
+def test_every_setting_can_be_a_variable_and_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "socket": "/s/k.sock",
+        "dram": "8GiB",
+        "data_dir": "/d",
+        "eviction": "arc",
+        "tenants": "2",
+        "max_blocks": "99",
+        "trust": "copy-in",
+        "huge_pages": "require",
+        "numa_node": "1",
+        "prefault": "false",
+        "grpc": "false",
+        "grpc_port": "0",
+        "log_format": "json",
+        "log_level": "debug",
+    }
+    assert set(values) == set(Settings.model_fields)
+    for name, value in values.items():
+        monkeypatch.setenv(f"KVSTORE_{name.upper()}", value)
+    from_environment = load({}).settings
+    for name in values:
+        monkeypatch.delenv(f"KVSTORE_{name.upper()}")
+    switches = {"prefault", "grpc"}
+    flags = [f"--no-{name}" for name in sorted(switches)]
+    for name in sorted(set(values) - switches):
+        flags += [f"--{name.replace('_', '-')}", values[name]]
+    status, out, _ = run(*flags, "config", "show", "--json")
+    assert status == 0
+    shown = {name: row["value"] for name, row in json.loads(out).items()}
+    assert shown == from_environment.model_dump(mode="json")
+    assert shown["dram"] == 8 << 30
+
+
+def test_an_optional_number_can_be_taken_back(home: Path) -> None:
+    config = file(home, "grpc_port = 50051\nnuma_node = 0\n")
+    loaded = load({"grpc_port": "none", "numa_node": "none"}, config)
+    assert (loaded.settings.grpc_port, loaded.settings.numa_node) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dram = \n", "line 1"),
+        ("tenants = 1\ndramm = 3\n", "did you mean dram?"),
+        ("grpc-port = 1\n", "did you mean grpc_port?"),
+        ("zzz = 1\n", "there are socket, dram"),
+        ('dram = "much"\n', "dram = 'much': 'much' is no size"),
+        ("dram = true\n", "is no size"),
+        ('dram = "4KiB"\n', "dram = '4KiB': should be 1 MiB or more"),
+        ("tenants = true\n", "whole number"),
+        ("tenants = 0\n", "tenants = 0"),
+        ('dram = "8MiB"\ntenants = 9\n', "raise dram or lower tenants"),
+        ('dram = "1MiB"\nmax_blocks = 257\n', "holds at most 256"),
+        ("max_blocks = 2.5\n", "valid integer"),
+        ('eviction = "fifo"\n', "should be 'lru', 'arc' or 's3fifo'"),
+        ("grpc_port = 70000\n", "grpc_port = 70000"),
+        ("[grpc]\nport = 1\n", "should be a valid boolean"),
+        ('log_level = "loud"\n', "'warning' or 'error'"),
+        (f'socket = "/{"x" * 110}"\n', "choose a shorter one"),
+        ("socket = 5\n", "socket = 5"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key(home: Path, text: str, words: str) -> None:
+    config = file(home, text)
+    with pytest.raises(InvalidArgument) as caught:
+        load({}, config)
+    assert caught.value.field == f"file {config}"
+    assert words in caught.value.message
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_refused(home: Path) -> None:
+    path = home / "given.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidArgument, match="UTF-8"):
+        load({}, path)
+
+
+def test_a_file_that_is_not_there_is_named_with_who_asked_for_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidArgument, match=r"--config: .*none.toml is no file"):
+        load({}, home / "none.toml")
+    monkeypatch.setenv("KVSTORE_CONFIG", str(home))  # a folder
+    with pytest.raises(InvalidArgument, match="KVSTORE_CONFIG: "):
+        load({})
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSTORE_TENANTS", "many")
+    with pytest.raises(InvalidArgument, match=r"environment KVSTORE_TENANTS: tenants = 'many'"):
+        load({})
+
+
+def test_a_mistyped_variable_is_refused_and_a_stranger_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KVSTORE_SERVICE_HOST", "10.0.0.1")  # set by an orchestrator
+    monkeypatch.setenv("KVSTORE_PORT", "tcp://10.0.0.1:1")
+    assert load({}).settings.tenants == 1
+    monkeypatch.setenv("KVSTORE_TENNANTS", "2")
+    with pytest.raises(InvalidArgument, match="KVSTORE_TENNANTS: write KVSTORE_TENANTS"):
+        load({})
+
+
+def test_all_problems_are_said_at_once_on_one_line(home: Path) -> None:
+    config = file(home, 'eviction = "fifo"\n')
+    status, out, err = run("--config", str(config), "--dram", "much")
+    assert (status, out) == (2, "")
+    assert err.startswith("kvstore-server: flag --dram: dram = 'much'")
+    assert f"; file {config}: eviction = 'fifo'" in err
+    assert err.count("\n") == 1
+
+
+def test_a_refused_start_creates_nothing(home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    assert run("--tenants", "0")[0] == 2
+    assert run("--dram", "9999TiB")[0] == 2
+    assert sorted(home.rglob("*")) == before
+
+
+def test_a_pool_larger_than_the_memory_is_refused_with_both_figures() -> None:
+    status, _, err = run("--dram", "9999TiB")
+    assert status == 2
+    assert err.startswith("kvstore-server: dram: a pool of 9999 TiB does not fit into the ")
+    assert "GiB of memory available" in err
+
+
+def test_config_show_says_where_each_value_came_from(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = file(home, 'dram = "2GiB"\n')
+    monkeypatch.setenv("KVSTORE_TENANTS", "2")
+    status, out, _ = run("--grpc-port", "0", "config", "show", "--config", str(config))
+    assert status == 0
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert set(rows) == set(Settings.model_fields)
+    assert rows["dram"].split(None, 3)[1:] == ["2", "GiB", f"file {config}"]
+    assert rows["tenants"].endswith("environment KVSTORE_TENANTS")
+    assert rows["grpc_port"].endswith("flag --grpc-port")
+    assert rows["eviction"].endswith("default")
+
+
+def test_config_show_as_json(home: Path) -> None:
+    config = file(home, 'dram = "2GiB"\n')
+    _, out, _ = run("--config", str(config), "config", "show", "--json")
+    rows = json.loads(out)
+    assert rows["dram"] == {"value": 2 << 30, "origin": "file", "name": str(config)}
+    assert rows["numa_node"] == {"value": None, "origin": "default", "name": None}
+
+
+def test_config_check(home: Path) -> None:
+    assert run("config", "check") == (0, "ok: no settings file\n", "")
+    status, out, err = run("config", "check", "--config", str(file(home, "tenants = 0\n")))
+    assert (status, out) == (2, "")
+    assert "tenants = 0" in err
+
+
+def test_version_and_unknown_flags() -> None:
+    assert run("--version") == (0, f"kvstore-server {__version__}\n", "")
+    status, _, err = run("--drem", "1GiB")
+    assert status == 2
+    assert "--drem" in err
+
+
+def test_paths_do_not_depend_on_the_working_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    loaded: Loaded = load({"socket": "here/k.sock", "data_dir": "~/state"})
+    assert loaded.settings.socket == home / "here" / "k.sock"
+    assert loaded.settings.data_dir == home / "HOME" / "state"
+
+
+def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    secret = load_secret(folder)
+    assert len(secret) == 32
+    assert load_secret(folder) == secret
+    assert (folder / "chain.key").stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in folder.iterdir()] == ["chain.key"]
+
+
+def test_the_token_is_made_once_and_fits_a_header(tmp_path: Path) -> None:
+    path = load_token_path(tmp_path)
+    token = path.read_text()
+    assert load_token_path(tmp_path).read_text() == token
+    assert len(token.strip()) >= 43
+    assert token.strip().isascii()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_damaged_or_open_secrets_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "chain.key").write_bytes(b"short")
+    (tmp_path / "chain.key").chmod(0o600)
+    with pytest.raises(KVStoreError, match="holds 5 bytes, not 32"):
+        load_secret(tmp_path)
+    (tmp_path / "grpc.token").write_text("x")
+    (tmp_path / "grpc.token").chmod(0o600)
+    with pytest.raises(KVStoreError, match="holds no token"):
+        load_token_path(tmp_path)
+    (tmp_path / "grpc.token").chmod(0o604)
+    with pytest.raises(InvalidArgument, match="chmod 600"):
+        load_token_path(tmp_path)
