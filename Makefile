@@ -3,9 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_proto/v1 \
+	engines/kvstore_engines benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-long lint format proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,18 +22,25 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## a real model answers through the store; tokens equal to the run without it
 	$(BIN)/python -m kvstore_engines.demo
 
-test: lint ## lint and the whole test suite
-	$(BIN)/python -m pytest
+test: lint ## lint and the whole test suite, but for the long hunts
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(READY) ## the long hunts: millions of reads, deep random histories, large pools
+	$(BIN)/python -m pytest -m long
 
 lint: $(READY) ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy kvstore server/kvstore_server client/kvstore_client engines/kvstore_engines
+	$(BIN)/mypy $(PACKAGES)
 	$(BIN)/lint-imports --no-cache
 
 format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: $(READY) ## generate the protocol's code and the asyncio client anew
+	$(BIN)/python proto/generate.py
+	$(BIN)/python client/generate_async.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
