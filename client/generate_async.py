@@ -1,7 +1,8 @@
 """Writes the asyncio client from the blocking one: `python client/generate_async.py [FILE]`.
 
-Every public method becomes a coroutine that runs the blocking one in a thread of its own pool.
-The result lies beside its source unless another file is named, and is checked in.
+Every public method becomes a coroutine that runs the blocking one in a thread of its own pool;
+a view that it returns is wrapped, so that its release is awaited as well. The result lies beside
+its source unless another file is named, and is checked in.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from typing import Self
 from kvstore import commands
 from kvstore.layout import Layout
 from kvstore.session import (
-    BlockReport, Hint, Hit, Matched, Miss, NamespaceHandle, PutResult, StoreInfo, View,
+    BlockReport, Hint, Hit, Matched, Miss, NamespaceHandle, PutResult, StoreInfo,
 )
 from kvstore.session.base import Bytes1D, Hashes
 from kvstore_client.client import KVStoreClient
-from kvstore_client.threads import Threads
+from kvstore_client.threads import AsyncView, Threads
 
 
 class AsyncKVStoreClient:
     """`KVStoreClient` for asyncio: the same calls, each awaited; made by `connect`.
 
     A call runs in one of a few threads. One that is cancelled still ends before the cancellation
-    goes on, at its deadline at the latest, because until then it may write to its buffers.
+    goes on, at its deadline at the latest, because until then it may write to its buffers. Once
+    closed, it raises `Unavailable`.
     """
 
     def __init__(self, client: KVStoreClient, *, threads: int = 4) -> None:
@@ -44,6 +46,13 @@ class AsyncKVStoreClient:
         self._threads = Threads(threads)
 '''
 TAIL = """
+    async def close(self) -> None:
+        \"\"\"Ends the session; safe to call twice.\"\"\"
+        await self._threads.close(self._client.close)
+
+    def __repr__(self) -> str:
+        return f"Async{self._client!r}"
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -66,7 +75,7 @@ def generate() -> str:
     )
     methods = [node for node in client.body if isinstance(node, ast.FunctionDef)]
     text = HEAD + _connect(next(node for node in methods if node.name == "__init__"))
-    text += "".join(_method(node) for node in methods if not node.name.startswith("_"))
+    text += "".join(_method(node) for node in methods if _is_call(node.name))
     return _formatted(text + TAIL)
 
 
@@ -81,19 +90,25 @@ def _connect(init: ast.FunctionDef) -> str:
         try:
             return cls(await pool.run(KVStoreClient, {_passed(init)}), threads=threads)
         finally:
-            pool.close()
+            pool.end()
 '''
+
+
+def _is_call(name: str) -> bool:
+    """Whether a method asks the store; `close` also ends the threads, and is in `TAIL`."""
+    return not name.startswith("_") and name != "close"
 
 
 def _method(node: ast.FunctionDef) -> str:
     assert node.returns
-    run = f"await self._threads.run(self._client.{node.name}, {_passed(node)})"
-    body = run if node.name == "close" else f"return {run}"
-    close = "\n        self._threads.close()" if node.name == "close" else ""
+    returns = ast.unparse(node.returns)
+    answer = f"await self._threads.run(self._client.{node.name}, {_passed(node)})"
+    if returns == "View":
+        returns, answer = "AsyncView", f"AsyncView({answer}, self._threads)"
     return f'''
-    async def {node.name}(self, {_parameters(node)}) -> {ast.unparse(node.returns)}:
+    async def {node.name}(self, {_parameters(node)}) -> {returns}:
         """See `KVStoreClient.{node.name}`."""
-        {body}{close}
+        return {answer}
 '''
 
 

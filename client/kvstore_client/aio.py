@@ -17,18 +17,18 @@ from kvstore.session import (
     NamespaceHandle,
     PutResult,
     StoreInfo,
-    View,
 )
 from kvstore.session.base import Bytes1D, Hashes
 from kvstore_client.client import KVStoreClient
-from kvstore_client.threads import Threads
+from kvstore_client.threads import AsyncView, Threads
 
 
 class AsyncKVStoreClient:
     """`KVStoreClient` for asyncio: the same calls, each awaited; made by `connect`.
 
     A call runs in one of a few threads. One that is cancelled still ends before the cancellation
-    goes on, at its deadline at the latest, because until then it may write to its buffers.
+    goes on, at its deadline at the latest, because until then it may write to its buffers. Once
+    closed, it raises `Unavailable`.
     """
 
     def __init__(self, client: KVStoreClient, *, threads: int = 4) -> None:
@@ -62,7 +62,7 @@ class AsyncKVStoreClient:
                 threads=threads,
             )
         finally:
-            pool.close()
+            pool.end()
 
     async def open_namespace(
         self, name: str, layout: Layout, *, timeout_s: float | None = None
@@ -101,9 +101,12 @@ class AsyncKVStoreClient:
 
     async def view(
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
-    ) -> View:
+    ) -> AsyncView:
         """See `KVStoreClient.view`."""
-        return await self._threads.run(self._client.view, namespace, hashes, timeout_s=timeout_s)
+        return AsyncView(
+            await self._threads.run(self._client.view, namespace, hashes, timeout_s=timeout_s),
+            self._threads,
+        )
 
     async def put(
         self,
@@ -173,14 +176,12 @@ class AsyncKVStoreClient:
         """See `KVStoreClient.info`."""
         return await self._threads.run(self._client.info, timeout_s=timeout_s)
 
-    async def close(
-        self,
-    ) -> None:
-        """See `KVStoreClient.close`."""
-        await self._threads.run(
-            self._client.close,
-        )
-        self._threads.close()
+    async def close(self) -> None:
+        """Ends the session; safe to call twice."""
+        await self._threads.close(self._client.close)
+
+    def __repr__(self) -> str:
+        return f"Async{self._client!r}"
 
     async def __aenter__(self) -> Self:
         return self

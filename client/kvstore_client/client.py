@@ -29,9 +29,10 @@ class KVStoreClient:
     target: `unix:///path/to/kvstore.sock` (shared memory; gRPC where that cannot be had),
     `grpc+unix:///path/to/kvstore.grpc.sock`, or `grpc://127.0.0.1:port`; none: the daemon of this
     user. timeout_s: the deadline of every call that names none. token: for TCP. verify_reads:
-    check the checksums at each get too. lazy: return at once, and find nothing until the store
-    answers. Raises `InvalidArgument` for a target of another form, and `Unavailable` where no
-    store answers, unless lazy.
+    check the checksums at each `get_into` too (shared memory only: over gRPC it changes nothing).
+    lazy: return at once, and find nothing until the store answers. `data_path` tells which way
+    the blocks travel. Raises `InvalidArgument` for a target of another form, and, unless lazy,
+    `Unavailable` or `DeadlineExceeded` where no store answers, and `PermissionDenied`.
     """
 
     def __init__(
@@ -47,6 +48,9 @@ class KVStoreClient:
         self._session, self.data_path = connect(
             self.target, timeout_s=timeout_s, token=token, verify_reads=verify_reads, lazy=lazy
         )
+
+    def __repr__(self) -> str:
+        return f"KVStoreClient({self.target!r}, data_path={self.data_path.value!r})"
 
     def open_namespace(
         self, name: str, layout: Layout, *, timeout_s: float | None = None

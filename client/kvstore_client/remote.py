@@ -246,9 +246,11 @@ class RemoteSession:
         return Deadline(self._timeout_s if timeout_s is None else timeout_s)
 
     def _open(self, name: str, layout: Layout, deadline: Deadline) -> NamespaceHandle:
+        if not isinstance(name, str):  # protobuf would take bytes as well
+            raise InvalidArgument("name", f"must be a string, not {type(name).__name__}")
         try:
             request = pb.OpenNamespaceRequest(name=name, layout=layout.encode())
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise InvalidArgument("name", f"is no text: {error}") from None
         answer = self._rpc.lasting(lambda stub: stub.OpenNamespace, request, deadline)
         return t.handle_of(answer, name, layout)
@@ -338,8 +340,8 @@ def _put_id(put_id: bytes | None) -> bytes:
 
 
 def _position(position: int) -> int | None:
-    if not -1 <= position < 1 << 32:
-        raise InvalidArgument("position", f"must be -1 or in [0, 2**32), not {position}")
+    if not -1 <= position <= limits.MAX_POSITION:
+        raise InvalidArgument("position", f"-1 to {limits.MAX_POSITION}, please, not {position}")
     return None if position == -1 else position
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kvstore.channel.paths import default_socket, grpc_socket
-from kvstore.errors import InvalidArgument, ProtocolError
+from kvstore.errors import InvalidArgument, ProtocolError, Unavailable
 from kvstore.session import ChannelSession, Session
 from kvstore_client.remote import RemoteSession
 
@@ -58,7 +58,7 @@ def connect(
     """A session with the store at `target`, over shared memory where that can be had.
 
     Where the daemon's memory cannot be mapped, or its channel is of another version, the gateway
-    beside it is asked instead.
+    beside it is asked instead. Raises as `KVStoreClient` says.
     """
     found = parse_target(target)
     if found.data_path is DataPath.SHARED_MEMORY:
@@ -68,10 +68,22 @@ def connect(
             )
             return session, DataPath.SHARED_MEMORY
         except (OSError, ProtocolError) as error:
-            address = f"unix:{grpc_socket(Path(found.address))}"
-            log.warning("no shared memory with %s, using %s: %s", target, address, error)
-            found = Target(DataPath.GRPC, address)
-    return RemoteSession(found.address, token=token, timeout_s=timeout_s), DataPath.GRPC
+            found = _gateway_beside(found.address, error)
+            log.warning("no shared memory with %s, using %s: %s", target, found.address, error)
+    session_of_gateway = RemoteSession(found.address, token=token, timeout_s=timeout_s, lazy=lazy)
+    return session_of_gateway, DataPath.GRPC
+
+
+def _gateway_beside(path: str, error: Exception) -> Target:
+    """The gateway of the daemon whose channel at `path` is of no use; `Unavailable` if none."""
+    gateway = grpc_socket(Path(path))
+    if not gateway.exists():
+        # Most likely the path is the gateway's own socket, under the channel's scheme.
+        raise Unavailable(
+            f"{path} is no channel of this version ({error}), and there is no {gateway}: if it is"
+            f" the socket of gRPC, write grpc+unix://{path}"
+        ) from error
+    return Target(DataPath.GRPC, f"unix:{gateway}")
 
 
 def _is_address(target: str) -> bool:

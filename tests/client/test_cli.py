@@ -109,6 +109,8 @@ def test_help_names_all_commands_and_the_exit_codes(cli: Cli) -> None:
         assert answer.code == 0
         for name in ("ping", "info", "stat", "match", "explain", "drop", "doctor", "bench"):
             assert re.search(rf"^  {name} ", answer.out, re.MULTILINE)
+        # What a command does is said in full.
+        assert not re.search(r"^  .*\.\.\.$", answer.out, re.MULTILINE)
         words = " ".join(answer.out.split())
         assert "3 store unavailable, 4 deadline exceeded, 5 another error" in words
 
@@ -161,6 +163,18 @@ def test_wrong_usage_is_one_line_and_exit_code_2(cli: Cli, arguments: list[str])
     assert json.loads(answer.err)["error"]["code"] == "usage"
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "3601"])
+def test_a_deadline_that_is_none_is_refused_by_the_flag_s_name(cli: Cli, seconds: str) -> None:
+    for command in ("ping", "info", "stat", "doctor", "bench"):
+        answer = cli(command, "--timeout", seconds, "--json")
+        assert (answer.code, answer.out) == (2, "")
+        assert json.loads(answer.err)["error"] == {
+            "code": "invalid_argument",
+            "field": "timeout",
+            "message": "must be over 0 and at most 3600 seconds",
+        }
+
+
 def test_interrupt_has_an_exit_code_of_its_own(cli: Cli) -> None:
     assert cli("ping", error=KeyboardInterrupt()).code == 130
 
@@ -187,6 +201,23 @@ def test_token_is_read_for_tcp_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
         target.read_token("grpc://127.0.0.1:50051")
 
 
+def test_a_missing_token_is_told_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KVSTORE_TOKEN_FILE", raising=False)
+    with daemon(tmp_path, "--dram", "8MiB", "--grpc-port", "0", grpc=True) as running:
+        (port,) = re.findall(r"127\.0\.0\.1:(\d+)", " ".join(running.banner))
+        url = f"grpc://127.0.0.1:{port}"
+        assert run(["ping", "--target", url]) == 5
+        assert "let $KVSTORE_TOKEN_FILE name the grpc.token" in capsys.readouterr().err
+        assert run(["doctor", "--target", url, "--json"]) == 1
+        first = json.loads(capsys.readouterr().out)["checks"][0]
+        assert (first["name"], first["level"]) == ("daemon", "fail")
+        assert "grpc.token" in first["fix"]
+        monkeypatch.setenv("KVSTORE_TOKEN_FILE", str(running.data_dir / "grpc.token"))
+        assert run(["ping", "--target", url]) == 0
+
+
 # -- ping, info, stat -----------------------------------------------------------------
 
 
@@ -208,11 +239,15 @@ def test_info(cli: Cli, store: ScriptedStore) -> None:
     short = "demo: gqa 2x3x16 float32, 16 tokens, 12 KiB, 3 cells"
     assert re.fullmatch(rf" *1  chat +4 +0  {short}", rows[-2])
     assert "evil\\x1b[2J" in rows[-1]
+    assert "memory          0 bytes of 32 MiB used" in rows
+    assert "blocks          4 of at most 64" in rows
 
 
 def test_info_in_json(cli: Cli) -> None:
     found = cli("info", "--json").json
     assert (found["version"], found["policy"], found["max_blocks"]) == ("9.9", "lru", 64)
+    assert (found["used_bytes"], found["total_bytes"], found["blocks"]) == (0, 32 << 20, 4)
+    assert found["instance"] == "1"  # as text: it has more bits than a float
     (namespace,) = found["namespaces"]
     assert (namespace["name"], namespace["blocks"]) == ("chat", 4)
     assert namespace["block_bytes"] == LAYOUT.block_bytes
@@ -460,6 +495,9 @@ def test_age(seconds: float) -> None:
 
 def test_drop_forgets_the_named_blocks(cli: Cli, store: ScriptedStore) -> None:
     options = ["--namespace", "chat", *hex_options(HASHES[2:4])]
+    first = ["--namespace", "chat", *hex_options(HASHES[:1])]
+    assert cli("drop", *first) == Answer(0, "dropped 1 block\n", "")
+    store.hold(store.open_namespace("chat", LAYOUT), HASHES[:1])
     assert cli("drop", *options, "--json").json == {"namespace": "chat", "dropped_blocks": 1}
     assert cli("drop", *options) == Answer(0, "dropped 0 blocks\n", "")
     assert len(store.content()) == 3
@@ -565,6 +603,28 @@ def test_stat_of_a_real_daemon_ends_on_sigint_between_two_lines(tmp_path: Path) 
     assert second["interval_s"] == pytest.approx(0.05, abs=1.0)
     assert all(isinstance(json.loads(line), dict) for line in out.splitlines())
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_a_daemon_that_dies_is_told_in_the_form_that_was_asked_for(
+    tmp_path: Path, options: list[str]
+) -> None:
+    with daemon(tmp_path, "--dram", "8MiB") as running:
+        target = ["--target", running.target, "--timeout", "1"]
+        with command("stat", *target, "--interval", "0.01", *options) as process:
+            try:
+                assert process.stdout is not None
+                process.stdout.readline()
+                running.kill()
+                _, err = process.communicate(timeout=END_S)
+            finally:
+                process.kill()
+    assert process.returncode == 3
+    lines = err.splitlines()
+    if options:
+        assert [json.loads(line)["error"]["code"] for line in lines] == ["unavailable"]
+    else:
+        assert all(line.startswith("kvstore: ") for line in lines)
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:

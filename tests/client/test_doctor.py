@@ -94,6 +94,10 @@ HUGE = HugePageCounts(total=100, free=100, page_bytes=2 << 20)
 FINDINGS: dict[str, tuple[Facts, str, Level, str, str]] = {
     # what is wrong: the facts, the check, its level, a measured value, a word of the fix
     "no daemon": (ABSENT, "daemon", Level.FAIL, "nobody there", "kvstore-server"),
+    "no token": (
+        *(dataclasses.replace(ABSENT, problem="not you", refused=True), "daemon", Level.FAIL),
+        *("not you", "grpc.token"),
+    ),
     "old daemon": (having(client_version="2.0"), "versions", Level.WARN, "daemon 1.0", "release"),
     "no right to connect": (with_socket(usable=False), "socket", Level.FAIL, "0600", "user"),
     "open folder": (

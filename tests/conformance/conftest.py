@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -26,23 +27,43 @@ WAYS = ["embedded", "direct", "copy-in", "grpc"]
 _names = itertools.count()
 
 
+@dataclass(frozen=True)
+class Place:
+    """One store and a session with it. holder: a session whose views hold blocks in the store."""
+
+    session: Session
+    holder: Session
+
+
 @pytest.fixture(scope="module", params=WAYS)
-def store(
+def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Session]:
-    """A session over one of the ways; shared by a module's tests, whose namespaces differ."""
+) -> Iterator[Place]:
+    """A store, reached by one of the ways; shared by a module's tests, whose namespaces differ."""
     way = request.param
     if way == "embedded":
         with KVStore(dram=POOL_BYTES) as embedded:
-            yield embedded
+            yield Place(embedded, embedded)
             embedded.check()
         return
     folder = tmp_path_factory.mktemp(way)
     trust = "copy-in" if way == "copy-in" else "direct"
-    with daemon(folder, "--dram", "32MiB", "--trust", trust, grpc=way == "grpc") as running:
-        target = f"grpc+unix://{running.grpc_socket}" if way == "grpc" else running.target
-        with KVStoreClient(target) as client:
-            yield client
+    with (
+        daemon(folder, "--dram", "32MiB", "--trust", trust, grpc=way == "grpc") as running,
+        KVStoreClient(running.target) as client,
+    ):
+        if way != "grpc":
+            yield Place(client, client)
+            return
+        # Views over gRPC are copies, which hold nothing.
+        with KVStoreClient(f"grpc+unix://{running.grpc_socket}") as remote:
+            yield Place(remote, client)
+
+
+@pytest.fixture
+def store(place: Place) -> Session:
+    """The session of `place`."""
+    return place.session
 
 
 @pytest.fixture

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "proto"))
 from generate import SOURCES, generate
 
+from kvstore import limits
 from kvstore_proto.v1 import kvstore_pb2 as pb
+from kvstore_proto.v1.translate import CHUNK_BYTES, MAX_MESSAGE_BYTES
 
+SOURCE = SOURCES / "kvstore_proto/v1/kvstore.proto"
 GOLDEN = Path(__file__).with_name("wire_v1.txt")
 
 
@@ -33,8 +38,78 @@ def published() -> Iterator[str]:
             yield f"field {message.name}.{field.name} = {field.number} ({kind})"
 
 
-def test_names_and_numbers_are_those_that_were_published() -> None:
-    assert sorted(published()) == GOLDEN.read_text().splitlines()
+def retired(text: str) -> Iterator[str]:
+    """The published fields and enum values that are gone from the protocol: `Message.name = 1`."""
+    now = set(published())
+    for line in text.splitlines():
+        if line not in now:
+            kind, _, rest = line.partition(" ")
+            assert kind in ("field", "enum"), f"a call that peers make is gone: {line}"
+            yield rest.partition(" (")[0]
+
+
+def reserved(name: str, of: FileDescriptorProto) -> set[str]:
+    """What a message or an enum keeps from being used again: its numbers and names, as text."""
+    (found,) = [each for each in (*of.message_type, *of.enum_type) if each.name == name]
+    # The end of a range counts in an enum, and not in a message.
+    last = 1 if found in of.enum_type else 0
+    numbers = [n for span in found.reserved_range for n in range(span.start, span.end + last)]
+    return {*map(str, numbers), *found.reserved_name}
+
+
+@pytest.fixture(scope="module")
+def protocol() -> FileDescriptorProto:
+    """The protocol as the compiler understood it."""
+    return FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+
+
+def test_all_that_there_is_was_published() -> None:
+    """A new line belongs into the golden file; a line of that file stays for ever."""
+    lines = GOLDEN.read_text().splitlines()
+    assert lines == sorted(lines)
+    assert sorted(set(published()) - set(lines)) == []
+
+
+def test_what_was_retired_is_reserved(protocol: FileDescriptorProto) -> None:
+    for line in retired(GOLDEN.read_text()):
+        path, _, number = line.partition(" = ")
+        owner, _, name = path.partition(".")
+        kept = reserved(owner, protocol)
+        assert {number, name} <= kept, f"write into {owner}: reserved {number}, {name};"
+
+
+def test_a_line_that_is_gone_is_noticed(protocol: FileDescriptorProto) -> None:
+    golden = GOLDEN.read_text()
+    assert list(retired(golden + "field GetRequest.gone = 9 (type 12)\n")) == [
+        "GetRequest.gone = 9"
+    ]
+    with pytest.raises(AssertionError, match="peers make"):
+        list(retired("rpc kvstore.v1.KVStore/Gone: A -> B (in, out)"))
+    assert reserved("GetRequest", protocol) == set()
+    (message,) = [each for each in protocol.message_type if each.name == "GetRequest"]
+    (enum,) = [each for each in protocol.enum_type if each.name == "Tier"]
+    changed = FileDescriptorProto(message_type=[message], enum_type=[enum])
+    changed.message_type[0].reserved_range.add(start=9, end=11)
+    changed.message_type[0].reserved_name.append("gone")
+    changed.enum_type[0].reserved_range.add(start=9, end=9)
+    assert reserved("GetRequest", changed) == {"9", "10", "gone"}
+    assert reserved("Tier", changed) == {"9"}
+
+
+def test_the_limits_in_the_source_s_words_are_those_of_the_store() -> None:
+    words = " ".join(line.strip("/ ") for line in SOURCE.read_text().splitlines())
+    for number in (
+        *(limits.MAX_KEYS_PER_CALL, limits.MAX_CELLS, limits.MAX_LAYOUT_BYTES),
+        *(limits.MAX_NAMESPACE_NAME_BYTES, limits.MAX_NAMESPACES, limits.MAX_POSITION),
+        *(limits.MAX_TTL_MS, limits.MAX_HINT_MS, CHUNK_BYTES),
+    ):
+        assert re.search(rf"\b{number:,}\b", words), number
+    assert f"at most {limits.MAX_BLOCK_BYTES >> 20} MiB" in words
+    assert f"a message is at most {MAX_MESSAGE_BYTES >> 20} MiB" in words
+    assert limits.MAX_DEADLINE_MS == 3_600_000
+    assert "deadline is at most one hour" in words
+    assert limits.MAX_PINNED_SHARE == 0.5
+    assert "at most half of a pool's bytes can be pinned" in words
 
 
 def test_a_message_of_an_older_peer_still_reads_the_same() -> None:

@@ -17,6 +17,8 @@ def main() -> int:
             raise
         print(f"kvstore: needs {error.name}: pip install 'kvstore-llm[cli]'", file=sys.stderr)
         return 2
-    # What the libraries warn of goes to standard error, one line each, as errors do.
-    logging.basicConfig(format="kvstore: %(message)s", level=logging.WARNING)
+    # What the libraries warn of goes to standard error, one line each, as errors do; with --json
+    # there is nothing but the object of an error.
+    level = logging.ERROR if "--json" in sys.argv else logging.WARNING
+    logging.basicConfig(format="kvstore: %(message)s", level=level)
     return run(sys.argv[1:])

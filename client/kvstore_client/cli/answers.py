@@ -9,9 +9,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvstore.commands import ExplainStatus
+from kvstore.commands import ExplainStatus, Stats
 from kvstore.layout import Attention, Layout
-from kvstore.session.base import BlockReport, NamespaceHandle, Session, StoreInfo, Tier
+from kvstore.session.base import (
+    BlockReport,
+    NamespaceHandle,
+    NamespaceInfo,
+    Session,
+    StoreInfo,
+    Tier,
+)
 from kvstore.sizes import format_size
 from kvstore_client.cli import output
 from kvstore_client.cli.selection import Hashes2D, Selected, batches
@@ -39,13 +46,14 @@ def round_trips(session: Session, count: int) -> list[float]:
 
 def ping_json(target: str, taken_ms: Sequence[float]) -> output.Json:
     """The answer of `ping`."""
+    rounded = [round(each, 6) for each in taken_ms]  # the clock counts nanoseconds
     return {
         "target": target,
-        "count": len(taken_ms),
-        "min_ms": min(taken_ms),
-        "median_ms": statistics.median(taken_ms),
-        "max_ms": max(taken_ms),
-        "round_trips_ms": list(taken_ms),
+        "count": len(rounded),
+        "min_ms": min(rounded),
+        "median_ms": statistics.median(rounded),
+        "max_ms": max(rounded),
+        "round_trips_ms": rounded,
     }
 
 
@@ -53,7 +61,7 @@ def ping_text(target: str, taken_ms: Sequence[float]) -> str:
     """The answer of `ping` on one line."""
     low, middle, high = min(taken_ms), statistics.median(taken_ms), max(taken_ms)
     return (
-        f"{output.printable(target)}: {len(taken_ms)} round trips,"
+        f"{output.printable(target)}: {output.count(len(taken_ms), 'round trip')},"
         f" min {low:.3f} ms, median {middle:.3f} ms, max {high:.3f} ms"
     )
 
@@ -69,17 +77,20 @@ def layout_text(layout: Layout) -> str:
         )
     tag = f", tag {layout.tag}" if layout.tag else ""
     return (
-        f"{layout.model}{tag}: {shape}, {layout.block_tokens} tokens,"
-        f" {format_size(layout.block_bytes)}, {layout.n_cells} cells"
+        f"{layout.model}{tag}: {shape}, {output.count(layout.block_tokens, 'token')},"
+        f" {format_size(layout.block_bytes)}, {output.count(layout.n_cells, 'cell')}"
     )
 
 
-def info_json(info: StoreInfo) -> output.Json:
+def info_json(info: StoreInfo, stats: Stats) -> output.Json:
     """The answer of `info`; `layout` is the short form, `fingerprint` names all of it."""
     return {
         "version": info.version,
-        "instance": info.instance,
+        "instance": str(info.instance),  # many readers of JSON keep 53 bits of a number
         "policy": info.policy,
+        "used_bytes": stats.used_bytes,
+        "total_bytes": stats.total_bytes,
+        "blocks": stats.blocks,
         "max_blocks": info.max_blocks,
         "index_capacity": info.index_capacity,
         "started": info.started,
@@ -94,27 +105,40 @@ def info_json(info: StoreInfo) -> output.Json:
                 "layout": layout_text(each.layout),
                 "fingerprint": each.layout.fingerprint().hex(),
             }
-            for each in info.namespaces
+            for each in _in_order(info)
         ],
     }
 
 
-def show_info(info: StoreInfo) -> None:
+def show_info(info: StoreInfo, stats: Stats) -> None:
     """Prints the answer of `info`."""
+    used, total = format_size(stats.used_bytes), format_size(stats.total_bytes)
     print(f"version         {output.printable(info.version)}")
     print(f"instance        {info.instance}")
     print(f"started         {output.local_time(info.started)}, {output.age(info.started)}")
     print(f"eviction        {output.printable(info.policy)}")
-    print(f"most blocks     {info.max_blocks}")
-    print(f"index capacity  {info.index_capacity}")
-    print(f"namespaces      {len(info.namespaces)}")
+    print(f"memory          {used} of {total} used")
+    print(f"blocks          {stats.blocks:,} of at most {info.max_blocks:,}")
+    print(f"index capacity  {info.index_capacity:,}")
+    print(f"namespaces      {len(info.namespaces):,}")
     rows = [
-        (str(each.id), each.name, str(each.blocks), str(each.generation), layout_text(each.layout))
-        for each in info.namespaces
+        (
+            str(each.id),
+            each.name,
+            f"{each.blocks:,}",
+            str(each.generation),
+            layout_text(each.layout),
+        )
+        for each in _in_order(info)
     ]
     if rows:
         print()
         output.show(output.table((">id", "name", ">blocks", ">generation", "layout"), rows))
+
+
+def _in_order(info: StoreInfo) -> list[NamespaceInfo]:
+    """The namespaces by name, and layouts of one name by id: a store has them in no order."""
+    return sorted(info.namespaces, key=lambda each: (each.name, each.id))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,8 +168,9 @@ class MatchAnswer:
     def as_text(self) -> str:
         """The answer of `match` on one line."""
         tokens = self.matched * self.namespace.layout.block_tokens
-        tiers = "".join(f", {count} in {tier}" for tier, count in Counter(self.tiers).items())
-        return f"{self.matched} of {self.asked} blocks ({tokens} tokens){tiers}"
+        tiers = "".join(f", {count:,} in {tier}" for tier, count in Counter(self.tiers).items())
+        asked = output.count(self.asked, "block")
+        return f"{self.matched:,} of {asked} ({output.count(tokens, 'token')}){tiers}"
 
 
 def match(session: Session, selected: Selected) -> MatchAnswer:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvstore.errors import ResourceExhausted
+from kvstore.errors import ResourceExhausted, Unavailable
 from kvstore.session.base import Session
 from kvstore.sizes import format_size
 from kvstore_client.cli.bench_client import PHASES, Measured, Plan, parse_measured
@@ -29,6 +29,7 @@ HEADER = (
 )
 _MOVES_BYTES = ("put", "get")
 _DROP_AGAIN_S = 0.05
+_CLEAN_UP_S = 2.0  # at the end nobody waits long for a store that may be dead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +109,7 @@ def run(session: Session, bench: Bench) -> Generator[Row, None, None]:
     sizes = sorted({case.size_bytes for case in bench.grid.cases})
     count = max(case.clients for case in bench.grid.cases)
     with contextlib.ExitStack() as stack:
-        for size in sizes:
-            stack.callback(forget, session, size, bench.timeout_s)
+        stack.callback(_forget_all, session, sizes, bench.timeout_s)
         clients = stack.enter_context(processes(bench.target, bench.timeout_s, count))
         for case in bench.grid.cases:
             forget(session, case.size_bytes, bench.timeout_s)
@@ -145,13 +145,20 @@ def _as_json(bench: Bench, rows: Sequence[Row]) -> Json:
     }
 
 
+def _forget_all(session: Session, sizes: Sequence[int], timeout_s: float) -> None:
+    """Drops what the benchmark has put, unless the store is gone, and all of it with it."""
+    with contextlib.suppress(Unavailable):
+        for size in sizes:
+            forget(session, size, min(timeout_s, _CLEAN_UP_S))
+
+
 def forget(session: Session, size_bytes: int, timeout_s: float) -> None:
     """Drops the blocks of that size, also those a client that has just died still held a while."""
-    namespace = session.open_namespace(NAMESPACE, layout_of(size_bytes))
+    namespace = session.open_namespace(NAMESPACE, layout_of(size_bytes), timeout_s=timeout_s)
     end, pause = time.monotonic() + timeout_s, threading.Event()
     while True:
         try:
-            session.drop_namespace(namespace)
+            session.drop_namespace(namespace, timeout_s=timeout_s)
             return
         except ResourceExhausted:
             if time.monotonic() >= end:

@@ -25,6 +25,7 @@ from kvstore_client.cli.target import connect
 Bytes = npt.NDArray[np.uint8]
 
 PHASES = ("put", "match", "get", "view")
+_DROP_S = 5.0  # a store that has died is noticed here: its puts fail without a word
 SAMPLE_EVERY = 16  # of later reads, one in so many has one block checked
 
 
@@ -105,7 +106,7 @@ class Client:
         measured = Measured()
         for number, at in enumerate(self._batch_starts()):
             if phase == "put" and number and not at:
-                self._session.drop(self._namespace, self._pattern.hashes)
+                self._session.drop(self._namespace, self._pattern.hashes, timeout_s=_DROP_S)
             calls[phase](at, measured)
         return measured
 

@@ -46,7 +46,8 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"blocks of {format_size(self.size_bytes)}, {self.batch} a call, {self.clients} clients"
+            f"blocks of {format_size(self.size_bytes)}, {self.batch:,} a call,"
+            f" {self.clients} client{'' if self.clients == 1 else 's'}"
         )
 
 

@@ -71,7 +71,7 @@ def explain(
     timeout_s: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> Code:
-    """Says why each block of a chain can or cannot be found, one row a run."""
+    """Says why each block of a chain is found or not."""
     selectors = _selectors(hashes, hashes_file, tokens, extra_keys, scheme)
     with session_of(context, target, timeout_s) as session:
         runs = answers.explain(session, select(session, namespace, namespace_id, selectors))
@@ -100,7 +100,8 @@ def drop(
 ) -> Code:
     """Forgets blocks, or with --all a whole namespace, after asking. Exit code 1: you said no.
 
-    Blocks that someone is reading, or that are not there, are not counted.
+    Counts the blocks that were there. One that a view still holds cannot be found any more, and
+    gives its memory back when the view is released.
     """
     selectors = _selectors(hashes, hashes_file, tokens, extra_keys, scheme, everything=everything)
     with session_of(context, target, timeout_s) as session:
@@ -114,7 +115,7 @@ def drop(
     if as_json:
         output.print_json({"namespace": namespace, "dropped_blocks": dropped})
     else:
-        print(f"dropped {dropped} blocks")
+        print(f"dropped {output.count(dropped, 'block')}")
     return Code.OK if agreed else Code.NEGATIVE
 
 

@@ -62,11 +62,11 @@ def info(
 ) -> Code:
     """Says what the store is, and lists its namespaces."""
     with session_of(context, target, timeout_s) as session:
-        found = session.info()
+        found, stats = session.info(), session.stats()
     if as_json:
-        output.print_json(answers.info_json(found))
+        output.print_json(answers.info_json(found, stats))
     else:
-        answers.show_info(found)
+        answers.show_info(found, stats)
     return Code.OK
 
 
@@ -81,9 +81,10 @@ def stat(
     timeout_s: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> Code:
-    """Prints a line an interval, the first at once and since the store's start.
+    """Prints the store's counters, a line an interval.
 
-    hit%, puts and evicted are of the interval, in blocks; the other columns are of the moment.
+    The first line comes at once and counts from the store's start. hit%, puts and evicted are of
+    the interval, in blocks; the other columns are of the moment.
     """
     stop = threading.Event()
     # Ctrl-C is how one ends this: it is no failure.
@@ -134,7 +135,7 @@ def bench(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Let it evict others' blocks.")] = False,
     target: Target = None,
-    timeout_s: Timeout = 30.0,
+    timeout_s: Timeout = 10.0,
     as_json: AsJson = False,
 ) -> Code:
     """Measures put, match, get and view, and checks the bytes. Exit code 1: a byte was wrong.

@@ -47,12 +47,11 @@ class Check:
 def check_daemon(facts: Facts) -> Check:
     """Does a daemon answer?"""
     if facts.daemon is None:
-        return Check(
-            name="daemon",
-            level=Level.FAIL,
-            measured=f"{facts.target}: {facts.problem}",
-            fix="Start kvstore-server, or name the socket of a running one with --target.",
-        )
+        fix = "Start kvstore-server, or name the socket of a running one with --target."
+        if facts.refused:
+            fix = "Run as the daemon's user, or use the token of its data folder (grpc.token)."
+        measured = f"{facts.target}: {facts.problem}"
+        return Check(name="daemon", level=Level.FAIL, measured=measured, fix=fix)
     took = f"{facts.daemon.round_trip_ms:.3f} ms a round trip"
     return Check(name="daemon", level=Level.OK, measured=f"{facts.target} answers, {took}")
 

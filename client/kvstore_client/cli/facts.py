@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from kvstore import __version__
-from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.errors import InvalidArgument, KVStoreError, PermissionDenied
 from kvstore.host import Host, read_host
 from kvstore_client.cli.target import Connect
 
@@ -53,6 +53,7 @@ class Facts:
     rdma: bool  # the host has RDMA devices
     daemon: DaemonFacts | None = None
     problem: str = ""
+    refused: bool = False  # a daemon is there, and does not let this user in
     socket: SocketFacts | None = None
 
 
@@ -67,7 +68,8 @@ def gather(connect: Connect, target: str, timeout_s: float) -> Facts:
         packages=tuple((name, package_version(name)) for name in PACKAGES),
         rdma=_RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir()),
         daemon=daemon,
-        problem=problem,
+        problem=str(problem or ""),
+        refused=isinstance(problem, PermissionDenied),
         socket=read_socket(target),
     )
 
@@ -99,7 +101,9 @@ def read_socket(target: str) -> SocketFacts | None:
     )
 
 
-def _ask(connect: Connect, target: str, timeout_s: float) -> tuple[DaemonFacts | None, str]:
+def _ask(
+    connect: Connect, target: str, timeout_s: float
+) -> tuple[DaemonFacts | None, KVStoreError | None]:
     """What the daemon says of itself, or why it says nothing."""
     try:
         with connect(target, timeout_s) as session:
@@ -110,7 +114,6 @@ def _ask(connect: Connect, target: str, timeout_s: float) -> tuple[DaemonFacts |
     except InvalidArgument:
         raise
     except KVStoreError as error:
-        return None, str(error)
-    return DaemonFacts(
-        version=version, pool_bytes=stats.total_bytes, round_trip_ms=round_trip_ms
-    ), ""
+        return None, error
+    found = DaemonFacts(version=version, pool_bytes=stats.total_bytes, round_trip_ms=round_trip_ms)
+    return found, None

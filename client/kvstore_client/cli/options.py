@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from kvstore import limits
+from kvstore.errors import InvalidArgument
 from kvstore.session.base import Session
 from kvstore_client.cli.selection import Scheme
 from kvstore_client.cli.target import TARGET_VARIABLE, Connect, target_of
@@ -43,8 +45,20 @@ Target = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _checked_timeout(seconds: float) -> float:
+    most = limits.MAX_DEADLINE_MS // 1000
+    if not 0 < seconds <= most:
+        raise InvalidArgument("timeout", f"must be over 0 and at most {most} seconds")
+    return seconds
+
+
 Timeout = Annotated[
-    float, typer.Option("--timeout", metavar="SECONDS", help="Deadline of each call.")
+    float,
+    typer.Option(
+        "--timeout", metavar="SECONDS", help="Deadline of each call.", callback=_checked_timeout
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Namespace = Annotated[str, typer.Option(help="Name of the namespace.")]

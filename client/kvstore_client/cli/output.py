@@ -82,6 +82,11 @@ def printable(text: str) -> str:
     )
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 block", "1,024 blocks": a number as people read it."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
     """Columns under their names, without lines; a name that starts with ">" is right-aligned."""
     found = Table(box=None, pad_edge=False, header_style="bold")

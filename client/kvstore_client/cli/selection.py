@@ -128,12 +128,20 @@ def parse_tokens(data: bytes) -> list[int]:
     """Token ids as a JSON list or between blanks. Raises `InvalidArgument`."""
     try:
         text = data.decode("ascii").strip()
-        tokens = json.loads(text) if text.startswith("[") else [int(word) for word in text.split()]
+        if not text.startswith("["):
+            return [_token(at, word) for at, word in enumerate(text.split())]
+        tokens = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument("tokens", f"are no list of token ids: {error}") from None
     if not all(type(token) is int for token in tokens):
         raise InvalidArgument("tokens", "must all be integers")
     return list(tokens)
+
+
+def _token(at: int, word: str) -> int:
+    if not word.isdecimal():
+        raise InvalidArgument("tokens", f"number {at + 1}, {word[:80]!r}, is no token id")
+    return int(word)
 
 
 def _from_hex(field: str, words: list[str]) -> Hashes2D:

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from kvstore.errors import InvalidArgument
+from kvstore.errors import InvalidArgument, PermissionDenied
 from kvstore.session.base import Session
 from kvstore_client.client import KVStoreClient
 from kvstore_client.targets import default_target
 
 TARGET_VARIABLE = "KVSTORE_TARGET"
 TOKEN_VARIABLE = "KVSTORE_TOKEN_FILE"
+_TCP = "grpc://"
 
 Connect = Callable[[str, float], AbstractContextManager[Session]]
 
@@ -27,9 +28,16 @@ def target_of(option: str | None) -> str:
 def connect(target: str, timeout_s: float) -> AbstractContextManager[Session]:
     """A session with the store at `target`, closed at the end of the `with`.
 
-    Raises `InvalidArgument`, `Unavailable`, and over gRPC `DeadlineExceeded`, `PermissionDenied`.
+    Raises `InvalidArgument`, `Unavailable`, `DeadlineExceeded` and `PermissionDenied`.
     """
-    return contextlib.closing(KVStoreClient(target, timeout_s=timeout_s, token=read_token(target)))
+    token = read_token(target)
+    try:
+        return contextlib.closing(KVStoreClient(target, timeout_s=timeout_s, token=token))
+    except PermissionDenied as error:
+        if not target.startswith(_TCP):
+            raise
+        advice = f"let ${TOKEN_VARIABLE} name the grpc.token in the daemon's data folder"
+        raise PermissionDenied(f"{error}: {advice}") from None
 
 
 def read_token(target: str) -> str | None:
@@ -38,9 +46,10 @@ def read_token(target: str) -> str | None:
     A file, since command lines and environments can be read by others. Raises `InvalidArgument`.
     """
     path = os.environ.get(TOKEN_VARIABLE)
-    if not path or not target.startswith("grpc://"):
+    if not path or not target.startswith(_TCP):
         return None
     try:
         return Path(path).read_text("ascii").strip()
     except (OSError, UnicodeError) as error:
-        raise InvalidArgument(TOKEN_VARIABLE, f"{path} holds no token: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise InvalidArgument(TOKEN_VARIABLE, f"{path} holds no token: {why}") from None

@@ -4,11 +4,17 @@ isort:skip_file
 The public protocol of kvstore, a store for the KV cache of LLM inference.
 
 Limits, the same for every call; past one the call fails and changes nothing:
-  - keys are 32 bytes each, packed one after another into one bytes field: 1 to 65,536 a call;
+  - keys are 32 bytes each, packed one after another into one bytes field: 1 to 65,536 a call,
+    which is at most 2 MiB;
+  - a block has at most 64 MiB and at most 256 cells; a layout, 4,096 bytes; a namespace's name,
+    1 to 256 bytes of UTF-8 in one line; a store, 1,024 namespaces;
   - a chunk of a block carries 1 to 1,048,576 bytes;
   - a message is at most 5 MiB;
+  - a block's time to live is at most 30 days, a hint's time at most 7 days, and at most half
+    of a pool's bytes can be pinned;
   - a call's deadline is at most one hour. Get and Put hold a worker of the server while they
-    run, so they need one; the other calls get the server's own where they have none.
+    run, so they need one; the other calls get the server's own, 5 seconds, where they have none;
+  - 8 gets and puts run at once; one more is RESOURCE_EXHAUSTED.
 
 Errors: the status code says what kind it is, and the trailing metadata `kvstore-error-bin`, where
 it is there, says it exactly (the frame of a `Failed` record, see kvstore/channel/wire.py):
@@ -22,7 +28,9 @@ it is there, says it exactly (the frame of a `Failed` record, see kvstore/channe
   DATA_LOSS            stored bytes do not match their checksums
 A block that is not stored is no error.
 
-Numbers of fields and enums are never used again. A reader ignores fields it does not know.
+Numbers of fields and enums are never used again: whoever takes one out writes its number and
+its name into a `reserved` statement of the message or enum. A reader ignores fields it does not
+know.
 """
 
 from collections import abc as _abc
@@ -210,7 +218,7 @@ class BlockHint(_message.Message):
     kind: Global___HintKind.ValueType
     """What will happen."""
     for_ms: _builtins.int
-    """From now, in milliseconds."""
+    """From now, in milliseconds; at most 604,800,000 (7 days)."""
     def __init__(
         self,
         *,
@@ -234,7 +242,7 @@ class OpenNamespaceRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """1 to 256 bytes."""
+    """1 to 256 bytes in one line."""
     layout: _builtins.bytes
     """What the bytes of a block mean: canonical JSON (ASCII, sorted keys, no blanks), at most 4,096
     bytes, see kvstore/layout.py.
@@ -295,7 +303,7 @@ class MatchRequest(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
-    """In chain order."""
+    """In chain order; 1 to 65,536 times 32 bytes."""
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     @_builtins.property
@@ -353,12 +361,12 @@ class GetRequest(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     CELLS_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
-    """In chain order."""
+    """In chain order; 1 to 65,536 times 32 bytes."""
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     @_builtins.property
     def cells(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Distinct cells of the layout, to get only those; none for all."""
+        """Distinct cells of the layout, at most 256, to get only those; none for all."""
 
     def __init__(
         self,
@@ -520,20 +528,24 @@ class PutHeader(_message.Message):
     TTL_MS_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
-    """In chain order."""
+    """In chain order; 1 to 65,536 times 32 bytes."""
     put_id: _builtins.bytes
     """16 bytes that all ranks of one put share; empty: a new one, for a caller that puts all cells."""
     parent: _builtins.bytes
-    """The 32-byte key before the first of `keys`; empty: unknown or none."""
+    """The 32-byte key before the first of `keys`; empty: unknown or none. Counts with `position`."""
     position: _builtins.int
-    """The first block's index in its chain; absent: unknown."""
+    """The first block's index in its chain, at most 2,147,483,647 less the number of keys; absent:
+    unknown.
+    """
     ttl_ms: _builtins.int
-    """Forgets the blocks so long after they are stored, in milliseconds; 0: never."""
+    """Forgets the blocks so long after they are stored, in milliseconds, at most 2,592,000,000
+    (30 days); 0: never.
+    """
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     @_builtins.property
     def cells(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Distinct cells of the layout that this caller puts; none for all."""
+        """Distinct cells of the layout, at most 256, that this caller puts; none for all."""
 
     @_builtins.property
     def hint(self) -> Global___BlockHint:
@@ -638,6 +650,7 @@ class DropRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
+    """In any order; 1 to 65,536 times 32 bytes."""
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     def __init__(
@@ -730,6 +743,7 @@ class HintRequest(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
+    """In chain order; 1 to 65,536 times 32 bytes."""
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     @_builtins.property
@@ -782,7 +796,7 @@ class ExplainRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
-    """In chain order."""
+    """In chain order; 1 to 65,536 times 32 bytes."""
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     def __init__(

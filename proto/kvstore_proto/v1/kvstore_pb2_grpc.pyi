@@ -4,11 +4,17 @@ isort:skip_file
 The public protocol of kvstore, a store for the KV cache of LLM inference.
 
 Limits, the same for every call; past one the call fails and changes nothing:
-  - keys are 32 bytes each, packed one after another into one bytes field: 1 to 65,536 a call;
+  - keys are 32 bytes each, packed one after another into one bytes field: 1 to 65,536 a call,
+    which is at most 2 MiB;
+  - a block has at most 64 MiB and at most 256 cells; a layout, 4,096 bytes; a namespace's name,
+    1 to 256 bytes of UTF-8 in one line; a store, 1,024 namespaces;
   - a chunk of a block carries 1 to 1,048,576 bytes;
   - a message is at most 5 MiB;
+  - a block's time to live is at most 30 days, a hint's time at most 7 days, and at most half
+    of a pool's bytes can be pinned;
   - a call's deadline is at most one hour. Get and Put hold a worker of the server while they
-    run, so they need one; the other calls get the server's own where they have none.
+    run, so they need one; the other calls get the server's own, 5 seconds, where they have none;
+  - 8 gets and puts run at once; one more is RESOURCE_EXHAUSTED.
 
 Errors: the status code says what kind it is, and the trailing metadata `kvstore-error-bin`, where
 it is there, says it exactly (the frame of a `Failed` record, see kvstore/channel/wire.py):
@@ -22,7 +28,9 @@ it is there, says it exactly (the frame of a `Failed` record, see kvstore/channe
   DATA_LOSS            stored bytes do not match their checksums
 A block that is not stored is no error.
 
-Numbers of fields and enums are never used again. A reader ignores fields it does not know.
+Numbers of fields and enums are never used again: whoever takes one out writes its number and
+its name into a `reserved` statement of the message or enum. A reader ignores fields it does not
+know.
 """
 
 from collections import abc as _abc

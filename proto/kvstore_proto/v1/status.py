@@ -27,9 +27,7 @@ _CODES: dict[type[KVStoreError], grpc.StatusCode] = {
     errors.Corrupted: grpc.StatusCode.DATA_LOSS,
 }
 _CLASSES: dict[grpc.StatusCode, type[KVStoreError]] = {
-    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.CANCELLED: errors.Unavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.FAILED_PRECONDITION: errors.StaleNamespace,
     grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
     grpc.StatusCode.UNAUTHENTICATED: errors.PermissionDenied,
@@ -47,14 +45,17 @@ def abort(
     context.abort(code, str(error)[:_MAX_TEXT_CHARACTERS])
 
 
-def error_of(failure: grpc.RpcError) -> KVStoreError:
-    """The error that a failed call stands for, exact where the peer is a gateway of ours."""
+def error_of(failure: grpc.RpcError, *, peer: str = "its address") -> KVStoreError:
+    """The error that a failed call stands for, exact where a gateway of ours has answered.
+
+    peer: whom the call was for, to be named where nobody has answered.
+    """
     # Failures of calls are the calls themselves, but no type says so.
     call = cast(grpc.Call, failure)
     for key, value in call.trailing_metadata() or ():
         if key == ERROR_KEY and isinstance(value, bytes):
             return _decode(value)
-    return _by_code(call.code(), call.details() or "")
+    return _by_code(call.code(), call.details() or "", peer)
 
 
 def _encode(error: KVStoreError) -> bytes:
@@ -76,9 +77,18 @@ def _decode(data: bytes) -> KVStoreError:
     raise AssertionError("a Failed record is always raised")
 
 
-def _by_code(code: grpc.StatusCode, text: str) -> KVStoreError:
+def _by_code(code: grpc.StatusCode, text: str, peer: str) -> KVStoreError:
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.Unavailable(f"no store answers at {peer}: {_cause(text)}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.DeadlineExceeded(f"no answer from {peer} within the call's time")
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return errors.InvalidArgument("request", text)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceExhausted(text, retry_after_ms=limits.RETRY_AFTER_MS)
     return _CLASSES.get(code, KVStoreError)(text)
+
+
+def _cause(text: str) -> str:
+    """gRPC names the address up to three times before it says what is wrong with it."""
+    return text.rpartition(": ")[2] if text.startswith("failed to connect") else text
