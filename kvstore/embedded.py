@@ -48,10 +48,11 @@ class _StoreLink:
             due_ms = self._store.next_due_ms
             if due_ms is not None and due_ms <= now_ms:
                 self._store.tick(now_ms)
-            result = self._store.handle(self._connection, command, now_ms)
-            if self._memory.index.retired:
-                self._memory = self._map()
-            return result
+            try:
+                return self._store.handle(self._connection, command, now_ms)
+            finally:  # also where it was refused after it had moved the index
+                if self._memory.index.retired:
+                    self._memory = self._map()
 
     def memory(self, timeout_s: float) -> Memory:
         """See `Link.memory`."""
@@ -68,6 +69,8 @@ class _StoreLink:
 
     def close(self) -> None:
         """See `Link.close`."""
+        if self._guard.forked:
+            return  # the memory is the parent's, and so may be the lock
         with self._lock:
             self._memory = None
             self._arenas.close()
@@ -121,7 +124,8 @@ class KVStore(LocalSession):
             arenas.close()
             raise
         link = _StoreLink(self._store, arenas, clock, instance)
-        super().__init__(link, timeout_s=1.0, verify_reads=verify_reads)
+        # A call waits for nothing here; its copies take the time that they take.
+        super().__init__(link, timeout_s=limits.MAX_DEADLINE_MS / 1e3, verify_reads=verify_reads)
 
     def check(self) -> None:
         """Walks every invariant of the store; for tests. Nothing else may use it meanwhile."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import fcntl
@@ -9,6 +10,7 @@ import mmap
 import os
 import platform
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,8 @@ class Arena:
             os.close(fd)
             raise
         self._map.madvise(mmap.MADV_DONTFORK)
+        self._forked = False
+        _arenas.add(self)
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 
     @classmethod
@@ -77,7 +81,8 @@ class Arena:
             raise
         arena = cls(fd, nbytes, writable=True)
         if not reserved_huge_pages:
-            arena._map.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # not every kernel has transparent ones
+                arena._map.madvise(mmap.MADV_HUGEPAGE)
         return arena
 
     def forbid_new_writers(self) -> None:
@@ -113,6 +118,8 @@ class Arena:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        if self._forked:
+            return
         try:
             self._map.close()
         except BufferError:
@@ -120,19 +127,38 @@ class Arena:
             # unmapped when the last reference goes.
             return
 
+    def after_fork(self) -> None:
+        """In the child, which has not got the mapping: its addresses may be anything else's by the
+        time that it would be unmapped, so it never is."""
+        self._forked = True
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))
+
+
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for arena in list(_arenas):
+        arena.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
 
 def open_sealed(fd: int, nbytes: int) -> Arena:
     """Maps a client's memfd for reading; takes the descriptor over.
 
-    `InvalidArgument` unless it is a memfd that cannot shrink: else the client could cut it off
-    under our feet, and the read would kill us.
+    `InvalidArgument` unless it is a memfd that cannot shrink, on ordinary pages: else the client
+    could cut it off under our feet, or the reserved pages might run out, and the read would
+    kill us.
     """
     try:
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        ordinary = os.fstatvfs(fd).f_bsize == mmap.PAGESIZE
         size = os.fstat(fd).st_size
     except OSError:
-        sealed, size = 0, 0
-    if not sealed or not 0 < nbytes <= size:
+        sealed, ordinary, size = 0, False, 0
+    if not sealed or not ordinary or not 0 < nbytes <= size:
         os.close(fd)
         raise InvalidArgument("staging", f"expected a memfd of {nbytes} bytes, sealed to its size")
     return Arena(fd, nbytes, writable=False)
@@ -156,7 +182,12 @@ class Arenas:
         self.index: Arena | None = None
         self._stop = threading.Event()
         self._prefault: threading.Thread | None = None
-        self.generations = Arena.create("generations", self.pool.nbytes // limits.GRANULE_BYTES * 8)
+        try:
+            size = self.pool.nbytes // limits.GRANULE_BYTES * 8
+            self.generations = Arena.create("generations", size)
+        except BaseException:
+            self.pool.close()
+            raise
         self.generations.forbid_new_writers()
         if not pool_writable:
             self.pool.forbid_new_writers()
@@ -186,11 +217,13 @@ class Arenas:
                 arena.close()
 
     def _new_index(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        made = Arena.create("index", nbytes)
+        made.forbid_new_writers()
+        # Only now: where there is no memory for the new one, new clients still need the old.
         if self.index:
             self.index.close()
-        self.index = Arena.create("index", nbytes)
-        self.index.forbid_new_writers()
-        return self.index.array
+        self.index = made
+        return made.array
 
 
 def _make_pool(nbytes: int, placement: Placement) -> Arena:

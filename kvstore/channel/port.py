@@ -23,10 +23,15 @@ class ChannelPort:
     def __init__(self, path: str, timeout_s: float) -> None:
         """`Unavailable` where nobody answers in time, and what the daemon says if it refuses."""
         self._lock = threading.Lock()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._waking = threading.RLock()  # around the pipe's numbers: closed ones are given anew
         self.fds: list[int] = []
         self.interrupted = False  # whether it is over because a call was broken off here
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except BaseException:
+            self._sock.close()
+            raise
         try:
             self._sock.settimeout(timeout_s)
             self._sock.connect(path)
@@ -90,7 +95,7 @@ class ChannelPort:
 
     def poke(self) -> None:
         """Wakes `wait`."""
-        with contextlib.suppress(BlockingIOError, OSError):
+        with self._waking, contextlib.suppress(BlockingIOError, OSError):
             os.write(self._wake_write, b"x")
 
     def shut(self) -> None:
@@ -107,17 +112,20 @@ class ChannelPort:
     def close(self) -> None:
         """Ends the connection and gives all descriptors back; nobody may be in `wait`."""
         self.shut()
-        for fd in (self._wake_read, self._wake_write, *self.fds):
-            if fd >= 0:
-                os.close(fd)
-        self._wake_read = self._wake_write = -1
+        with self._waking:
+            pipe = (self._wake_read, self._wake_write)
+            # First, because a thread that still reads here may wake us at any moment.
+            self._wake_read = self._wake_write = -1
+            for fd in (*pipe, *self.fds):
+                if fd >= 0:
+                    os.close(fd)
         self.fds.clear()
 
     # -- inside ------------------------------------------------------------------------
 
-    @staticmethod
-    def _expect(kind: type[Any], result: Any) -> Any:
+    def _expect(self, kind: type[Any], result: Any) -> Any:
         if not isinstance(result, kind):
+            self.shut()  # whose answer it is nobody knows, nor whose the next one would be
             raise ProtocolError(f"the daemon answered {type(result).__name__}")
         return result
 
@@ -132,6 +140,9 @@ class ChannelPort:
         try:
             if self.closed:
                 raise Unavailable("the connection to the daemon is closed")
+            if frame and time.monotonic() >= deadline:
+                # Nothing was sent, so the connection is as good as before.
+                raise DeadlineExceeded("no time was left for the call")
             result = self._guarded(frame, deadline, fds_wanted, send_fd, timeout_s)
         finally:
             self._lock.release()
@@ -184,6 +195,10 @@ class ChannelPort:
         self._arm(deadline)
         head, fds, _flags, _address = socket.recv_fds(self._sock, wire.FRAME.size, fds_wanted)
         self.fds.extend(fds)
+        for fd in fds:
+            # A program that this process starts must not hold a dead daemon's memory. Not by a
+            # flag of the call, which Python 3.11 does not pass on.
+            os.set_inheritable(fd, False)
         if not head:
             raise Unavailable("the daemon closed the connection")
         return head + self._read(wire.FRAME.size - len(head), deadline)

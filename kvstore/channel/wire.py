@@ -1,7 +1,8 @@
 """Records of the same-host channel: a codec derived from the commands' own fields.
 
 A frame is `length u32 | type u16 | version u16` and then the fields in order: integers as i64,
-bytes and strings as `length u32 | bytes`, arrays as `dtype u8 | ndim u8 | shape u32... | bytes`.
+bytes and strings as `length u32 | bytes`, arrays as `dtype u8 | ndim u8 | shape u32... | bytes`,
+where each field has its number of dimensions.
 Nothing is ever unpickled. Pure: no sockets here.
 """
 
@@ -105,16 +106,20 @@ _FIELDS = {
     ]
     for kind in _TYPES.values()
 }
+# All other arrays have one dimension.
+_DIMENSIONS = {"hashes": 2, "checksums": 2}
 COMMANDS = get_args(commands.Command)
 
 
 def encode(record: object) -> bytes:
-    """One frame of a command, a result or the welcome."""
-    kind = type(record)
-    body = b"".join(_put(getattr(record, name), of) for name, of in _FIELDS[kind])
+    """One frame of a command, a result or the welcome.
+
+    `InvalidArgument` names a field whose value has no place in a frame.
+    """
+    body = b"".join(_put_field(record, name, of) for name, of in _FIELDS[type(record)])
     if len(body) > limits.MAX_FRAME_BYTES:
         raise errors.InvalidArgument("batch", f"a call takes at most {limits.MAX_FRAME_BYTES} B")
-    return FRAME.pack(len(body), _NUMBERS[kind], WIRE_VERSION) + body
+    return FRAME.pack(len(body), _NUMBERS[type(record)], WIRE_VERSION) + body
 
 
 def body_length(head: bytes) -> int:
@@ -135,12 +140,19 @@ def decode(head: bytes, body: bytes) -> Any:
     offset = 0
     try:
         for name, of in _FIELDS[kind]:
-            values[name], offset = _take(body, offset, of)
+            values[name], offset = _take(body, offset, of, _DIMENSIONS.get(name, 1))
     except (struct.error, ValueError, IndexError) as error:
         raise errors.ProtocolError(f"malformed {kind.__name__}: {error}") from None
     if offset != len(body):
         raise errors.ProtocolError(f"malformed {kind.__name__}: {len(body) - offset} bytes over")
     return kind(**values)
+
+
+def _put_field(record: object, name: str, of: str) -> bytes:
+    try:
+        return _put(getattr(record, name), of)
+    except (struct.error, UnicodeEncodeError) as error:
+        raise errors.InvalidArgument(name, f"cannot be sent: {error}") from None
 
 
 def _put(value: Any, of: str) -> bytes:
@@ -159,7 +171,7 @@ def _put(value: Any, of: str) -> bytes:
 _CODES = {"U8": 0, "U32": 1, "U64": 2}
 
 
-def _take(body: bytes, offset: int, of: str) -> tuple[Any, int]:
+def _take(body: bytes, offset: int, of: str, dimensions: int) -> tuple[Any, int]:
     if of == "int":
         return _I64.unpack_from(body, offset)[0], offset + 8
     if of in ("str", "bytes"):
@@ -169,8 +181,8 @@ def _take(body: bytes, offset: int, of: str) -> tuple[Any, int]:
         value = body[offset + 4 : end]
         return (value.decode() if of == "str" else value), end
     code, ndim = body[offset], body[offset + 1]
-    if code != _CODES[of] or ndim > 2:
-        raise ValueError(f"expected an array of {of}")
+    if code != _CODES[of] or ndim != dimensions:
+        raise ValueError(f"expected an array of {of} with {dimensions} dimensions")
     shape = struct.unpack_from(f"<{ndim}I", body, offset + 2)
     start = offset + 2 + 4 * ndim
     count = int(np.prod(shape, dtype=np.int64))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.channel.port import ChannelPort
-from kvstore.errors import KVStoreError, Unavailable
+from kvstore.errors import DeadlineExceeded, KVStoreError, ProtocolError, Unavailable
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arena
@@ -24,12 +25,15 @@ from kvstore.session.local import LocalSession
 from kvstore.session.resilient import ResilientSession
 from kvstore.session.staging import Staging
 
+_CLOSE_S = 1.0  # much longer than a copy into staging memory takes
+
 
 class ChannelLink:
     """One connection to a daemon, and its memory as mapped here. Once lost it stays lost."""
 
     def __init__(self, path: str, timeout_s: float) -> None:
-        """`Unavailable` where no daemon answers at `path`, OSError where its memory won't map."""
+        """`Unavailable` where no daemon answers at `path`, OSError where its memory won't map,
+        `ProtocolError` where it is not what the daemon says it is."""
         self._lock = threading.Lock()
         self._arenas: list[Arena] = []
         self._port = ChannelPort(path, timeout_s)
@@ -37,8 +41,10 @@ class ChannelLink:
         self._memory: Memory | None = None
         try:
             self._memory = self._map_all()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, ValueError):
+                raise ProtocolError(f"the daemon's memory is not as it says: {error}") from None
             raise
         self._guard = ForkGuard(self._port.abandon)
 
@@ -61,7 +67,11 @@ class ChannelLink:
         if self._port.welcome.writable:
             memory = self.memory(deadline.left_s)
             return fill_directly(self, memory, granted, sources, deadline.left_s)
-        with self._lock:
+        with self._locked(deadline):
+            if self._port.closed:
+                # The daemon may yet copy what an earlier call has staged and got no answer for:
+                # other bytes in its place would be stored under that call's keys.
+                raise Unavailable("the daemon is gone")
             if self._staging is None or self._staging.nbytes < granted.part.nbytes:
                 self._staging = self._new_staging(granted.part.nbytes, deadline)
             return self._staging.fill(self._port, granted, sources, deadline)
@@ -86,6 +96,28 @@ class ChannelLink:
 
     def close(self) -> None:
         """See `Link.close`; views that are still held keep the memory until they go."""
+        self.shut()  # ends what other threads wait for under the lock
+        # Bounded, because who holds it may wait for us, in the handler of a signal.
+        held = self._lock.acquire(timeout=_CLOSE_S)
+        try:
+            self._unmap()
+        finally:
+            if held:
+                self._lock.release()
+
+    # -- inside ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _locked(self, deadline: Deadline) -> Iterator[None]:
+        """`DeadlineExceeded` where other threads' calls take that long."""
+        if not self._lock.acquire(timeout=deadline.left_s):
+            raise DeadlineExceeded("another call held the connection for all of this one's time")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _unmap(self) -> None:
         self._memory = None
         self._port.close()
         for arena in self._arenas:
@@ -94,8 +126,6 @@ class ChannelLink:
         if self._staging:
             self._staging.close()
             self._staging = None
-
-    # -- inside ------------------------------------------------------------------------
 
     def _map_all(self) -> Memory:
         welcome = self._port.welcome
@@ -118,13 +148,14 @@ class ChannelLink:
         )
 
     def _map_index(self, timeout_s: float) -> Memory:
-        with self._lock:
+        deadline = Deadline(max(timeout_s, 1e-3))
+        with self._locked(deadline):
             memory = self._memory
             if memory is None:
                 raise Unavailable("the daemon is gone")
             if not memory.index.retired:  # another thread was here first
                 return memory
-            arena = Arena(*self._port.map_index(timeout_s), writable=False)
+            arena = Arena(*self._port.map_index(deadline.left_s), writable=False)
             self._arenas[2].close()
             self._arenas[2] = arena
             self._memory = Memory(
@@ -154,12 +185,15 @@ class _ChannelConnection(LocalSession):
     def __init__(self, link: ChannelLink, *, timeout_s: float, verify_reads: bool) -> None:
         super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads)
         self._channel = link
+        self._aborts: deque[c.Abort] = deque()
 
     def watch(self) -> bool:
-        """See `Connection.watch`; until then it reports touches in time."""
+        """See `Connection.watch`; until then it reports touches in time, and gives slots back."""
         while not self._channel.wait(self._pause_s()):
-            if self._touches.due(time.monotonic()):
-                with contextlib.suppress(KVStoreError):
+            with contextlib.suppress(KVStoreError):
+                if self._aborts:
+                    self._send_aborts(self._timeout_s)
+                if self._touches.due(time.monotonic()):
                     self.report_touches(self._timeout_s)
         return not self._channel.interrupted
 
@@ -169,7 +203,36 @@ class _ChannelConnection(LocalSession):
 
     def _pause_s(self) -> float | None:
         """Sleeps for good while nothing was read: an idle client costs no wake-ups."""
-        return limits.TOUCH_INTERVAL_MS * 1e-3 if self._touches.pending else None
+        busy = self._touches.pending or self._aborts
+        return limits.TOUCH_INTERVAL_MS * 1e-3 if busy else None
+
+    def report_touches(self, timeout_s: float) -> None:
+        """See `ControlSession.report_touches`; what is to be given back goes before it."""
+        deadline = Deadline(max(timeout_s, 1e-3))
+        self._send_aborts(deadline.left_s)
+        super().report_touches(deadline.left_s)
+
+    def _report_before_eviction(self, deadline: Deadline) -> None:
+        if self._aborts or self._touches.pending:
+            self.report_touches(deadline.left_s)
+
+    def _give_back(self, abort: c.Abort) -> None:
+        """Left to the watching thread: the call that failed may have no time left."""
+        self._aborts.append(abort)
+        self._channel.poke()
+
+    def _send_aborts(self, timeout_s: float) -> None:
+        deadline = Deadline(max(timeout_s, 1e-3))
+        while self._aborts:
+            try:
+                abort = self._aborts.popleft()
+            except IndexError:  # another thread sends the last one
+                return
+            try:
+                self._call(abort, c.Count, deadline)
+            except DeadlineExceeded:  # else its slots would be ours for as long as we are connected
+                self._aborts.appendleft(abort)
+                raise
 
     def _touched(self, began: bool) -> None:
         if began or self._touches.full:

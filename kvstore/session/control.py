@@ -73,16 +73,19 @@ class ControlSession:
         self._timeout_s = timeout_s
         self._touches = TouchLog()
         self._epoch = -1
-        self._ids: dict[tuple[int, int], int] = {}  # (instance, id) of a handle -> id now
+        # (epoch, instance, id) of a handle -> id now. With the epoch, because another thread may
+        # have seen a newer one before what is asked here is noted.
+        self._ids: dict[tuple[int, int, int], int] = {}
 
     def open_namespace(
         self, name: str, layout: Layout, *, timeout_s: float | None = None
     ) -> NamespaceHandle:
         """See `Session.open_namespace`."""
         deadline = self._deadline(timeout_s)
-        instance = self._link.memory(deadline.left_s).instance
+        memory = self._link.memory(deadline.left_s)
+        instance, epoch = memory.instance, memory.index.namespace_epoch
         opened = self._open(name, layout, deadline)
-        self._ids[instance, opened.namespace] = opened.namespace
+        self._ids[epoch, instance, opened.namespace] = opened.namespace
         return NamespaceHandle(
             id=opened.namespace,
             name=name,
@@ -180,7 +183,7 @@ class ControlSession:
         if epoch != self._epoch:  # some namespace was dropped: its id is never used again
             self._ids.clear()
             self._epoch = epoch
-        key = (namespace.instance, namespace.id)
+        key = (epoch, namespace.instance, namespace.id)
         number = self._ids.get(key)
         if number is None:
             number = self._open(namespace.name, namespace.layout, deadline).namespace
@@ -228,8 +231,9 @@ def store_info(described: c.Description) -> StoreInfo:
     """The store's description as values."""
     rows = zip(
         described.ids.tolist(),
-        described.names.splitlines(),
-        described.layouts.splitlines(),
+        # Not `splitlines`: names may hold what it takes for the end of a line.
+        described.names.split("\n") if len(described.ids) else (),
+        described.layouts.split("\n") if len(described.ids) else (),
         described.blocks.tolist(),
         described.generations.tolist(),
         strict=True,

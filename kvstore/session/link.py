@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.block import cell_checksums, header_bytes
-from kvstore.errors import InvalidArgument, LayoutMismatch
+from kvstore.errors import DeadlineExceeded, InvalidArgument, LayoutMismatch
 from kvstore.index.reader import IndexReader
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
@@ -158,18 +159,18 @@ def fill_directly(
     link: Link, memory: Memory, granted: Granted, sources: Sequence[Bytes1D], timeout_s: float
 ) -> c.U8:
     """`Link.fill` for a writer that may write the pool itself."""
-    checksums = np.stack(
-        [
-            granted.part.copy_in(source, memory.payload(granted.layout, int(granule)))
-            for source, granule in zip(sources, granted.granules, strict=True)
-        ]
-    )
+    end = time.monotonic() + timeout_s
+    sums: list[c.U64] = []
+    for source, granule in zip(sources, granted.granules.tolist(), strict=True):
+        if time.monotonic() > end:
+            raise DeadlineExceeded(f"{len(sums)} of {len(sources)} blocks were copied in time")
+        sums.append(granted.part.copy_in(source, memory.payload(granted.layout, granule)))
     seal = c.Seal(
         namespace=granted.namespace,
         put_id=granted.put_id,
         hashes=granted.hashes,
-        checksums=checksums,
+        checksums=np.stack(sums),
     )
-    sealed = link.call(seal, timeout_s)
+    sealed = link.call(seal, max(0.0, end - time.monotonic()))
     assert isinstance(sealed, c.Sealed)
     return sealed.status

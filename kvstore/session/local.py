@@ -178,7 +178,10 @@ class LocalSession(ControlSession):
         for i in range(found.count):
             granule, generation = int(found.granules[i]), int(found.generations[i])
             slot = _Slot(memory, namespace.layout, granule, generation)
-            reason = self._copy_out(slot, part, destinations[i])
+            in_time = not i or deadline.left_s > 0
+            reason = (
+                self._copy_out(slot, part, destinations[i]) if in_time else MissReason.UNAVAILABLE
+            )
             if reason:
                 results.append(Miss(reason))
                 break
@@ -191,11 +194,16 @@ class LocalSession(ControlSession):
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> LocalView:
         """See `Session.view`; the arrays are the store's own memory."""
+        deadline = self._deadline(timeout_s)
         chain = as_hashes(hashes)
+        # First, because a lease that cannot be shown would stay for as long as the connection.
+        memory = self._link.memory(deadline.left_s)
         leased = self._inside(
-            namespace, timeout_s, lambda number: c.Lease(namespace=number, hashes=chain), c.Leased
+            namespace,
+            max(deadline.left_s, 1e-3),
+            lambda number: c.Lease(namespace=number, hashes=chain),
+            c.Leased,
         )
-        memory = self._link.memory(self._timeout_s)
         blocks = [memory.payload(namespace.layout, granule) for granule in leased.granules.tolist()]
         for block in blocks:
             block.flags.writeable = False
@@ -264,7 +272,7 @@ class LocalSession(ControlSession):
         self, namespace: NamespaceHandle, chain: c.U8, hint: Hint, deadline: Deadline
     ) -> None:
         """A hint beside a match or a put is advice: where it is not taken, nothing is lost."""
-        with contextlib.suppress(ResourceExhausted, Unavailable, DeadlineExceeded):
+        with contextlib.suppress(ResourceExhausted, StaleNamespace, Unavailable, DeadlineExceeded):
             self.hint(namespace, chain, hint, timeout_s=max(deadline.left_s, 1e-3))
 
     def _put(self, put: _Put, deadline: Deadline) -> PutResult:
@@ -305,7 +313,10 @@ class LocalSession(ControlSession):
         chosen: np.ndarray[tuple[int], np.dtype[np.intp]],
         deadline: Deadline,
     ) -> c.U8:
-        """Moves the granted blocks' bytes in; a failure gives their slots back."""
+        """Moves the granted blocks' bytes in; a failure gives their slots back.
+
+        Of a namespace that was dropped meanwhile nothing is stored.
+        """
         if not len(chosen):
             return np.empty(0, np.uint8)
         granted = Granted(
@@ -319,11 +330,16 @@ class LocalSession(ControlSession):
         sources = [put.sources[i] for i in chosen.tolist()]
         try:
             return self._link.fill(granted, sources, deadline.left_s)
-        except BaseException:
-            abort = c.Abort(namespace=number, put_id=put.put_id, hashes=granted.hashes)
-            with contextlib.suppress(KVStoreError):
-                self._call(abort, c.Count, Deadline(self._timeout_s))
-            raise
+        except BaseException as error:
+            self._give_back(c.Abort(namespace=number, put_id=put.put_id, hashes=granted.hashes))
+            if not isinstance(error, StaleNamespace):
+                raise
+            return np.full(len(chosen), c.SealStatus.DROPPED, np.uint8)
+
+    def _give_back(self, abort: c.Abort) -> None:
+        """The slots of a put that came to nothing."""
+        with contextlib.suppress(KVStoreError):
+            self._call(abort, c.Count, Deadline(self._timeout_s))
 
     def _copy_out(self, slot: _Slot, part: Part, destination: Bytes1D) -> MissReason | None:
         """Copies one slot; says why not where it changed hands before or during the copy."""

@@ -15,7 +15,14 @@ from typing import Protocol, Self, TypeVar
 import tenacity
 
 from kvstore import commands as c
-from kvstore.errors import DeadlineExceeded, KVStoreError, ResourceExhausted, Unavailable
+from kvstore.errors import (
+    DeadlineExceeded,
+    KVStoreError,
+    ProtocolError,
+    ResourceExhausted,
+    StaleNamespace,
+    Unavailable,
+)
 from kvstore.keys import as_hashes
 from kvstore.layout import Layout
 from kvstore.session.base import (
@@ -39,7 +46,16 @@ from kvstore.session.fork import ForkGuard
 from kvstore.session.link import checked_part
 
 R = TypeVar("R")
-_AWAY = (Unavailable, DeadlineExceeded)
+# What a match, get or put answers with misses: the store is gone, slow, full (also of namespaces,
+# when one has to be opened again) or not in its senses, or this process has no room to map it.
+_AWAY = (
+    Unavailable,
+    DeadlineExceeded,
+    ResourceExhausted,
+    StaleNamespace,
+    ProtocolError,
+    OSError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +88,9 @@ class ResilientSession:
         self._why: Exception = Unavailable("the store has not answered yet")
         self._connection = None if lazy else connect(timeout_s)
         self._guard = ForkGuard(self._forget)
-        self._keeper = threading.Thread(target=self._keep, name="kvstore-keeper", daemon=True)
+        self._keeper = threading.Thread(
+            target=self._keep, args=(self._connection,), name="kvstore-keeper", daemon=True
+        )
         self._keeper.start()
 
     # -- never waits for a store that is away ------------------------------------------
@@ -143,7 +161,7 @@ class ResilientSession:
                 hint=hint,
                 timeout_s=timeout_s,
             )
-        except (*_AWAY, ResourceExhausted) as error:
+        except _AWAY as error:
             chain = as_hashes(hashes)
             checked_part("sources", namespace.layout, chain, sources, cells)
             return PutResult(
@@ -288,26 +306,29 @@ class ResilientSession:
         self._connection = None
         self._changed = threading.Condition()
 
-    def _keep(self) -> None:
-        """The thread: watches the connection, and makes the next one."""
+    def _keep(self, connection: Connection | None) -> None:
+        """The thread: watches the connection, and makes the next one.
+
+        It closes each that was made, also one that a caller has lost before it was watched.
+        """
         while not self._ended.is_set():
-            connection = self._connection
-            if connection is None:
-                self._reconnect()
-                continue
+            connection = connection or self._reconnect()
+            if connection is None or self._ended.is_set():
+                break
             lost = connection.watch()
             self._end(connection)
+            connection = None
             if lost and not self._ended.is_set():
                 log.warning("lost the store; trying to reach it again")
-        if self._connection:  # made while the session was being closed
-            self._end(self._connection)
+        if connection:  # made while the session was being closed
+            self._end(connection)
 
     def _end(self, connection: Connection) -> None:
         self._lose(connection)
         connection.close()
 
-    def _reconnect(self) -> None:
-        """Returns with a connection, or when the session is closed."""
+    def _reconnect(self) -> Connection | None:
+        """The next connection, for callers too; None when the session is closed."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._note),
             wait=tenacity.wait_random_exponential(multiplier=0.02, max=1.0),
@@ -317,11 +338,12 @@ class ResilientSession:
         try:
             connection = retrying(self._connect, self._timeout_s)
         except tenacity.RetryError:
-            return
+            return None
         with self._changed:
             self._connection = connection
             self._changed.notify_all()
         log.info("reached the store")
+        return connection
 
     def _note(self, error: BaseException) -> bool:
         """Keeps why the store is away; every such reason may pass, so the answer is to go on."""

@@ -7,10 +7,13 @@ threads that copy for clients that may not write the pool.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import socket
-from collections.abc import Callable
+import stat
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,13 @@ import structlog
 
 from kvstore import commands as c
 from kvstore.channel import wire
-from kvstore.errors import KVStoreError, ProtocolError, Unavailable
+from kvstore.errors import (
+    InvalidArgument,
+    KVStoreError,
+    PermissionDenied,
+    ProtocolError,
+    Unavailable,
+)
 from kvstore.session.link import part_of
 from kvstore.store import failed
 from kvstore_server.loop import Loop
@@ -29,6 +38,7 @@ from kvstore_server.tenants import Tenant, Tenants
 
 _COPY_THREADS = 2  # more do not help: a copy is bound by the memory, not by the cores
 _FULL_PAUSE_S = 0.1
+_START_S = 5.0  # how long to wait for another daemon that is just starting in the same folder
 
 log = structlog.get_logger()
 
@@ -36,33 +46,63 @@ log = structlog.get_logger()
 def bind(path: Path, *, for_all_users: bool = False) -> socket.socket:
     """A listening unix socket at `path`; clears a dead daemon's, refuses beside a live one.
 
-    for_all_users: whether others than this process's user may connect to it.
+    for_all_users: whether others than this process's user may connect to it. `Unavailable`
+    beside a live daemon, `InvalidArgument` where something else lies there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        _clear_stale(path)
-        previous = os.umask(0o111 if for_all_users else 0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(previous)
-        listener.listen(64)
+        with _alone_in(path.parent):
+            _clear_stale(path)
+            previous = os.umask(0o111 if for_all_users else 0o177)
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(previous)
+            listener.listen(64)
     except BaseException:
         listener.close()
         raise
     return listener
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other daemon clears or makes a socket in this folder meanwhile; else two that start at
+    once would each take the other's new socket for a dead one's. `Unavailable` if it takes long."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        end = time.monotonic() + _START_S
+        while not _try_lock(fd):
+            if time.monotonic() > end:
+                raise Unavailable(f"another process holds a lock on {folder}")
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)  # and with it goes the lock
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _clear_stale(path: Path) -> None:
     if not path.exists():
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    if not stat.S_ISSOCK(path.stat().st_mode):  # a connection to any other file is refused too
+        raise InvalidArgument("socket", f"{path} is there and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()  # its daemon is dead
             return
+        except BlockingIOError:
+            pass  # more clients wait than it has accepted: it lives, or is stopped
     raise Unavailable(f"a daemon already serves {path}: stop it or name another --socket")
 
 
@@ -154,11 +194,16 @@ class ChannelServer:
     def _ready(self, peer: Peer) -> None:
         def work() -> None:
             peer.flush()
-            if not peer.busy:
+            if not (peer.busy or peer.has_record):
                 peer.receive()
             self._serve(peer)
 
         self._guarded(peer, work)
+
+    def _go_on(self, peer: Peer) -> None:
+        peer.queued = False
+        if peer in self._peers and not peer.busy:
+            self._ready(peer)
 
     def _guarded(self, peer: Peer, work: Callable[[], None]) -> None:
         """Does something for a peer; whatever goes wrong with it ends only its own connection."""
@@ -197,16 +242,28 @@ class ChannelServer:
     # -- records -----------------------------------------------------------------------
 
     def _serve(self, peer: Peer) -> None:
-        for record in peer.records():
+        """One record, then it is the others' turn: else who sends many would hold them all up."""
+        record = None if peer.busy else peer.next_record()
+        if record is not None:
             try:
                 self._answer(peer, record)
             except ProtocolError:
                 raise
             except KVStoreError as error:
                 peer.send(failed(error))
+        if not peer.busy and not peer.queued and peer.has_record:
+            peer.queued = True
+            self._loop.call_soon(lambda: self._go_on(peer))
 
     def _answer(self, peer: Peer, record: Any) -> None:
         match record:
+            case c.Reserve() | c.Lease() if peer.gone:
+                # Nobody would learn what was granted, and it would be held as long as the
+                # process lives: after each call that timed out here, a little more.
+                raise ConnectionResetError
+            case c.Seal() if not peer.tenant.writable:
+                # Whatever its slots held before would be shown under new keys.
+                raise PermissionDenied("who may not write the pool seals what it has staged")
             case wire.MapIndex():
                 index = peer.tenant.arenas.index
                 assert index
@@ -272,6 +329,9 @@ class ChannelServer:
         part = part_of(granted.layout, granted.cells)
         if record.offsets.shape != (len(record.hashes),):
             raise ProtocolError("staged blocks without their offsets")
+        # The threads that copy are there for all users: nobody may keep one for long.
+        if len(record.hashes) * part.nbytes > peer.staging.nbytes:
+            raise InvalidArgument("hashes", "more blocks than the staging memory holds")
         return Copy(
             record=record,
             part=part,

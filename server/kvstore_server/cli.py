@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from kvstore import __version__
 from kvstore.errors import KVStoreError
@@ -135,8 +136,13 @@ def _errors_as_exits() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point. A wrong flag is one line on standard error too, with exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except TyperException as error:
+        print(f"kvstore-server: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

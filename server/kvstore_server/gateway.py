@@ -145,7 +145,8 @@ def run(options: argparse.Namespace) -> None:
     """Serves until the end; `KVStoreError`, `OSError` or `RuntimeError` where it cannot."""
     end = End(options.lifeline_fd)
     token = options.token_file.read_text().strip()
-    session = ChannelSession(options.channel, timeout_s=CONNECT_S)
+    # The bytes leave this host's memory, so they are checked before they do.
+    session = ChannelSession(options.channel, timeout_s=CONNECT_S, verify_reads=True)
     try:
         gateway = Gateway(
             session,

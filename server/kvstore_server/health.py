@@ -30,7 +30,11 @@ log = structlog.get_logger()
 
 
 class Canary:
-    """One block that goes the way of all blocks."""
+    """One block that goes the way of all blocks.
+
+    Where the store holds blocks, it is of the smallest layout there is, so that it fits a slot
+    that others leave, instead of taking a slab of its own from them.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -38,20 +42,32 @@ class Canary:
         self._hashes = [secrets.token_bytes(limits.KEY_BYTES)]
 
     def check(self) -> None:
-        """Puts new random bytes and gets them; a `KVStoreError` says why that failed."""
-        opened = self._session.open_namespace(NAMESPACE, LAYOUT, timeout_s=TIMEOUT_S)
+        """Puts new random bytes and gets them; a `KVStoreError` says why that failed.
+
+        A store that is full of blocks in use, and says so, is a store that serves.
+        """
+        layout = self._layout()
+        opened = self._session.open_namespace(NAMESPACE, layout, timeout_s=TIMEOUT_S)
         self._session.drop(opened, self._hashes, timeout_s=TIMEOUT_S)
-        sent = np.frombuffer(secrets.token_bytes(LAYOUT.block_bytes), np.uint8)
+        sent = np.frombuffer(secrets.token_bytes(layout.block_bytes), np.uint8)
         put = self._session.put(opened, self._hashes, [sent], ttl_s=_TTL_S, timeout_s=TIMEOUT_S)
+        if put.not_stored and put.retry_after_ms:
+            return
         if not put.stored:
             raise Unavailable("the store does not take a block")
-        got = np.zeros(LAYOUT.block_bytes, np.uint8)
+        got = np.zeros(layout.block_bytes, np.uint8)
         answer = self._session.get_into(opened, self._hashes, [got], timeout_s=TIMEOUT_S)[0]
         if not isinstance(answer, Hit):
             raise Unavailable(f"the store does not give its block back: {answer.reason}")
         if not np.array_equal(got, sent):
             raise Corrupted("the store gives other bytes than it took")
         self._session.drop(opened, self._hashes, timeout_s=TIMEOUT_S)
+
+
+    def _layout(self) -> Layout:
+        spaces = self._session.info(timeout_s=TIMEOUT_S).namespaces
+        used = [space.layout for space in spaces if space.blocks]
+        return min(used, key=lambda layout: layout.block_bytes, default=LAYOUT)
 
 
 class Health:

@@ -78,7 +78,8 @@ class Loop:
                 key.data()
         while self._timers and self._timers[0][0] <= self._now_s():
             heapq.heappop(self._timers)[2]()
-        while self._soon:
+        # Not what these queue in their turn: descriptors and timers come in between.
+        for _ in range(len(self._soon)):
             self._soon.popleft()()
 
     def _pause_s(self) -> float | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5; Python has no name for it
 _READ_BYTES = 1 << 20
 _MAX_FDS = 4
+_MAX_UNSENT = 16  # answers; who waits for each before the next call leaves one at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,34 +56,45 @@ class Peer:
         self.connection = connection
         self.staging: StagingArea | None = None
         self.busy = False
+        self.queued = False  # whether its next record has a place in the loop's queue
         self._inbox = bytearray()
         self._fds: deque[int] = deque()
-        self._outbox: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._outbox: deque[tuple[bytes, list[int]]] = deque()
         self._outbox_bytes = 0
 
     def receive(self) -> None:
         """Takes what has arrived; ConnectionResetError at the end, BlockingIOError for nothing."""
-        data, fds, _flags, _address = socket.recv_fds(
-            self.sock, _READ_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
-        )
+        data, fds, _flags, _address = socket.recv_fds(self.sock, _READ_BYTES, _MAX_FDS)
         self._fds.extend(fds)
+        for fd in fds:
+            os.set_inheritable(fd, False)  # Python 3.11 passes no flag of `recv_fds` on
         if not data:
             raise ConnectionResetError
         if len(self._fds) > _MAX_FDS:
             raise ProtocolError("more descriptors than any record takes")
         self._inbox += data
 
-    def records(self) -> Iterator[Any]:
-        """The whole records that have arrived, while nothing keeps the peer busy."""
+    @property
+    def has_record(self) -> bool:
+        """Whether a whole record has arrived; `ProtocolError` on garbage."""
+        return self._record_bytes() is not None
+
+    def next_record(self) -> Any | None:
+        """Takes the first whole record that has arrived; `ProtocolError` on garbage."""
+        end = self._record_bytes()
+        if end is None:
+            return None
         size = wire.FRAME.size
-        while not self.busy and len(self._inbox) >= size:
-            head = bytes(self._inbox[:size])
-            end = size + wire.body_length(head)
-            if len(self._inbox) < end:
-                return
-            record = wire.decode(head, bytes(self._inbox[size:end]))
-            del self._inbox[:end]
-            yield record
+        record = wire.decode(bytes(self._inbox[:size]), bytes(self._inbox[size:end]))
+        del self._inbox[:end]
+        return record
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has hung up, though records of it may still wait here."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def take_fd(self) -> int:
         """The descriptor that came with a record; the caller's from now on."""
@@ -92,9 +105,13 @@ class Peer:
     def send(self, record: object, fds: Sequence[int] = ()) -> None:
         """Queues a record with copies of the descriptors, and sends what the socket takes."""
         frame = wire.encode(record)
-        # Copies, because an index may move and be closed before a slow reader takes this.
-        self._outbox.append((frame, tuple(os.dup(fd) for fd in fds)))
+        copies: list[int] = []
+        self._outbox.append((frame, copies))
         self._outbox_bytes += len(frame)
+        # Copies, because an index may move and be closed before a slow reader takes this. Into
+        # the queue one by one, so that `close` finds those made before the one that fails.
+        for fd in fds:
+            copies.append(os.dup(fd))  # noqa: PERF401
         self.flush()
 
     def flush(self) -> None:
@@ -102,7 +119,7 @@ class Peer:
         with contextlib.suppress(BlockingIOError):
             while self._outbox:
                 self._flush_one()
-        if self._outbox_bytes > 2 * limits.MAX_FRAME_BYTES:
+        if self._outbox_bytes > 2 * limits.MAX_FRAME_BYTES or len(self._outbox) > _MAX_UNSENT:
             raise ProtocolError("the client does not read its answers")
 
     @property
@@ -130,4 +147,12 @@ class Peer:
         if sent == len(frame):
             self._outbox.popleft()
         else:
-            self._outbox[0] = (frame[sent:], ())
+            self._outbox[0] = (frame[sent:], [])
+
+    def _record_bytes(self) -> int | None:
+        """Bytes of the first record, head included; None while it is not whole."""
+        size = wire.FRAME.size
+        if len(self._inbox) < size:
+            return None
+        end = size + wire.body_length(bytes(self._inbox[:size]))
+        return end if len(self._inbox) >= end else None

@@ -20,7 +20,7 @@ def load_secret(folder: Path) -> bytes:
     """The 32-byte secret that keys all chains, made on first use, so that keys survive restarts.
 
     `KVStoreError` for a file of another length, `InvalidArgument` for one that all users can
-    read, `OSError` where the folder cannot be written.
+    read, or for a folder that cannot be written.
     """
     path = folder / "chain.key"
     secret = _read_or_make(path, secrets.token_bytes(_SECRET_BYTES))
@@ -45,9 +45,13 @@ def load_token_path(folder: Path) -> Path:
 
 
 def _read_or_make(path: Path, content: bytes) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not path.exists():
-        _publish(path, content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            _publish(path, content)
+    except OSError as error:
+        reason = f"{path.parent} cannot be written: {error.strerror}"
+        raise InvalidArgument("data_dir", reason) from None
     # The group is let in: orchestrators hand volumes to a group of the pod's own.
     if path.stat().st_mode & 0o007:
         raise InvalidArgument("data_dir", f"all users can reach {path}: run chmod 600 on it")

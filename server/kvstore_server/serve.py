@@ -188,9 +188,9 @@ def _grpc_words(settings: Settings, gateway: GatewayReady | None) -> str:
         return "off"
     if gateway is None:
         return "down: the gateway failed and is being tried again, see the log"
-    words = f"unix://{gateway.grpc_socket}"
+    words = f"grpc+unix://{gateway.grpc_socket}"
     if gateway.grpc_port is not None:
-        words += f", 127.0.0.1:{gateway.grpc_port} with the token in the data folder"
+        words += f", grpc://127.0.0.1:{gateway.grpc_port} with the token in the data folder"
     return words
 
 

@@ -6,24 +6,36 @@ made here, from the copy.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvstore import commands as c
+from kvstore import limits
 from kvstore.channel import wire
 from kvstore.errors import InvalidArgument
 from kvstore.memory import Arena, open_sealed
 from kvstore.session.base import Bytes1D
 from kvstore.session.link import Part
 
+_MOST_BYTES = max(limits.STAGING_BYTES, limits.MAX_BLOCK_BYTES)
+
 
 class StagingArea:
     """A client's staging memory, mapped for reading."""
 
     def __init__(self, fd: int, nbytes: int) -> None:
-        """Takes the descriptor over; `InvalidArgument` unless it is sealed to its size."""
+        """Takes the descriptor over; `InvalidArgument` unless it is sealed to its size.
+
+        Bounded, because pages that the client never wrote become this process's when it reads
+        them.
+        """
+        if nbytes > _MOST_BYTES:
+            os.close(fd)
+            raise InvalidArgument("staging", f"at most {_MOST_BYTES} bytes, got {nbytes}")
+        self.nbytes = nbytes
         self._arena: Arena = open_sealed(fd, nbytes)
 
     def cut(self, offset: int, nbytes: int) -> Bytes1D:

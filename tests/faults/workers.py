@@ -18,7 +18,7 @@ import numpy as np
 from kvstore import Hit, Layout
 from kvstore import commands as c
 from kvstore.block import cell_checksums
-from kvstore.errors import StaleNamespace
+from kvstore.errors import PermissionDenied, StaleNamespace
 from kvstore.session import ChannelSession
 from kvstore.session.link import Link
 from kvstore_client import KVStoreClient
@@ -122,6 +122,23 @@ def stop_in_mid_put(client: KVStoreClient, block_bytes: int, n_keys: int) -> Non
         print("stale", flush=True)
 
 
+def seal_unstaged(client: KVStoreClient, block_bytes: int, n_keys: int) -> None:
+    """Reserves slots and seals them, though it may not write them and has staged nothing."""
+    assert isinstance(client._session, ChannelSession)
+    connection: Any = client._session._now()
+    link: Link = connection._link
+    namespace = client.open_namespace("race", layout(block_bytes))
+    keys, none = hashes(n_keys, seed=1), np.empty(0, np.uint32)
+    put = {"namespace": namespace.id, "put_id": b"w" * 16, "hashes": keys}
+    reserved: Any = link.call(c.Reserve(**put, cells=none), 5.0)
+    try:
+        link.call(c.Seal(**put, checksums=np.zeros((n_keys, 1), np.uint64)), 5.0)
+    except PermissionDenied:
+        granted = int((reserved.status == c.ReserveStatus.GRANTED).sum())
+        print(f"refused {granted}", flush=True)
+    sys.stdin.readline()
+
+
 def main() -> None:
     """The process."""
     role, target, *numbers = sys.argv[1:]
@@ -130,6 +147,7 @@ def main() -> None:
         "read": read,
         "view": hold_view,
         "mid-put": stop_in_mid_put,
+        "unstaged": seal_unstaged,
     }
     with KVStoreClient(target) as client:
         roles[role](client, *map(int, numbers))  # type: ignore[operator]

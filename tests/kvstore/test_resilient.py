@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from typing import Any, cast
@@ -13,9 +14,10 @@ from kvstore import Layout, Miss, MissReason, NamespaceHandle
 from kvstore.errors import (
     DeadlineExceeded,
     InvalidArgument,
-    KVStoreError,
     LayoutMismatch,
+    ProtocolError,
     ResourceExhausted,
+    StaleNamespace,
     Unavailable,
 )
 from kvstore.session.resilient import Connection, ResilientSession
@@ -33,7 +35,7 @@ class Line:
     def __init__(self) -> None:
         self.over = threading.Event()
         self.closed = threading.Event()
-        self.failure: KVStoreError | None = None
+        self.failure: Exception | None = None
         self.calls = 0
 
     def watch(self) -> bool:
@@ -96,8 +98,19 @@ def test_an_absent_store_is_an_error_at_once_unless_lazy(exchange: Exchange) -> 
         assert cast(Any, session.stats(timeout_s=WAIT_S)) == "answer"
 
 
-@pytest.mark.parametrize("failure", [Unavailable("gone"), DeadlineExceeded("slow")])
-def test_data_calls_miss_where_the_store_is_away(exchange: Exchange, failure: KVStoreError) -> None:
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Unavailable("gone"),
+        DeadlineExceeded("slow"),
+        ResourceExhausted("full of namespaces", retry_after_ms=0),
+        StaleNamespace("dropped while it was opened"),
+        ProtocolError("not in its senses"),
+        OSError(24, "no descriptor left to map it"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_data_calls_miss_where_the_store_is_away(exchange: Exchange, failure: Exception) -> None:
     with ResilientSession(exchange, timeout_s=1.0) as session:
         line = exchange.next()
         line.failure = failure
@@ -131,6 +144,30 @@ def test_a_lost_connection_is_made_again_and_the_call_goes_on(exchange: Exchange
         assert cast(Any, session.stats()) == "answer"
         assert first.closed.wait(WAIT_S)
         assert exchange.next().calls == 1
+
+
+def test_a_connection_lost_before_it_was_watched_is_closed(exchange: Exchange) -> None:
+    """A caller may lose it in the moment in which it was made."""
+    lost = queue.SimpleQueue[Connection]()
+    with ResilientSession(exchange, timeout_s=WAIT_S) as session:
+
+        class Loser(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if record.getMessage() == "reached the store" and session._connection:
+                    lost.put(session._connection)
+                    session._lose(session._connection)
+
+        logger = logging.getLogger("kvstore.session.resilient")
+        handler, level = Loser(), logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            exchange.next().over.set()
+            made = cast(Line, lost.get(timeout=WAIT_S))
+            assert made.closed.wait(WAIT_S)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def test_a_store_that_stays_away_is_an_error_at_the_deadline(exchange: Exchange) -> None:

@@ -25,7 +25,8 @@ def example(kind: type, rng: np.random.Generator) -> object:
             values[name] = rng.bytes(5)
         else:
             dtype = {"U8": np.uint8, "U32": np.uint32, "U64": np.uint64}[of]
-            values[name] = rng.integers(0, 200, (3, 4)).astype(dtype)
+            shape = (3, 4) if name in ("hashes", "checksums") else (12,)
+            values[name] = rng.integers(0, 200, shape).astype(dtype)
     return kind(**values)
 
 
@@ -47,6 +48,33 @@ def test_a_cut_or_lengthened_record_is_refused(kind: type) -> None:
     for other in [body[:-1], body + b"x"] if body else [b"x"]:
         with pytest.raises(errors.ProtocolError):
             wire.decode(head, other)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 1)])
+def test_an_array_of_other_dimensions_is_refused(shape: tuple[int, ...]) -> None:
+    """The store measures and indexes what comes in, and would stumble over it."""
+    right = c.Touch(
+        granules=np.zeros(12, np.uint32), generations=np.zeros(12, np.uint64), lookups=12, hits=12
+    )
+    wrong = {"granules": np.zeros((1, 1), np.uint32), "generations": np.zeros((2, 6), np.uint64)}
+    for field, array in wrong.items():
+        with pytest.raises(errors.ProtocolError, match="dimensions"):
+            wire.decode(*parts(wire.encode(dataclasses.replace(right, **{field: array}))))
+    lease = c.Lease(namespace=1, hashes=np.zeros(shape[:1], np.uint8))
+    with pytest.raises(errors.ProtocolError, match="dimensions"):
+        wire.decode(*parts(wire.encode(lease)))
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        (c.Release(lease=1 << 63), "lease"),
+        (c.OpenNamespace(name="\ud800", layout=b""), "name"),
+    ],
+)
+def test_what_has_no_place_in_a_frame_is_named(record: object, field: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match=field):
+        wire.encode(record)
 
 
 def test_random_changes_are_refused_or_decoded_but_never_crash() -> None:

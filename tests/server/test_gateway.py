@@ -39,6 +39,7 @@ from kvstore_proto.v1.kvstore_pb2_grpc import KVStoreStub
 from kvstore_proto.v1.status import error_of
 from kvstore_proto.v1.translate import CHUNK_BYTES, MESSAGE_OPTIONS
 from kvstore_server.gateway import MAX_CALLS, Gateway
+from kvstore_server.health import Canary
 from kvstore_server.service import MAX_STREAMS
 
 TOKEN = "correct-horse-battery"
@@ -437,7 +438,7 @@ PROCESS = """
 import sys
 from kvstore_server import gateway
 from kvstore import KVStore
-gateway.ChannelSession = lambda path, timeout_s: KVStore(dram=32 << 20)
+gateway.ChannelSession = lambda path, **options: KVStore(dram=32 << 20)
 sys.exit(gateway.main())
 """
 
@@ -557,3 +558,36 @@ def test_a_gateway_without_a_daemon_fails_at_once(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"gateway cannot serve" in done.stdout
     assert not (tmp_path / "g.sock").exists()
+
+
+# -- the canary ------------------------------------------------------------------------------
+
+
+def test_the_canary_takes_a_slot_among_the_blocks_that_are_there() -> None:
+    """A slab of its own would evict everything in another."""
+    with KVStore(dram=4 << 20) as store:
+        layout = Layout.opaque(model="test", block_bytes=60_000, block_tokens=16)
+        namespace = store.open_namespace("test", layout)
+        hashes = np.random.default_rng(0).integers(0, 256, (200, 32), np.uint8)
+        for i in range(200):
+            store.put(namespace, hashes[i : i + 1], [np.zeros(60_000, np.uint8)])
+        evicted = store.stats().evicted
+        assert evicted > 0
+        for _ in range(3):
+            Canary(store).check()
+        assert store.stats().evicted <= evicted + 1
+
+
+def test_a_store_full_of_blocks_in_use_serves() -> None:
+    with KVStore(dram=1 << 20) as store:
+        namespace = store.open_namespace("test", LAYOUT)
+        blocks = [np.zeros(LAYOUT.block_bytes, np.uint8)] * 16
+        views = []
+        for seed in range(40):
+            hashes = np.random.default_rng(seed).integers(0, 256, (16, 32), np.uint8)
+            store.put(namespace, hashes, blocks)
+            views.append(store.view(namespace, hashes))
+        assert store.stats().refused > 0
+        Canary(store).check()
+        for view in views:
+            view.release()
