@@ -14,7 +14,6 @@ from kvstore.errors import Unavailable
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arenas, HugePages, Placement
-from kvstore.session.base import Bytes1D
 from kvstore.session.fork import ForkGuard
 from kvstore.session.link import Granted, Memory, fill_directly
 from kvstore.session.local import LocalSession
@@ -63,7 +62,7 @@ class _StoreLink:
             raise Unavailable("the store is closed")
         return memory
 
-    def fill(self, granted: Granted, sources: Sequence[Bytes1D], timeout_s: float) -> c.U8:
+    def fill(self, granted: Granted, sources: Sequence[int], timeout_s: float) -> c.U8:
         """See `Link.fill`."""
         return fill_directly(self, self.memory(timeout_s), granted, sources, timeout_s)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
@@ -20,7 +19,6 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.keys import as_hashes
 from kvstore.layout import Layout
 from kvstore.session.base import (
     NOTHING_MATCHED,
@@ -36,8 +34,8 @@ from kvstore.session.base import (
     PutResult,
     StoreInfo,
 )
-from kvstore.session.control import Deadline, duration_ms
-from kvstore.session.link import checked_part
+from kvstore.session.control import Deadline
+from kvstore.session.requests import checked_chain, checked_get, checked_put
 from kvstore_client.rpc import Rpc
 from kvstore_client.transfer import Arrival, CopiedView, put_requests
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -85,7 +83,7 @@ class RemoteSession:
         timeout_s: float | None = None,
     ) -> Matched:
         """See `Session.match`; one call."""
-        deadline, chain = self._deadline(timeout_s), _chain(hashes)
+        deadline, chain = self._deadline(timeout_s), checked_chain(hashes)
         request = pb.MatchRequest(keys=chain.tobytes(), hint=t.hint_to_wire(hint))
 
         def ask(now: pb.NamespaceId) -> Matched:
@@ -108,20 +106,18 @@ class RemoteSession:
         timeout_s: float | None = None,
     ) -> list[Hit | Miss]:
         """See `Session.get_into`; one call. Blocks that arrived before a failure are hits."""
-        deadline, chain = self._deadline(timeout_s), as_hashes(hashes)
-        part = checked_part(
-            "destinations", namespace.layout, chain, destinations, cells, writable=True
-        )
-        arrival = Arrival(len(chain), part.nbytes, destinations.__getitem__)
+        deadline = self._deadline(timeout_s)
+        get = checked_get(namespace, hashes, destinations, cells)
+        arrival = Arrival(len(get.chain), get.part.nbytes, destinations.__getitem__)
         with contextlib.suppress(*_AWAY):  # what nobody said anything of is unavailable
-            self._get(namespace, chain, part.cells, arrival, deadline)
+            self._get(namespace, get.chain, get.part.cells, arrival, deadline)
         return arrival.results()
 
     def view(
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> CopiedView:
         """See `Session.view`; the arrays are private, read-only copies, which hold no block."""
-        deadline, chain = self._deadline(timeout_s), _chain(hashes)
+        deadline, chain = self._deadline(timeout_s), checked_chain(hashes)
         blocks: list[Bytes1D] = []
 
         def target(block: int) -> Bytes1D:
@@ -150,21 +146,31 @@ class RemoteSession:
         timeout_s: float | None = None,
     ) -> PutResult:
         """See `Session.put`; one call."""
-        deadline, chain = self._deadline(timeout_s), as_hashes(hashes)
-        part = checked_part("sources", namespace.layout, chain, sources, cells)
-        header = pb.PutHeader(
-            keys=chain.tobytes(),
-            put_id=_put_id(put_id),
-            cells=part.cells.tolist(),
+        deadline = self._deadline(timeout_s)
+        put = checked_put(
+            namespace,
+            hashes,
+            sources,
+            put_id=put_id,
+            cells=cells,
             parent=parent,
-            position=_position(position),
-            ttl_ms=duration_ms("ttl_s", ttl_s),
+            position=position,
+            ttl_s=ttl_s,
+            hint=hint,
+        )
+        header = pb.PutHeader(
+            keys=put.chain.tobytes(),
+            put_id=put.put_id,
+            cells=put.part.cells.tolist(),
+            parent=put.parent,
+            position=None if position < 0 else position,
+            ttl_ms=put.ttl_ms,
             hint=t.hint_to_wire(hint),
         )
         try:
             return self._put(namespace, header, sources, deadline)
         except _AWAY as error:
-            return _nothing_stored(len(chain), error)
+            return _nothing_stored(len(put.chain), error)
 
     # -- asked until its deadline ------------------------------------------------------
 
@@ -178,7 +184,7 @@ class RemoteSession:
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> int:
         """See `Session.drop`."""
-        request = pb.DropRequest(keys=_chain(hashes).tobytes())
+        request = pb.DropRequest(keys=checked_chain(hashes).tobytes())
         return self._lasting(namespace, request, lambda stub: stub.Drop, timeout_s).blocks
 
     def drop_namespace(self, namespace: NamespaceHandle, *, timeout_s: float | None = None) -> int:
@@ -195,14 +201,14 @@ class RemoteSession:
         timeout_s: float | None = None,
     ) -> int:
         """See `Session.hint`."""
-        request = pb.HintRequest(keys=_chain(hashes).tobytes(), hint=t.hint_to_wire(hint))
+        request = pb.HintRequest(keys=checked_chain(hashes).tobytes(), hint=t.hint_to_wire(hint))
         return self._lasting(namespace, request, lambda stub: stub.Hint, timeout_s).blocks
 
     def explain(
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> list[BlockReport]:
         """See `Session.explain`."""
-        chain = _chain(hashes)
+        chain = checked_chain(hashes)
         request = pb.ExplainRequest(keys=chain.tobytes())
         answer = self._lasting(namespace, request, lambda stub: stub.Explain, timeout_s)
         return t.reports_of(answer, len(chain))
@@ -325,24 +331,6 @@ class RemoteSession:
             return t.put_of(answer, len(sources))
 
         return self._inside(namespace, deadline, ask)
-
-
-def _chain(hashes: Hashes) -> c.U8:
-    chain = as_hashes(hashes)
-    if not len(chain):
-        raise InvalidArgument("hashes", "at least one key, please")
-    return chain
-
-
-def _put_id(put_id: bytes | None) -> bytes:
-    """The id of a put, a new one where there is none; here, so that a repeated call is one put."""
-    return secrets.token_bytes(_PUT_ID_BYTES) if put_id is None else put_id
-
-
-def _position(position: int) -> int | None:
-    if not -1 <= position <= limits.MAX_POSITION:
-        raise InvalidArgument("position", f"-1 to {limits.MAX_POSITION}, please, not {position}")
-    return None if position == -1 else position
 
 
 def _nothing_stored(n_blocks: int, error: Exception) -> PutResult:

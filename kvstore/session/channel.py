@@ -17,7 +17,6 @@ from kvstore.errors import DeadlineExceeded, KVStoreError, ProtocolError, Unavai
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arena
-from kvstore.session.base import Bytes1D
 from kvstore.session.control import Deadline
 from kvstore.session.fork import ForkGuard
 from kvstore.session.link import Granted, Memory, fill_directly
@@ -61,7 +60,7 @@ class ChannelLink:
             raise Unavailable("the daemon is gone")
         return self._map_index(timeout_s) if memory.index.retired else memory
 
-    def fill(self, granted: Granted, sources: Sequence[Bytes1D], timeout_s: float) -> c.U8:
+    def fill(self, granted: Granted, sources: Sequence[int], timeout_s: float) -> c.U8:
         """See `Link.fill`."""
         deadline = Deadline(max(timeout_s, 1e-3))
         if self._port.welcome.writable:

@@ -10,8 +10,7 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.errors import InvalidArgument, KVStoreError, StaleNamespace
-from kvstore.keys import as_hashes
+from kvstore.errors import KVStoreError, StaleNamespace
 from kvstore.layout import Layout
 from kvstore.session.base import (
     TIERS,
@@ -23,6 +22,7 @@ from kvstore.session.base import (
     StoreInfo,
 )
 from kvstore.session.link import Link
+from kvstore.session.requests import checked_chain, checked_timeout, hint_ms
 from kvstore.session.touches import TouchLog
 
 R = TypeVar("R")
@@ -33,34 +33,16 @@ class Deadline:
     """The moment by which a call has to be over."""
 
     def __init__(self, timeout_s: float) -> None:
-        """`InvalidArgument` unless 0 < timeout_s <= limits.MAX_DEADLINE_MS / 1000."""
-        if not 0 < timeout_s <= limits.MAX_DEADLINE_MS / 1e3:
-            raise InvalidArgument(
-                "timeout_s", f"must be over 0 and at most {limits.MAX_DEADLINE_MS // 1000}"
-            )
-        self._end = time.monotonic() + timeout_s
+        """`InvalidArgument` unless 0 < timeout_s <= limits.MAX_DEADLINE_MS / 1000.
+
+        end_s: the moment on `time.monotonic`.
+        """
+        self.end_s = time.monotonic() + checked_timeout(timeout_s)
 
     @property
     def left_s(self) -> float:
         """Seconds left, never below 0."""
-        return max(0.0, self._end - time.monotonic())
-
-
-def duration_ms(field: str, seconds: float | None) -> int:
-    """Whole milliseconds, rounded up; 0 for None. `InvalidArgument` for what is no duration."""
-    if seconds is None:
-        return 0
-    if not 0 <= seconds <= limits.MAX_DEADLINE_MS * 1e3:
-        raise InvalidArgument(field, f"{seconds} is no duration in seconds")
-    return int(np.ceil(seconds * 1e3))
-
-
-def hint_ms(hint: Hint) -> int:
-    """A hint's duration in ms; `InvalidArgument` for one that no store takes."""
-    for_ms = duration_ms("for_s", hint.for_s)
-    if for_ms > limits.MAX_HINT_MS:
-        raise InvalidArgument("for_s", f"at most {limits.MAX_HINT_MS // 1000} seconds, please")
-    return for_ms
+        return max(0.0, self.end_s - time.monotonic())
 
 
 class ControlSession:
@@ -99,7 +81,7 @@ class ControlSession:
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> int:
         """See `Session.drop`."""
-        chain = _chain(hashes)
+        chain = checked_chain(hashes)
         return self._inside(
             namespace, timeout_s, lambda number: c.Drop(namespace=number, hashes=chain), c.Count
         ).blocks
@@ -122,7 +104,7 @@ class ControlSession:
         timeout_s: float | None = None,
     ) -> int:
         """See `Session.hint`."""
-        chain, for_ms = _chain(hashes), hint_ms(hint)
+        chain, for_ms = checked_chain(hashes), hint_ms(hint)
         kind = int(hint.kind)
         return self._inside(
             namespace,
@@ -135,7 +117,7 @@ class ControlSession:
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> list[BlockReport]:
         """See `Session.explain`."""
-        chain = _chain(hashes)
+        chain = checked_chain(hashes)
         return reports(
             self._inside(
                 namespace,
@@ -205,13 +187,6 @@ class ControlSession:
         except StaleNamespace:
             self._ids.clear()
             return self._call(make(self._number(namespace, deadline)), expected, deadline)
-
-
-def _chain(hashes: Hashes) -> c.U8:
-    chain = as_hashes(hashes)
-    if not len(chain):
-        raise InvalidArgument("hashes", "at least one key, please")
-    return chain
 
 
 def reports(explained: c.Explained) -> list[BlockReport]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
@@ -30,8 +29,6 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.index.reader import Match
-from kvstore.keys import as_hashes
-from kvstore.layout import Layout
 from kvstore.session.base import (
     TIERS,
     Bytes1D,
@@ -44,8 +41,20 @@ from kvstore.session.base import (
     NamespaceHandle,
     PutResult,
 )
-from kvstore.session.control import ControlSession, Deadline, duration_ms, hint_ms
-from kvstore.session.link import Granted, Link, Memory, Part, checked_part
+from kvstore.session.control import ControlSession, Deadline
+from kvstore.session.copies import in_parallel, move
+from kvstore.session.link import Granted, Link, Memory
+from kvstore.session.parts import Part
+from kvstore.session.requests import (
+    GetRequest,
+    PutRequest,
+    checked_chain,
+    checked_get,
+    checked_put,
+    hint_ms,
+)
+
+_HITS = {code: Hit(tier) for code, tier in TIERS.items()}
 
 
 class LocalView:
@@ -73,54 +82,6 @@ class LocalView:
         self.release()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Put:
-    """One put as it was asked for and checked."""
-
-    namespace: NamespaceHandle
-    chain: c.U8
-    sources: Sequence[Bytes1D]
-    part: Part
-    put_id: bytes
-    parent: bytes
-    position: int
-    ttl_ms: int
-
-    def reserve(self, number: int) -> c.Reserve:
-        return c.Reserve(
-            namespace=number,
-            put_id=self.put_id,
-            hashes=self.chain,
-            cells=self.part.cells,
-            parent=self.parent,
-            position=self.position,
-            ttl_ms=self.ttl_ms,
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Slot:
-    """One found block, as it was when it was found."""
-
-    memory: Memory
-    layout: Layout
-    granule: int
-    generation: int
-
-    def changed(self) -> bool:
-        """Whether the slot is another block's by now, or is being written."""
-        return int(self.memory.generations[self.granule]) != self.generation
-
-    def is_sound(self, part: Part, copied: Bytes1D) -> bool:
-        """Whether the copied part is what the block's header says."""
-        try:
-            header = unpack(self.memory.header(self.layout, self.granule))
-        except (Corrupted, ProtocolError):
-            return False
-        expected = header.checksums[part.cells] if len(part.cells) else header.checksums
-        return bool((cell_checksums(copied, part.bounds) == expected).all())
-
-
 class LocalSession(ControlSession):
     """One client of one store on the same host (or in the same process).
 
@@ -145,7 +106,7 @@ class LocalSession(ControlSession):
     ) -> Matched:
         """See `Session.match`; makes no call, unless a hint goes with it."""
         deadline = self._deadline(timeout_s)
-        chain = as_hashes(hashes)
+        chain = checked_chain(hashes)
         if hint:
             hint_ms(hint)
         number = self._number(namespace, deadline)
@@ -167,35 +128,25 @@ class LocalSession(ControlSession):
     ) -> list[Hit | Miss]:
         """See `Session.get_into`; makes no call."""
         deadline = self._deadline(timeout_s)
-        chain = as_hashes(hashes)
-        part = checked_part(
-            "destinations", namespace.layout, chain, destinations, cells, writable=True
-        )
+        request = checked_get(namespace, hashes, destinations, cells)
         number = self._number(namespace, deadline)
         memory = self._link.memory(deadline.left_s)
-        found = memory.index.match(number, chain)
-        results: list[Hit | Miss] = []
-        for i in range(found.count):
-            granule, generation = int(found.granules[i]), int(found.generations[i])
-            slot = _Slot(memory, namespace.layout, granule, generation)
-            in_time = not i or deadline.left_s > 0
-            reason = (
-                self._copy_out(slot, part, destinations[i]) if in_time else MissReason.UNAVAILABLE
-            )
-            if reason:
-                results.append(Miss(reason))
-                break
-            results.append(Hit(TIERS[int(found.tiers[i])]))
-        hits = sum(isinstance(result, Hit) for result in results)
-        self._note(found, hits, len(chain))
-        return results + [Miss(MissReason.NOT_STORED)] * (len(chain) - len(results))
+        found = memory.index.match(number, request.chain)
+        hits, reason = self._copy_out(memory, request, found, deadline)
+        self._note(found, hits, len(request.chain))
+        results: list[Hit | Miss] = [_HITS[code] for code in found.tiers[:hits].tolist()]
+        if hits < len(request.chain):
+            results.append(Miss(reason))
+            behind = len(request.chain) - len(results)
+            results += [Miss(MissReason.NOT_STORED)] * behind
+        return results
 
     def view(
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> LocalView:
         """See `Session.view`; the arrays are the store's own memory."""
         deadline = self._deadline(timeout_s)
-        chain = as_hashes(hashes)
+        chain = checked_chain(hashes)
         # First, because a lease that cannot be shown would stay for as long as the connection.
         memory = self._link.memory(deadline.left_s)
         leased = self._inside(
@@ -232,23 +183,21 @@ class LocalSession(ControlSession):
     ) -> PutResult:
         """See `Session.put`; two calls, and one more with a hint."""
         deadline = self._deadline(timeout_s)
-        chain = as_hashes(hashes)
-        put = _Put(
-            namespace=namespace,
-            chain=chain,
-            sources=sources,
-            part=checked_part("sources", namespace.layout, chain, sources, cells),
-            put_id=put_id or secrets.token_bytes(16),
+        put = checked_put(
+            namespace,
+            hashes,
+            sources,
+            put_id=put_id,
+            cells=cells,
             parent=parent,
             position=position,
-            ttl_ms=duration_ms("ttl_s", ttl_s),
+            ttl_s=ttl_s,
+            hint=hint,
         )
-        if hint:
-            hint_ms(hint)
         self._report_before_eviction(deadline)
         result = self._put(put, deadline)
         if hint:
-            self._advise(namespace, chain, hint, deadline)
+            self._advise(namespace, put.chain, hint, deadline)
         return result
 
     def close(self) -> None:
@@ -275,7 +224,7 @@ class LocalSession(ControlSession):
         with contextlib.suppress(ResourceExhausted, StaleNamespace, Unavailable, DeadlineExceeded):
             self.hint(namespace, chain, hint, timeout_s=max(deadline.left_s, 1e-3))
 
-    def _put(self, put: _Put, deadline: Deadline) -> PutResult:
+    def _put(self, put: PutRequest, deadline: Deadline) -> PutResult:
         number = self._number(put.namespace, deadline)
         try:
             reserved = self._call(put.reserve(number), c.Reserved, deadline)
@@ -307,7 +256,7 @@ class LocalSession(ControlSession):
 
     def _fill(
         self,
-        put: _Put,
+        put: PutRequest,
         number: int,
         reserved: c.Reserved,
         chosen: np.ndarray[tuple[int], np.dtype[np.intp]],
@@ -327,7 +276,7 @@ class LocalSession(ControlSession):
             granules=reserved.granules[chosen],
             part=put.part,
         )
-        sources = [put.sources[i] for i in chosen.tolist()]
+        sources = [put.addresses[i] for i in chosen.tolist()]
         try:
             return self._link.fill(granted, sources, deadline.left_s)
         except BaseException as error:
@@ -341,15 +290,24 @@ class LocalSession(ControlSession):
         with contextlib.suppress(KVStoreError):
             self._call(abort, c.Count, Deadline(self._timeout_s))
 
-    def _copy_out(self, slot: _Slot, part: Part, destination: Bytes1D) -> MissReason | None:
-        """Copies one slot; says why not where it changed hands before or during the copy."""
-        if slot.changed():
-            return MissReason.OVERWRITTEN
-        part.copy_out(slot.memory.payload(slot.layout, slot.granule), destination)
-        sound = not self._verify or slot.is_sound(part, destination)
-        if slot.changed():
-            return MissReason.OVERWRITTEN
-        return None if sound else MissReason.CORRUPTED
+    def _copy_out(
+        self, memory: Memory, request: GetRequest, found: Match, deadline: Deadline
+    ) -> tuple[int, MissReason]:
+        """Copies the found blocks; returns how many leading ones count, and why not the next."""
+        granules, generations = found.granules, found.generations
+        n = _leading(memory.generations[granules] == generations)
+        copied = _copy(memory, request, granules[:n], deadline.end_s)
+        # Again: a slot that changed hands meanwhile had other bytes at some moment.
+        sound = _leading(memory.generations[granules[:copied]] == generations[:copied])
+        if self._verify:
+            checked = _leading_sound(memory, request, granules[:sound])
+            sound_still = _leading(memory.generations[granules[:sound]] == generations[:sound])
+            if checked < sound_still:
+                return checked, MissReason.CORRUPTED
+            sound = sound_still
+        if sound < copied or copied == n < found.count:
+            return sound, MissReason.OVERWRITTEN
+        return sound, MissReason.UNAVAILABLE if copied < n else MissReason.NOT_STORED
 
     def _note(self, found: Match, hits: int, lookups: int) -> None:
         granules = found.granules[:hits].astype(np.uint32)
@@ -369,3 +327,42 @@ class LocalSession(ControlSession):
         """What was read must not be what a put evicts because nobody told."""
         if self._touches.pending:
             self.report_touches(deadline.left_s)
+
+
+def _leading(holds: npt.NDArray[np.bool_]) -> int:
+    """How many leading elements are true."""
+    return len(holds) if holds.all() else int(holds.argmin())
+
+
+def _copy(
+    memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64], end_s: float
+) -> int:
+    """Copies blocks to their targets in order; returns how many were whole by `end_s`."""
+    starts = memory.payload_addresses(request.namespace.layout, granules)
+    runs = request.part.runs
+    pieces = [
+        (target + own, start + at, nbytes)
+        for target, start in zip(request.targets, starts, strict=False)
+        for at, own, nbytes in runs
+    ]
+    if not pieces:
+        return 0
+    return in_parallel(move, pieces, request.part.nbytes * len(starts), end_s) // len(runs)
+
+
+def _leading_sound(memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64]) -> int:
+    """How many leading copied blocks are what their headers say."""
+    for i, granule in enumerate(granules.tolist()):
+        header = memory.header(request.namespace.layout, granule)
+        if not _is_sound(header, request.part, request.destinations[i]):
+            return i
+    return len(granules)
+
+
+def _is_sound(header: Bytes1D, part: Part, copied: Bytes1D) -> bool:
+    try:
+        checksums = unpack(header).checksums
+    except (Corrupted, ProtocolError):
+        return False
+    expected = checksums[part.cells] if len(part.cells) else checksums
+    return bool((cell_checksums(copied, part.bounds) == expected).all())

@@ -23,7 +23,6 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.keys import as_hashes
 from kvstore.layout import Layout
 from kvstore.session.base import (
     NOTHING_MATCHED,
@@ -43,7 +42,13 @@ from kvstore.session.base import (
 )
 from kvstore.session.control import Deadline
 from kvstore.session.fork import ForkGuard
-from kvstore.session.link import checked_part
+from kvstore.session.requests import (
+    checked_chain,
+    checked_get,
+    checked_put,
+    checked_timeout,
+    hint_ms,
+)
 
 R = TypeVar("R")
 # What a match, get or put answers with misses: the store is gone, slow, full (also of namespaces,
@@ -107,7 +112,10 @@ class ResilientSession:
         try:
             return self._now().match(namespace, hashes, hint=hint, timeout_s=timeout_s)
         except _AWAY:
-            as_hashes(hashes)
+            self._check_time(timeout_s)
+            checked_chain(hashes)
+            if hint:
+                hint_ms(hint)
             return NOTHING_MATCHED
 
     def get_into(
@@ -126,11 +134,9 @@ class ResilientSession:
                 namespace, hashes, destinations, cells=cells, timeout_s=timeout_s
             )
         except _AWAY:
-            chain = as_hashes(hashes)
-            checked_part(
-                "destinations", namespace.layout, chain, destinations, cells, writable=True
-            )
-            return [Miss(MissReason.UNAVAILABLE)] * len(chain)
+            self._check_time(timeout_s)
+            request = checked_get(namespace, hashes, destinations, cells)
+            return [Miss(MissReason.UNAVAILABLE)] * len(request.chain)
 
     def put(
         self,
@@ -162,13 +168,23 @@ class ResilientSession:
                 timeout_s=timeout_s,
             )
         except _AWAY as error:
-            chain = as_hashes(hashes)
-            checked_part("sources", namespace.layout, chain, sources, cells)
+            self._check_time(timeout_s)
+            request = checked_put(
+                namespace,
+                hashes,
+                sources,
+                put_id=put_id,
+                cells=cells,
+                parent=parent,
+                position=position,
+                ttl_s=ttl_s,
+                hint=hint,
+            )
             return PutResult(
                 stored=0,
                 existed=0,
                 waiting=0,
-                not_stored=len(chain),
+                not_stored=len(request.chain),
                 retry_after_ms=getattr(error, "retry_after_ms", 0),
             )
 
@@ -257,6 +273,11 @@ class ResilientSession:
         self.close()
 
     # -- inside ------------------------------------------------------------------------
+
+    def _check_time(self, timeout_s: float | None) -> None:
+        """What is wrong is told also where it makes no difference, because the store is away."""
+        if timeout_s is not None:
+            checked_timeout(timeout_s)
 
     def _now(self) -> Connection:
         """The connection, if there is one at this moment."""

@@ -9,9 +9,10 @@ import numpy as np
 from kvstore import commands as c
 from kvstore.channel import wire
 from kvstore.channel.port import ChannelPort
+from kvstore.errors import DeadlineExceeded
 from kvstore.memory import Arena
-from kvstore.session.base import Bytes1D
 from kvstore.session.control import Deadline
+from kvstore.session.copies import in_parallel, move, pieces_of
 from kvstore.session.link import Granted
 
 
@@ -28,7 +29,7 @@ class Staging:
         return self._arena.fd
 
     def fill(
-        self, port: ChannelPort, granted: Granted, sources: Sequence[Bytes1D], deadline: Deadline
+        self, port: ChannelPort, granted: Granted, sources: Sequence[int], deadline: Deadline
     ) -> c.U8:
         """See `Link.fill`: as many blocks at a time as the memory holds."""
         statuses = [
@@ -50,13 +51,20 @@ class Staging:
         port: ChannelPort,
         granted: Granted,
         part: slice,
-        sources: Sequence[Bytes1D],
+        sources: Sequence[int],
         deadline: Deadline,
     ) -> c.U8:
         nbytes = granted.part.nbytes
         offsets = np.arange(part.stop - part.start, dtype=np.uint64) * np.uint64(nbytes)
-        for at, source in zip(offsets.tolist(), sources[part], strict=True):
-            self._arena.array[at : at + nbytes] = source
+        area = self._arena.array  # held, so that it stays mapped whoever closes the connection
+        first = int(area.__array_interface__["data"][0])
+        pieces = [
+            (first + at + own, source + own, size)
+            for at, source in zip(offsets.tolist(), sources[part], strict=True)
+            for own, size in pieces_of(nbytes)
+        ]
+        if in_parallel(move, pieces, nbytes * len(offsets), deadline.end_s) < len(pieces):
+            raise DeadlineExceeded("the blocks were not staged in time")
         record = wire.SealStaged(
             namespace=granted.namespace,
             put_id=granted.put_id,

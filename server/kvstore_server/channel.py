@@ -29,7 +29,7 @@ from kvstore.errors import (
     ProtocolError,
     Unavailable,
 )
-from kvstore.session.link import part_of
+from kvstore.session.parts import part_of
 from kvstore.store import failed
 from kvstore_server.loop import Loop
 from kvstore_server.peer import Peer, Process, process_of

@@ -63,7 +63,6 @@ class Canary:
             raise Corrupted("the store gives other bytes than it took")
         self._session.drop(opened, self._hashes, timeout_s=TIMEOUT_S)
 
-
     def _layout(self) -> Layout:
         spaces = self._session.info(timeout_s=TIMEOUT_S).namespaces
         used = [space.layout for space in spaces if space.blocks]

@@ -6,6 +6,7 @@ made here, from the copy.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from kvstore.channel import wire
 from kvstore.errors import InvalidArgument
 from kvstore.memory import Arena, open_sealed
 from kvstore.session.base import Bytes1D
-from kvstore.session.link import Part
+from kvstore.session.copies import in_parallel
+from kvstore.session.parts import Part, bytes_of
 
 _MOST_BYTES = max(limits.STAGING_BYTES, limits.MAX_BLOCK_BYTES)
 
@@ -65,12 +67,23 @@ class Copy:
         """Copies and hashes; returns the seal of what arrived. Safe in any thread."""
         width = len(self.part.bounds) - 1
         checksums = np.zeros((len(self.sources), width), np.uint64)
-        for i, (source, payload) in enumerate(zip(self.sources, self.payloads, strict=True)):
-            if payload is not None:
-                checksums[i] = self.part.copy_in(source, payload)
+
+        def copy(i: int, source: Bytes1D, payload: Bytes1D) -> None:
+            checksums[i] = self.part.copy_in(_address(source), _address(payload), bytes_of(payload))
+
+        granted = [
+            (i, source, payload)
+            for i, (source, payload) in enumerate(zip(self.sources, self.payloads, strict=True))
+            if payload is not None
+        ]
+        in_parallel(copy, granted, self.part.nbytes * len(granted), math.inf)
         return c.Seal(
             namespace=self.record.namespace,
             put_id=self.record.put_id,
             hashes=self.record.hashes,
             checksums=checksums,
         )
+
+
+def _address(array: Bytes1D) -> int:
+    return int(array.__array_interface__["data"][0])

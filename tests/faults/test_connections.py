@@ -21,9 +21,10 @@ from kvstore.channel import port as port_module
 from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, ProtocolError, StaleNamespace, Unavailable
 from kvstore.memory import Arena
-from kvstore.session.base import Bytes1D
 from kvstore.session.channel import ChannelLink, ChannelSession, _ChannelConnection
-from kvstore.session.link import Granted, Memory, part_of
+from kvstore.session.copies import move
+from kvstore.session.link import Granted, Memory
+from kvstore.session.parts import addresses_of, part_of
 
 BLOCK_BYTES = 3840
 LAYOUT = layout(BLOCK_BYTES)
@@ -84,6 +85,14 @@ def reserved(link: ChannelLink, n: int, seed: int) -> Granted:
     )
 
 
+def fill_with(
+    link: ChannelLink, granted: Granted, blocks: list[np.ndarray], timeout_s: float = WAIT_S
+) -> None:
+    """`Link.fill` from arrays."""
+    sources = addresses_of("blocks", blocks, len(blocks), BLOCK_BYTES, writable=False)
+    link.fill(granted, sources, timeout_s)
+
+
 def within(seconds: float, work: Callable[[], object]) -> BaseException | None:
     """Does something in a thread, which has to end in time; what it raised."""
     raised: list[BaseException] = []
@@ -120,11 +129,11 @@ def test_staging_is_not_written_again_after_a_seal_without_an_answer(copy_in: Da
     """The daemon may copy it later; other bytes there would be stored under the first keys."""
     with linked(copy_in) as link:
         first, other = reserved(link, 2, seed=1), reserved(link, 2, seed=2)
-        link.fill(first, [np.full(BLOCK_BYTES, 1, np.uint8)] * 2, WAIT_S)
+        fill_with(link, first, [np.full(BLOCK_BYTES, 1, np.uint8)] * 2)
         assert link._staging
         link._port.shut()  # as a call does whose deadline is over
         with pytest.raises(Unavailable):
-            link.fill(other, [np.full(BLOCK_BYTES, 2, np.uint8)] * 2, WAIT_S)
+            fill_with(link, other, [np.full(BLOCK_BYTES, 2, np.uint8)] * 2)
         assert (link._staging._arena.array[: 2 * BLOCK_BYTES] == 1).all()
 
 
@@ -150,7 +159,7 @@ def test_a_put_waits_for_other_puts_no_longer_than_its_deadline(copy_in: Daemon)
         granted = reserved(link, 1, seed=3)
         with link._lock:  # another thread's put is under way
             block = [np.zeros(BLOCK_BYTES, np.uint8)]
-            error = within(WAIT_S, lambda: link.fill(granted, block, 0.05))
+            error = within(WAIT_S, lambda: fill_with(link, granted, block, 0.05))
         assert isinstance(error, DeadlineExceeded)
 
 
@@ -223,13 +232,13 @@ def test_a_get_ends_at_its_deadline_with_what_it_has(
         namespace = session.open_namespace("late", LAYOUT)
         blocks = [content(key, 1, BLOCK_BYTES) for key in range(4)]
         assert session.put(namespace, hashes(4, seed=6), blocks).stored == 4
-        copy_out, real, ahead_s = session._copy_out, time.monotonic, [0.0]
+        real, ahead_s = time.monotonic, [0.0]
 
-        def slow(*arguments: Any) -> MissReason | None:
+        def slow(target: int, source: int, nbytes: int) -> None:
             ahead_s[0] += WAIT_S
-            return copy_out(*arguments)
+            move(target, source, nbytes)
 
-        monkeypatch.setattr(session, "_copy_out", slow)
+        monkeypatch.setattr("kvstore.session.local.move", slow)
         monkeypatch.setattr("kvstore.session.control.time.monotonic", lambda: real() + ahead_s[0])
         answers = session.get_into(namespace, hashes(4, seed=6), targets, timeout_s=1.5 * WAIT_S)
     assert [isinstance(answer, Miss) for answer in answers] == [False, False, True, True]
@@ -270,14 +279,16 @@ def test_the_end_of_a_connection_in_mid_put_is_unavailable(copy_in: Daemon) -> N
         granted = reserved(link, 2, seed=8)
         closing = threading.Thread(target=link.close)
 
-        class Sources(list[Bytes1D]):
+        sources = addresses_of("blocks", [block, block], 2, BLOCK_BYTES, writable=False)
+
+        class Sources(list[int]):
             def __getitem__(self, at: Any) -> Any:
                 closing.start()
                 closing.join(0.3)  # does not end where it waits for us
-                return [block, block]
+                return sources
 
         with pytest.raises(Unavailable):
-            link.fill(granted, Sources([block, block]), WAIT_S)
+            link.fill(granted, Sources(sources), WAIT_S)
         closing.join()
 
 

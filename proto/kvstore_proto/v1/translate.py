@@ -14,7 +14,7 @@ import numpy as np
 
 from kvstore import commands, limits
 from kvstore.commands import ExplainStatus, HintKind
-from kvstore.errors import InvalidArgument, KVStoreError, LayoutMismatch, ProtocolError
+from kvstore.errors import InvalidArgument, KVStoreError, ProtocolError
 from kvstore.keys import as_hashes
 from kvstore.layout import Layout
 from kvstore.session.base import (
@@ -29,8 +29,8 @@ from kvstore.session.base import (
     StoreInfo,
     Tier,
 )
-from kvstore.session.control import duration_ms
-from kvstore.session.link import Part, part_of
+from kvstore.session.parts import Part
+from kvstore.session.requests import checked_part, hint_ms
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
@@ -91,11 +91,7 @@ def layout_of(data: bytes) -> Layout:
 
 def part_of_cells(layout: Layout, cells: Iterable[int]) -> Part:
     """The part of a layout that `cells` name, none for all; `LayoutMismatch` for other cells."""
-    chosen = sorted(cells)
-    distinct = len(set(chosen)) == len(chosen)
-    if chosen and not (distinct and chosen[0] >= 0 and chosen[-1] < layout.n_cells):
-        raise LayoutMismatch("cells", f"expected distinct cells below {layout.n_cells}")
-    return part_of(layout, np.array(chosen, np.uint32))
+    return checked_part(layout, cells)
 
 
 def namespace_to_wire(namespace: NamespaceHandle) -> pb.NamespaceId:
@@ -110,7 +106,7 @@ def hint_to_wire(hint: Hint | None) -> pb.BlockHint | None:
     kind = HINT_TO_WIRE.get(hint.kind)
     if kind is None:
         raise InvalidArgument("hint.kind", f"{hint.kind!r} is no kind of hint")
-    return pb.BlockHint(kind=kind, for_ms=duration_ms("for_s", hint.for_s))
+    return pb.BlockHint(kind=kind, for_ms=hint_ms(hint))
 
 
 def hint_of(message: pb.BlockHint) -> Hint:

@@ -1,0 +1,130 @@
+"""The part of a block that one put or get moves, and the callers' buffers for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore.block import header_bytes
+from kvstore.errors import InvalidArgument, LayoutMismatch
+from kvstore.layout import Layout
+from kvstore.session.base import Bytes1D
+from kvstore.session.copies import move_and_hash, pieces_of
+
+ALL_CELLS: c.U32 = np.empty(0, np.uint32)
+# Where a run lies in a block's payload, where in the part's own bytes, and its length.
+Run = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Some cells of a layout, and where they lie.
+
+    cells: uint32, ascending; empty for all. runs: the part in as few pieces as it lies in, none
+    longer than `PIECE_BYTES`. cell_runs: one for each of its cells. bounds: int64 (k + 1,), where
+    each cell begins in the part's own bytes.
+    """
+
+    cells: c.U32
+    runs: tuple[Run, ...]
+    cell_runs: tuple[Run, ...]
+    bounds: np.ndarray[tuple[int], np.dtype[np.int64]]
+    nbytes: int
+
+    def copy_in(self, source: int, target: int, arrived: memoryview) -> list[int]:
+        """From the part's bytes at an address to a block's payload at another.
+
+        arrived: shows the payload. Returns the checksums of the cells as they arrived.
+        """
+        return [
+            move_and_hash(target + at, source + own, nbytes, arrived[at : at + nbytes])
+            for at, own, nbytes in self.cell_runs
+        ]
+
+
+def part_of(layout: Layout, cells: c.U32 = ALL_CELLS) -> Part:
+    """The part of `layout` that `cells` (uint32, ascending, none for all) name."""
+    return _part_of(layout, cells.tobytes())
+
+
+@functools.lru_cache(maxsize=1024)
+def _part_of(layout: Layout, packed: bytes) -> Part:
+    cells = np.frombuffer(packed, np.uint32)
+    chosen = cells.astype(np.int64) if len(cells) else np.arange(layout.n_cells)
+    starts, ends = layout.cell_bounds[chosen], layout.cell_bounds[chosen + 1]
+    bounds = np.concatenate(([0], np.cumsum(ends - starts))).astype(np.int64)
+    cell_runs = tuple(
+        zip(starts.tolist(), bounds[:-1].tolist(), (ends - starts).tolist(), strict=True)
+    )
+    return Part(cells, tuple(_pieces(_joined(cell_runs))), cell_runs, bounds, int(bounds[-1]))
+
+
+def _joined(runs: Iterable[Run]) -> list[Run]:
+    """Neighbours as one."""
+    joined: list[Run] = []
+    for at, own, nbytes in runs:
+        if joined and joined[-1][0] + joined[-1][2] == at:
+            joined[-1] = (joined[-1][0], joined[-1][1], joined[-1][2] + nbytes)
+        else:
+            joined.append((at, own, nbytes))
+    return joined
+
+
+def _pieces(runs: Iterable[Run]) -> list[Run]:
+    return [
+        (at + first, own + first, size)
+        for at, own, nbytes in runs
+        for first, size in pieces_of(nbytes)
+    ]
+
+
+def checked_cells(layout: Layout, cells: Iterable[int]) -> c.U32:
+    """The cells, ascending; `LayoutMismatch` for one twice or out of range."""
+    wanted = sorted(cells)
+    if not wanted:
+        return ALL_CELLS
+    if len(set(wanted)) != len(wanted) or wanted[0] < 0 or wanted[-1] >= layout.n_cells:
+        raise LayoutMismatch("cells", f"expected distinct cells below {layout.n_cells}")
+    return np.array(wanted, np.uint32)
+
+
+def addresses_of(
+    name: str, buffers: Sequence[Bytes1D], n: int, nbytes: int, *, writable: bool
+) -> list[int]:
+    """Where the buffers lie: n arrays, or one (n, nbytes) array, of contiguous uint8.
+
+    name: the argument's, for the error: `InvalidArgument`, or `LayoutMismatch` where it is the
+    layout that does not fit. writable: whether they must take bytes.
+    """
+    if len(buffers) != n:
+        raise InvalidArgument(name, f"{len(buffers)} buffers for {n} keys")
+    return [_address_of(f"{name}[{i}]", b, nbytes, writable) for i, b in enumerate(buffers)]
+
+
+def _address_of(name: str, buffer: Bytes1D, nbytes: int, writable: bool) -> int:
+    try:
+        # One look at an array for all that is asked of it, of which there may be thousands.
+        face = buffer.__array_interface__
+    except AttributeError:
+        raise InvalidArgument(name, "must be a numpy array of uint8") from None
+    if face["shape"] != (nbytes,) or face["typestr"] != "|u1":
+        raise LayoutMismatch(name, f"expected {nbytes} uint8, 1-D")
+    address, read_only = face["data"]
+    if face["strides"] is not None or (writable and read_only):
+        raise InvalidArgument(name, "must be contiguous, and writable in a get")
+    return int(address)
+
+
+@functools.lru_cache(maxsize=1024)
+def payload_offset(layout: Layout) -> int:
+    """Bytes from a slot's start to the payload."""
+    return header_bytes(layout.n_cells)
+
+
+def bytes_of(array: Bytes1D) -> memoryview:
+    """A view of an array's bytes."""
+    return memoryview(array)  # type: ignore[arg-type] # which it is, though numpy does not say so
