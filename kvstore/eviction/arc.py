@@ -93,6 +93,10 @@ class Arc:
             out, looked = np.concatenate((out, ids)), looked + used
         return out
 
+    def spare(self, ids: IdArray) -> None:
+        """Victims (uint32 [n], coldest first) stay after all, and go before all others."""
+        self._cold.push_back(ids)
+
     def check(self) -> None:
         """AssertionError unless the queues are sound and share no id, and the target fits."""
         queues = (self._t1, self._t2, self._cold)

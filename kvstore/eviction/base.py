@@ -38,6 +38,9 @@ class EvictionPolicy(Protocol):
         Looks at 8 * n + 1024 entries at most; those skipped stay, behind the others.
         """
 
+    def spare(self, ids: IdArray) -> None:
+        """Victims (uint32 [n], coldest first) stay after all, and go before all others."""
+
     def __len__(self) -> int: ...
 
     def check(self) -> None:

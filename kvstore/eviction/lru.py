@@ -47,6 +47,10 @@ class Lru:
         warm, _ = take(self._warm, n - cold.size, budget - looked, evictable)
         return np.concatenate((cold, warm))
 
+    def spare(self, ids: IdArray) -> None:
+        """Victims (uint32 [n], coldest first) stay after all, and go before all others."""
+        self._cold.push_back(ids)
+
     def check(self) -> None:
         """AssertionError unless both queues are sound and share no id."""
         self._warm.check()

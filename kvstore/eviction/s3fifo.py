@@ -83,6 +83,10 @@ class S3Fifo:
         self._ghost.put(self._fp[out])
         return out
 
+    def spare(self, ids: IdArray) -> None:
+        """Victims (uint32 [n], coldest first) stay after all, and go before all others."""
+        self._cold.push_back(ids)
+
     def check(self) -> None:
         """AssertionError unless the queues are sound and share no id."""
         queues = (self._small, self._main, self._cold)

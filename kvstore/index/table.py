@@ -283,12 +283,13 @@ class IndexTable:
         """Empty a row, moving later rows of its run back so that no search meets a gap.
 
         A row is written at its new place before its old place is overwritten, so a reader
-        sees it twice rather than never at all.
+        sees it twice rather than never at all. What is further from the hole than the probe
+        bound has its home behind the hole, so a run, however long, is not walked to its end.
         """
         slot = (hole + 1) & self._mask
         row = self._row(slot)
-        while row[W_CHECK]:
-            if (slot - self._home(row)) & self._mask >= (slot - hole) & self._mask:
+        while row[W_CHECK] and (gap := (slot - hole) & self._mask) < self._bound:
+            if (slot - self._home(row)) & self._mask >= gap:
                 self._write(hole, row)
                 hole = slot
             slot = (slot + 1) & self._mask

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +99,15 @@ class Blocks:
         np.subtract.at(self.leases, ids, 1)
         over = (self.leases[ids] == 0) & (self.state[ids] == BlockState.DOOMED)
         return np.unique(ids[over])
+
+    @contextlib.contextmanager
+    def kept(self, ids: IdArray) -> Iterator[None]:
+        """Meanwhile these live blocks are in use; an id may come twice."""
+        self.lease(ids)
+        try:
+            yield
+        finally:
+            self.release(ids)
 
     def live_in(self, namespace: int) -> IdArray:
         """All live blocks of a namespace."""

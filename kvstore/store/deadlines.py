@@ -22,6 +22,7 @@ class Due(enum.IntEnum):
     EXPIRY = 0  # its time to live is over
     PIN = 1  # it may be evicted again
     TURN = 2  # the next turn of its session did not come
+    PARTS = 3  # the ranks that still owe cells did not come
 
 
 class Deadlines:
@@ -56,9 +57,9 @@ class Deadlines:
             self._rebuild()
 
     def clear(self, kind: Due, ids: IdArray) -> None:
-        """Takes the deadline of these blocks back, where they have one."""
+        """Takes the deadline of these blocks back, where they have one; an id may come twice."""
         times = self.times[kind]
-        had = ids[times[ids] != 0]
+        had = np.unique(ids[times[ids] != 0])
         # Only where there is one: memory that was never written costs nothing.
         times[had] = 0
         self._active -= len(had)
@@ -93,13 +94,11 @@ class Deadlines:
                 assert any(block in batch for batch in batches), "a deadline is not queued"
 
     def _rebuild(self) -> None:
-        self._queue.clear()
-        self._queued = 0
-        for kind in Due:
-            ids = np.flatnonzero(self.times[kind])
-            moments, groups = np.unique(self.times[kind][ids], return_inverse=True)
-            order = np.argsort(groups, kind="stable")
-            cuts = np.searchsorted(groups[order], np.arange(1, len(moments)))
-            for at_ms, batch in zip(moments, np.split(ids[order], cuts), strict=False):
-                self._queue[int(at_ms), int(kind)] = [batch.astype(np.uint32)]
-            self._queued += len(ids)
+        """Leaves out what is old; looks at the queue alone, however many blocks there may be."""
+        queue = SortedDict()
+        for (at_ms, kind), batches in self._queue.items():
+            ids = np.unique(np.concatenate(batches))
+            ids = ids[self.times[kind][ids] == at_ms]
+            if len(ids):
+                queue[at_ms, kind] = [ids]
+        self._queue, self._queued = queue, self._active

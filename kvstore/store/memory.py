@@ -14,8 +14,8 @@ class StoreMemory:
     """The memory of one trust domain.
 
     pool: uint8, a multiple of a granule. generations: uint64, one a granule. new_index: makes
-    zeroed memory (uint8) of so many bytes for the next index; the one before is retired by then
-    or soon will be, and readers ask for the new one.
+    zeroed memory (uint8) of so many bytes for the next index; the one before will soon be retired,
+    and readers ask for the new one. Where it raises OSError, the one before stays in use.
     """
 
     pool: npt.NDArray[np.uint8]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvstore.commands import U32, U64
 from kvstore.layout import Layout
+from kvstore.store.blocks import IdArray
 
 PutKey = tuple[int, bytes, bytes]  # namespace, hash, put id
 
@@ -69,7 +70,11 @@ class Connection:
 
 class Puts:
     """All pending blocks, by key. A dropped one is no longer found, but its slot is its writers'
-    until the last of them has let go: it is in quarantine."""
+    until the last of them has let go: it is in quarantine.
+
+    One that nobody writes to while cells are missing waits for ranks that have yet to reserve
+    theirs; it belongs to no connection, so the store gives it a deadline.
+    """
 
     def __init__(self) -> None:
         self._by_key: dict[tuple[int, bytes], Pending] = {}
@@ -85,9 +90,9 @@ class Puts:
         """The put of that key under way."""
         return self._by_key.get((namespace, key))
 
-    def begin(self, pending: Pending) -> None:
-        """A new put of a key that has none."""
-        self._by_key[pending.namespace, pending.key] = pending
+    def begin(self, begun: Iterable[Pending]) -> None:
+        """New puts of keys that have none."""
+        self._by_key.update({(pending.namespace, pending.key): pending for pending in begun})
 
     def finish(self, complete: Iterable[Pending]) -> None:
         """All cells are in."""
@@ -102,13 +107,16 @@ class Puts:
         who.puts[pending.namespace, pending.key, pending.put_id] = pending
 
     def drop(self, pending: Pending) -> bool:
-        """Nobody will find it; False where that was so already."""
-        if pending.dropped:
-            return False
+        """Nobody will find it; True: nor is anybody writing to it, so that the slot is free."""
         pending.dropped = True
         del self._by_key[pending.namespace, pending.key]
-        self.quarantined += 1
-        return True
+        self.quarantined += bool(pending.writers)
+        return not pending.writers
+
+    def of_blocks(self, ids: IdArray) -> list[Pending]:
+        """The puts of these block ids."""
+        wanted = set(ids.tolist())
+        return [pending for pending in self if pending.block in wanted]
 
     def leave(self, pending: Pending, number: int, who: Connection) -> bool:
         """The connection will not write to the slot any more; True: nor will anybody, and the put

@@ -9,11 +9,12 @@ import numpy.typing as npt
 
 from kvstore import limits
 from kvstore.eviction import EvictionPolicy
-from kvstore.store.blocks import NO_BLOCK, Blocks, BlockState, Granules, IdArray
+from kvstore.store.blocks import Blocks, BlockState, Granules, IdArray
 from kvstore.store.deadlines import Deadlines, Due
 from kvstore.tiers.slab import SlabAllocator
 
 BoolArray = npt.NDArray[np.bool_]
+_NO_SLABS: BoolArray = np.zeros(0, np.bool_)
 _ROUNDS = 16  # looks at the policy for one allocation, where what it offers is in use
 
 
@@ -21,7 +22,8 @@ class Room:
     """Slots for blocks of any size. Never evicts what is leased, pinned, or a chain's middle.
 
     Memory moves between sizes by whole slabs: a block of another size is evicted only where its
-    slab can be emptied, and then all of that slab goes.
+    slab can be emptied and a slot of the wanted size fits then. All of that slab goes, even the
+    middles of chains; no more slabs than are needed.
     """
 
     def __init__(
@@ -33,19 +35,23 @@ class Room:
     def allocate(self, slot_bytes: int, n: int, *, evict: Callable[[IdArray], None]) -> Granules:
         """Up to `n` slots, with as many free block ids. evict: forgets live blocks."""
         n = min(n, self._blocks.state.size)
+        wanted = self.slabs.slot_granules(slot_bytes)
         parts = [self.slabs.alloc(slot_bytes, n)]
+        full = min(len(parts[0]), self._blocks.n_free) < n
+        # Once for all rounds: eviction makes nothing that could be emptied stuck.
+        emptiable = self._emptiable_slabs(wanted) if full else _NO_SLABS
         for may_go in (self._may_go_gladly, self._may_go):
             for _ in range(_ROUNDS):
                 have = sum(len(part) for part in parts)
                 short = max(n - have, n - self._blocks.n_free)
                 if short <= 0:
                     break
-                victims = self._victims(slot_bytes, short, may_go)
+                victims = self._victims(wanted, short, may_go, emptiable)
                 if len(victims):
                     evict(victims)
                     parts.append(self.slabs.alloc(slot_bytes, n - have))
-                elif len(self._policy) < limits.MIN_SCAN:
-                    break  # all of them were looked at
+                elif len(self._policy) < limits.MIN_SCAN // 4:
+                    break  # all of them were looked at: a policy's queues share what it may scan
         granules = np.concatenate(parts)
         usable = min(n, self._blocks.n_free)
         if len(granules) > usable:
@@ -63,42 +69,52 @@ class Room:
         free: BoolArray = ~in_use & ~self._deadlines.has(Due.PIN, ids)
         return free
 
-    def _victims(self, slot_bytes: int, n: int, may_go: Callable[[IdArray], BoolArray]) -> IdArray:
-        wanted = self.slabs.slot_granules(slot_bytes)
-        if self.slabs.is_alone(wanted):
-            return self._policy.victims(n, may_go)
-        stuck = self._stuck_slabs()
+    def _victims(
+        self,
+        wanted: int,
+        n: int,
+        may_go: Callable[[IdArray], BoolArray],
+        emptiable: BoolArray,
+    ) -> IdArray:
+        """Blocks, no longer in the policy, whose going gives up to `n` slots of `wanted`."""
 
         def gives_room(ids: IdArray) -> BoolArray:
             slabs = self.slabs.slabs_of(self._blocks.granule[ids])
             own = self.slabs.slot_sizes(slabs) == wanted
-            given: BoolArray = may_go(ids) & (own | ~stuck[slabs])
+            given: BoolArray = may_go(ids) & (own | emptiable[slabs])
             return given
 
-        return self._with_slabs(self._policy.victims(n, gives_room), wanted)
-
-    def _stuck_slabs(self) -> BoolArray:
-        """By slab: whether something in it cannot go."""
-        blocks = self._blocks
-        held = (blocks.leases > 0) | (self._deadlines.times[Due.PIN] > 0)
-        held |= blocks.state == BlockState.PENDING
-        stuck = np.zeros(self.slabs.n_units, np.bool_)
-        stuck[self.slabs.slabs_of(blocks.granule[held])] = True
-        return stuck
-
-    def _with_slabs(self, victims: IdArray, wanted: int) -> IdArray:
-        """Adds what shares a slab with victims of another size."""
-        granules = self._blocks.granule[victims]
-        slabs = self.slabs.slabs_of(granules)
+        victims = self._policy.victims(n, gives_room)
+        slabs = self.slabs.slabs_of(self._blocks.granule[victims])
         foreign = self.slabs.slot_sizes(slabs) != wanted
         if not foreign.any():
             return victims
-        _, first = np.unique(slabs[foreign], return_index=True)
+        _, first = np.unique(slabs, return_index=True)
+        gain = np.zeros(len(victims), np.int64)  # granules; a slab's with the first of its victims
+        gain[first] = self.slabs.slab_sizes(slabs[first])
+        gain[~foreign] = wanted
+        needed = int(np.searchsorted(np.cumsum(gain), n * wanted)) + 1
+        return self._with_slabs(victims[:needed], foreign[:needed], spare=victims[needed:])
+
+    def _with_slabs(self, victims: IdArray, foreign: BoolArray, *, spare: IdArray) -> IdArray:
+        """Adds what shares a slab with the foreign victims; of `spare` the others stay."""
+        granules = self._blocks.granule[victims[foreign]]
+        _, first = np.unique(self.slabs.slabs_of(granules), return_index=True)
         mates = [
-            self._blocks.at(self.slabs.slab_slots(int(granule)))
-            for granule in granules[foreign][first]
+            self._blocks.at(self.slabs.slab_slots(int(granule))) for granule in granules[first]
         ]
         everyone: IdArray = np.unique(np.concatenate([victims, *mates]))
-        everyone = everyone[everyone != NO_BLOCK]
-        self._policy.forget(np.setdiff1d(everyone, victims))
+        self._policy.forget(everyone)
+        self._policy.spare(spare[~np.isin(spare, everyone)])
         return everyone
+
+    def _emptiable_slabs(self, wanted: int) -> BoolArray:
+        """By slab: whether all of it can go, and that makes room for a slot of `wanted`."""
+        stuck = np.zeros(self.slabs.n_units, np.bool_)
+        if self.slabs.is_alone(wanted):
+            return stuck
+        blocks = self._blocks
+        held = (blocks.leases > 0) | (self._deadlines.times[Due.PIN] > 0)
+        held |= blocks.state == BlockState.PENDING
+        stuck[self.slabs.slabs_of(blocks.granule[held])] = True
+        return self.slabs.would_hold(wanted, stuck)

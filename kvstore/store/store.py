@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
@@ -32,6 +33,7 @@ from kvstore.store.room import Room
 
 DRAM_TIER = 1
 PUT_ID_BYTES = 16
+NO_PARENT = bytes(limits.KEY_BYTES)  # what a header says where no parent is known
 
 
 class Store:
@@ -85,6 +87,8 @@ class Store:
                     self._pinned_bytes -= self._slot_bytes(ids)
                 case Due.TURN:
                     self._policy.demote(ids)
+                case Due.PARTS:
+                    self._drop_puts(self._puts.of_blocks(ids))
 
     # -- connections -------------------------------------------------------------------
 
@@ -215,33 +219,58 @@ class Store:
         _check_reserve(command)
         mask = _cell_mask(command.cells, namespace.layout.n_cells)
         found = self._catalog.find(command.namespace, command.hashes)
-        # They are in use, so room for the others must not come from them.
-        self._policy.touch(found[found >= 0].astype(np.uint32))
-        status = np.where(found >= 0, c.ReserveStatus.EXISTS, c.ReserveStatus.NO_SPACE)
+        stored = found[found >= 0].astype(np.uint32)
+        self._policy.touch(stored)
+        status = np.where(found >= 0, c.ReserveStatus.EXISTS, c.ReserveStatus.IN_PROGRESS)
         granules = np.zeros(len(status), np.uint32)
         keys = [row.tobytes() for row in command.hashes]
-        fresh: dict[bytes, int] = {}
+        wanted: dict[bytes, int] = {}
         for i in np.flatnonzero(found < 0).tolist():
-            pending = self._puts.find(command.namespace, keys[i])
-            held = (command.namespace, keys[i], command.put_id) in who.puts
-            if pending is None and not held and keys[i] not in fresh:
-                fresh[keys[i]] = i
-            elif pending and pending.may_join(command.put_id, number, mask):
-                self._puts.join(pending, number, who, mask)
-                status[i], granules[i] = c.ReserveStatus.GRANTED, pending.granule
-            else:  # another put's, or an earlier one's of ours that was dropped and not let go
-                status[i] = c.ReserveStatus.IN_PROGRESS
-        begun = self._begin(namespace, command, list(fresh.values()), keys, who)
-        for pending, i in zip(begun, fresh.values(), strict=False):
+            wanted.setdefault(keys[i], i)  # a key that comes twice is written once
+        fresh, granted = self._sort(number, who, command, mask, wanted)
+        status[fresh] = c.ReserveStatus.NO_SPACE
+        # They are in use, so room for the others must not come from them.
+        with self._blocks.kept(np.concatenate((stored, self._parent_of(command)))):
+            granted += self._begin(namespace, command, fresh, keys, who)
+        for i, pending in granted:
             self._puts.join(pending, number, who, mask)
             status[i], granules[i] = c.ReserveStatus.GRANTED, pending.granule
-        self._refused += len(fresh) - len(begun)
-        if (status == c.ReserveStatus.NO_SPACE).all():
+        self._deadlines.clear(Due.PARTS, np.array([p.block for _, p in granted], np.uint32))
+        no_space = status == c.ReserveStatus.NO_SPACE
+        self._refused += int(no_space.sum())
+        if no_space.all():
             raise ResourceExhausted(
                 "no room: the pool is full of blocks in use, or this client has too many reserved",
                 retry_after_ms=limits.RETRY_AFTER_MS,
             )
         return c.Reserved(status=status.astype(np.uint8), granules=granules)
+
+    def _sort(
+        self, number: int, who: Connection, command: c.Reserve, mask: int, wanted: dict[bytes, int]
+    ) -> tuple[list[int], list[tuple[int, Pending]]]:
+        """Of the keys that are not stored: the numbers of those that nobody is putting, and what
+        this connection may join. The others are another put's, or an earlier one's of ours that
+        was dropped and not let go."""
+        fresh: list[int] = []
+        joined: list[tuple[int, Pending]] = []
+        for key, i in wanted.items():
+            ours = who.puts.get((command.namespace, key, command.put_id))
+            pending = self._puts.find(command.namespace, key)
+            if ours and ours.dropped:
+                continue
+            if pending is None:
+                fresh.append(i)
+            elif pending.may_join(command.put_id, number, mask):
+                joined.append((i, pending))
+        return fresh, joined
+
+    def _parent_of(self, command: c.Reserve) -> IdArray:
+        """The stored block before the command's first, if there is one."""
+        if command.position < 0 or not command.parent:
+            return np.empty(0, np.uint32)
+        parent = np.frombuffer(command.parent, np.uint8).reshape(1, -1)
+        found = self._catalog.find(command.namespace, parent)
+        return found[found >= 0].astype(np.uint32)
 
     def _begin(
         self,
@@ -250,7 +279,7 @@ class Store:
         fresh: list[int],
         keys: list[bytes],
         who: Connection,
-    ) -> list[Pending]:
+    ) -> list[tuple[int, Pending]]:
         """Slots for as many of the keys numbered `fresh`, in order, as there is room for."""
         most = int(self._room.slabs.total_bytes * limits.MAX_GRANTED_SHARE) - who.granted_bytes
         n = min(
@@ -263,7 +292,6 @@ class Store:
         granules = self._room.allocate(namespace.slot_bytes, n, evict=self._evict)
         ids = self._blocks.take(granules, namespace.id)
         self._memory.generations[granules] += np.uint64(1)  # odd: being written
-        chained = command.position >= 0
         begun = [
             Pending(
                 namespace=namespace.id,
@@ -272,17 +300,16 @@ class Store:
                 block=block,
                 granule=granule,
                 slot_bytes=namespace.slot_bytes,
-                parent=(keys[i - 1] if i else command.parent) if chained else b"",
-                position=command.position + i if chained else -1,
+                parent=_parent(command, keys, i),
+                position=command.position + i if command.position >= 0 else -1,
                 ttl_ms=command.ttl_ms,
                 missing=(1 << namespace.layout.n_cells) - 1,
                 checksums=np.zeros(namespace.layout.n_cells, np.uint64),
             )
             for i, block, granule in zip(fresh, ids.tolist(), granules.tolist(), strict=False)
         ]
-        for pending in begun:
-            self._puts.begin(pending)
-        return begun
+        self._puts.begin(begun)
+        return list(zip(fresh, begun, strict=False))
 
     def granted(
         self, connection: int, namespace: int, put_id: bytes, hashes: c.U8
@@ -320,7 +347,7 @@ class Store:
         if any(p and command.checksums.shape[1] != p.writers[number].bit_count() for p in held):
             raise LayoutMismatch("checksums", "expected one for each cell that was reserved")
         status = np.full(n, c.SealStatus.DROPPED, np.uint8)
-        complete: list[Pending] = []
+        complete: dict[int, Pending] = {}
         over: list[Pending] = []
         for i, pending in enumerate(held):
             if pending is None or number not in pending.writers:
@@ -332,16 +359,26 @@ class Store:
             pending.checksums[_bits(mask)] = command.checksums[i]
             pending.missing &= ~mask
             self._puts.leave(pending, number, who)
-            status[i] = c.SealStatus.WAITING if pending.missing else c.SealStatus.STORED
+            status[i] = c.SealStatus.WAITING
             if not pending.missing:
-                complete.append(pending)
+                complete[i] = pending
         self._let_go(over, number, who)
         if complete:
-            self._publish(namespace, complete)
+            shown = self._publish(namespace, list(complete.values()))
+            status[list(complete)] = np.where(shown, c.SealStatus.STORED, c.SealStatus.DROPPED)
+        self._await_parts([p for p in held if p and not p.dropped and p.missing and not p.writers])
         return c.Sealed(status=status)
 
-    def _publish(self, namespace: Namespace, complete: list[Pending]) -> None:
-        """Writes the headers, then makes the blocks visible: never the other way round."""
+    def _await_parts(self, waiting: list[Pending]) -> None:
+        """No connection holds these any more: unless others take them up in time, they go."""
+        ids = np.unique(np.array([p.block for p in waiting], np.uint32))
+        self._deadlines.set(Due.PARTS, ids, self._now_ms + limits.MAX_PARTS_WAIT_MS)
+
+    def _publish(self, namespace: Namespace, complete: list[Pending]) -> npt.NDArray[np.bool_]:
+        """Writes the headers, then makes the blocks visible: never the other way round.
+
+        Returns which of them found a place in the index: bool (n,).
+        """
         self._puts.finish(complete)
         for pending in complete:
             self._write_header(namespace, pending)
@@ -359,6 +396,7 @@ class Store:
             granules=granules,
             generations=self._memory.generations[granules],
         )
+        self._dropped += int((~shown).sum())
         self._free(ids[~shown])  # the probe bound was reached: blocks not stored, legally
         ids = ids[shown]
         self._blocks.appear(ids)
@@ -370,10 +408,20 @@ class Store:
         for ttl_ms in {p.ttl_ms for p in visible if p.ttl_ms}:
             mortal = np.array([p.block for p in visible if p.ttl_ms == ttl_ms], np.uint32)
             self._deadlines.set(Due.EXPIRY, mortal, self._now_ms + ttl_ms)
+        return shown
 
     def _link(self, namespace: Namespace, complete: list[Pending], ids: IdArray) -> None:
-        """Counts each block as its parent's child, so that chains are evicted from the tail."""
-        chained = [(p, i) for p, i in zip(complete, ids, strict=True) if p.parent]
+        """Counts each block as its parent's child, so that chains are evicted from the tail.
+
+        A parent comes before its child: else blocks could hold each other (or one itself) in the
+        store for ever, where a caller's own keys make no true chain.
+        """
+        order = {p.key: n for n, p in enumerate(complete)}
+        chained = [
+            (p, i)
+            for n, (p, i) in enumerate(zip(complete, ids, strict=True))
+            if p.parent and order.get(p.parent, -1) < n
+        ]
         if not chained:
             return
         parents = np.frombuffer(b"".join(p.parent for p, _ in chained), np.uint8).reshape(-1, 32)
@@ -405,10 +453,15 @@ class Store:
         return c.Count(blocks=len(held))
 
     def _drop_puts(self, puts: Iterable[Pending]) -> None:
-        """They are over; a slot comes back when the last writer let go of it."""
+        """They are over; a slot comes back when nobody writes to it any more."""
+        over: list[int] = []
         for pending in puts:
-            if self._puts.drop(pending):
+            if not pending.dropped:
                 self._dropped += 1
+                over += [pending.block] if self._puts.drop(pending) else []
+        ids = np.array(over, np.uint32)
+        self._deadlines.clear(Due.PARTS, ids)
+        self._free(ids)
 
     def _let_go(self, puts: Iterable[Pending], number: int, who: Connection) -> None:
         """The connection has stopped writing to these dropped blocks."""
@@ -504,8 +557,9 @@ class Store:
     def _touch(self, command: c.Touch) -> c.Count:
         if len(command.granules) != len(command.generations):
             raise InvalidArgument("generations", "expected one for each granule")
-        if not 0 <= command.hits <= command.lookups:
-            raise InvalidArgument("hits", "expected 0 to lookups")
+        if not 0 <= command.hits <= command.lookups <= limits.MAX_LOOKUPS_PER_TOUCH:
+            most = limits.MAX_LOOKUPS_PER_TOUCH
+            raise InvalidArgument("hits", f"expected 0 to lookups, and at most {most} of those")
         inside = command.granules < self._memory.generations.size
         granules, generations = command.granules[inside], command.generations[inside]
         current = self._memory.generations[granules] == generations
@@ -632,6 +686,9 @@ class Store:
         pinned = np.flatnonzero(self._deadlines.times[Due.PIN]).astype(np.uint32)
         assert (blocks.state[pinned] == BlockState.LIVE).all()
         assert self._slot_bytes(pinned) == self._pinned_bytes
+        waiting = np.flatnonzero(self._deadlines.times[Due.PARTS]).tolist()
+        alone = sorted(p.block for p in self._puts if not p.writers)
+        assert waiting == alone, "a put that nobody writes must be over some day"
         for space in self._namespaces:
             assert space.blocks == len(blocks.live_in(space.id))
 
@@ -663,6 +720,14 @@ def _check_reserve(command: c.Reserve) -> None:
         raise InvalidArgument("position", f"-1 to {limits.MAX_POSITION}, please")
     if not 0 <= command.ttl_ms <= limits.MAX_TTL_MS:
         raise InvalidArgument("ttl_ms", f"0 to {limits.MAX_TTL_MS} ms, please")
+
+
+def _parent(command: c.Reserve, keys: list[bytes], i: int) -> bytes:
+    """The key before the i-th in its chain; empty where there is none or it is not known."""
+    if command.position < 0:
+        return b""
+    parent = keys[i - 1] if i else command.parent
+    return b"" if parent == NO_PARENT else parent
 
 
 def _cell_mask(cells: c.U32, n_cells: int) -> int:

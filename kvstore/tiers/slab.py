@@ -15,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import limits
-from kvstore.errors import InvalidArgument, ResourceExhausted
+from kvstore.errors import InvalidArgument
 
 U32Array = npt.NDArray[np.uint32]
 I64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 MIN_UNIT_BYTES = 64 << 10
 MAX_UNIT_BYTES = 32 << 20
 UNITS_WANTED = 32
-MAX_CLASSES = 64
+CLASSES_KEPT = 64  # size classes without a slab are forgotten beyond so many
 MAX_SLAB_UNITS = 16
 MAX_WASTE = 1 / 32
 MAX_SLOT_BYTES = limits.MAX_BLOCK_BYTES + (64 << 10)
@@ -103,8 +104,8 @@ class SlabAllocator:
     def alloc(self, slot_bytes: int, n: int) -> U32Array:
         """Take up to `n` slots; uint32 [<=n] first granules, fewer when the pool is full.
 
-        Errors: InvalidArgument for a size that never fits or a negative `n`;
-        ResourceExhausted when all 64 size classes are in use. Modifies the bookkeeping.
+        Errors: InvalidArgument for a size that never fits or a negative `n`. Modifies the
+        bookkeeping.
         """
         if n < 0:
             raise InvalidArgument("n", f"must not be negative, got {n}")
@@ -168,6 +169,26 @@ class SlabAllocator:
         """Granules of a slot (int64 [n]) in each of these slabs."""
         return self._slab_slot[slabs]
 
+    def slab_sizes(self, slabs: I64Array) -> I64Array:
+        """Granules (int64 [n]) of each of these slabs."""
+        return self._slab_units[slabs] * self._unit_granules
+
+    def would_hold(self, granules: int, stuck: BoolArray) -> BoolArray:
+        """Where a slot of so many granules fits once slabs of other sizes are emptied.
+
+        stuck: bool [n_units], the slabs that cannot be. bool [n_units]: whether the unit is in a
+        run, long enough, of units that are free or can be.
+        """
+        owned = self._owner >= 0
+        own = self._slab_slot[self._owner] == granules
+        starts, lengths = _runs(~owned | ~(own | stuck[self._owner]))
+        enough = lengths * self._unit_granules >= granules
+        edges = np.zeros(self._n_units + 1, np.int64)
+        edges[starts[enough]] += 1
+        edges[(starts + lengths)[enough]] -= 1
+        holds: BoolArray = np.cumsum(edges)[:-1] > 0
+        return holds
+
     def n_free(self, slot_bytes: int) -> int:
         """Slots that `alloc(slot_bytes, ...)` could give now, from free units too."""
         granules = self.slot_granules(slot_bytes)
@@ -208,13 +229,8 @@ class SlabAllocator:
         found = self._classes.get(granules)
         if found is not None:
             return found
-        if len(self._classes) >= MAX_CLASSES:
+        if len(self._classes) >= CLASSES_KEPT:  # the others have a slab each: there is an end to it
             self._classes = {g: c for g, c in self._classes.items() if c.slabs}
-        if len(self._classes) >= MAX_CLASSES:
-            raise ResourceExhausted(
-                f"the pool holds slots of {MAX_CLASSES} sizes already",
-                retry_after_ms=limits.RETRY_AFTER_MS,
-            )
         made = self._classes[granules] = self._geometry(granules)
         return made
 
@@ -234,9 +250,7 @@ class SlabAllocator:
 
     def _free_runs(self) -> tuple[I64Array, I64Array]:
         """First units and lengths (int64 [r] each) of the runs of free units."""
-        edges = np.diff(np.concatenate(([0], (self._owner < 0).astype(np.int8), [0])))
-        starts = np.flatnonzero(edges == 1)
-        return starts, np.flatnonzero(edges == -1) - starts
+        return _runs(self._owner < 0)
 
     def _new_slabs(self, size_class: _SizeClass, slots: int) -> list[int]:
         """New slabs for up to `slots` slots: of k units, then of runs shorter than k."""
@@ -282,7 +296,7 @@ class SlabAllocator:
         """Slots of the slab, live or not."""
         return int(self._slab_units[slab]) * self._unit_granules // int(self._slab_slot[slab])
 
-    def _slots(self, slab: int, size_class: _SizeClass) -> npt.NDArray[np.bool_]:
+    def _slots(self, slab: int, size_class: _SizeClass) -> BoolArray:
         """View (bool [per_slab]) of the slab's slots in the live map."""
         first = slab * self._unit_granules
         return self._live[first : first + self._slab_room(slab) * size_class.granules][
@@ -325,6 +339,13 @@ class SlabAllocator:
         """Only first granules of live slots are set in the live map."""
         if at.min() < 0 or at.max() >= self._live.size or not self._live[at].all():
             raise AssertionError("double free, or a granule at which no slot starts")
+
+
+def _runs(units: BoolArray) -> tuple[I64Array, I64Array]:
+    """First units and lengths (int64 [r] each) of the runs of units that are True."""
+    edges = np.diff(np.concatenate(([0], units.astype(np.int8), [0])))
+    starts = np.flatnonzero(edges == 1)
+    return starts, np.flatnonzero(edges == -1) - starts
 
 
 def _ensure(holds: bool, what: str) -> None:

@@ -15,7 +15,14 @@ import pytest
 
 from kvstore.errors import InvalidArgument, ProtocolError
 from kvstore.index import IndexReader, IndexTable, IndexView, capacity_for, index_bytes
-from kvstore.index.format import check_of, checks_of, home_of, homes_of
+from kvstore.index.format import (
+    MASK64,
+    NAMESPACE_FACTOR,
+    check_of,
+    checks_of,
+    home_of,
+    homes_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ID = b"instance"
@@ -109,6 +116,76 @@ def test_against_a_dict(one: bool, homes: int) -> None:
             for name in ("found", "granules", "lengths", "block_ids", "generations", "tiers"):
                 assert getattr(single, name)[0] == getattr(got, name)[pick]
                 assert getattr(single, name).dtype == getattr(got, name).dtype
+
+
+@pytest.mark.parametrize("homes", [1, 3, 40, 4000])
+@pytest.mark.parametrize("capacity", [64, 256, 1024])
+def test_a_rebuilt_table_finds_what_the_old_one_held(homes: int, capacity: int) -> None:
+    """Keys of two namespaces, few homes, runs that go around the end, some rows left out."""
+    table, _, _ = make(64, max_blocks=100)
+    table.bump_namespace_epoch()
+    keys = crowded(32, homes)
+    keys.view(np.uint64)[16:, 0] ^= np.uint64(5 * NAMESPACE_FACTOR & MASK64)
+    assert put(table, keys[:16], np.arange(16)).all()
+    assert put(table, keys[16:], np.arange(40, 56), 5).all()
+    without = np.array([3, 41, 99, 3])
+    buffer = bytearray(index_bytes(capacity))
+    made, lost = table.rebuilt(buffer, capacity, without=without)
+    assert lost.tolist() == []
+    made.check()
+    table.check()
+    assert not table.retired
+    reader = IndexReader(IndexView.open(buffer))
+    assert reader.namespace_epoch == 1
+    want = np.where(np.isin(np.arange(16), without), -1, np.arange(16)).tolist()
+    also = np.where(np.isin(np.arange(40, 56), without), -1, np.arange(40, 56)).tolist()
+    for space, expected in ((0, want + [-1] * 16), (5, [-1] * 16 + also)):
+        assert made.find(space, keys).tolist() == expected
+        assert reader.lookup(space, keys).block_ids.tolist() == expected
+    assert reader.lookup(0, keys[:1]).granules.tolist() == [0]
+    made.delete(np.arange(100))  # its positions are right, too
+    made.check()
+    assert made.entries == 0
+
+
+@pytest.mark.parametrize("home", [100, 510])
+def test_a_rebuilt_table_keeps_to_the_probe_bound_and_tells_what_it_lost(home: int) -> None:
+    table, _, _ = make(1024)
+    keys = keys_of(300, 1)
+    words = keys.view(np.uint64)
+    # Two homes of a table of 1,024 rows, which fall together in one of 512.
+    words[:, 0] = ((np.arange(300, dtype=np.uint64) % 2) * 512 + home) << np.uint64(20)
+    assert put(table, keys[:256], np.arange(256)).all()
+    with pytest.raises(InvalidArgument, match="do not fit"):
+        table.rebuilt(bytearray(index_bytes(256)), 256, without=np.arange(0))
+    made, lost = table.rebuilt(bytearray(index_bytes(512)), 512, without=np.arange(0))
+    made.check()
+    assert made.entries == 128
+    assert len(lost) == len(set(lost.tolist())) == 128
+    assert (made.find(0, keys[lost]) == -1).all()
+    kept = np.setdiff1d(np.arange(256), lost)
+    assert made.find(0, keys[kept]).tolist() == kept.tolist()
+    assert put(made, keys[lost[:1]], lost[:1].astype(np.int64)).tolist() == [False]
+
+
+def test_a_delete_in_a_long_run_does_not_walk_to_its_end() -> None:
+    table, reader, _ = make(1 << 15)
+    keys = keys_of(1 << 14, 1)
+    keys.view(np.uint64)[:, 0] = np.arange(1 << 14, dtype=np.uint64) << np.uint64(20)
+    assert put(table, keys, np.arange(1 << 14)).all()
+    looks = 0
+
+    class Counting(IndexTable):
+        def _row(self, slot: int) -> list[int]:
+            nonlocal looks
+            looks += 1
+            return super()._row(slot)
+
+    table.__class__ = Counting
+    table.delete(np.array([0]))
+    assert looks <= 2 * 128
+    assert reader.lookup(0, keys).found.sum() == (1 << 14) - 1
+    table.check()
 
 
 def test_match_stops_at_the_first_miss() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvstore import limits
-from kvstore.errors import InvalidArgument, ResourceExhausted
+from kvstore.errors import InvalidArgument
 from kvstore.tiers.slab import SlabAllocator
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -43,7 +43,7 @@ def test_free_is_checked_before_anything_changes() -> None:
     slabs.check()
 
 
-def test_bad_sizes_and_too_many_classes() -> None:
+def test_bad_sizes() -> None:
     slabs = SlabAllocator(4096 * MIB)
     for size in (0, -1, limits.MAX_BLOCK_BYTES + 64 * KIB + 1):
         with pytest.raises(InvalidArgument):
@@ -52,11 +52,16 @@ def test_bad_sizes_and_too_many_classes() -> None:
         SlabAllocator(MIB).alloc(2 * MIB, 1)
     with pytest.raises(InvalidArgument):
         SlabAllocator(1000)
-    held = [slabs.alloc(i * 4096, 1) for i in range(1, 65)]
-    with pytest.raises(ResourceExhausted):
-        slabs.alloc(65 * 4096, 1)
-    slabs.free(held[0])
-    assert slabs.alloc(65 * 4096, 1).size == 1  # a class without slabs makes room
+
+
+def test_as_many_sizes_as_there_are_units_and_those_given_up_are_forgotten() -> None:
+    slabs = SlabAllocator(4096 * MIB)
+    held = [slabs.alloc(i * 4096, 1) for i in range(1, 200)]
+    assert [got.size for got in held] == [1] * 128 + [0] * 71  # 128 units, a slab each
+    slabs.check()
+    slabs.free(np.concatenate(held))
+    for i in range(200, 1000):
+        slabs.free(slabs.alloc(i * 4096, 1))
     slabs.check()
 
 

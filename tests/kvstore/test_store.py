@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,10 @@ from kvstore.errors import (
     ResourceExhausted,
     StaleNamespace,
 )
-from kvstore.index import IndexReader, IndexView
+from kvstore.index import IndexReader, IndexTable, IndexView
 from kvstore.layout import Attention, Layout
-from kvstore.store import Store, StoreMemory
+from kvstore.store import Store, StoreMemory, catalog
+from kvstore.store.deadlines import Due
 
 NO_CELLS = np.empty(0, np.uint32)
 LAYOUT = Layout(
@@ -500,6 +502,329 @@ def test_a_namespace_too_many_takes_the_place_of_the_longest_unused_empty_one() 
     assert rig.open("one more") > limits.MAX_NAMESPACES
     assert IndexReader(IndexView.open(rig.indexes[-1])).namespace_epoch == epoch + 1
     assert rig.stored(keys(1)) == [True]
+
+
+FIRST, SECOND = np.array([0], np.uint32), np.array([1], np.uint32)
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_block_whose_other_ranks_never_come_is_dropped_in_time(dies: bool) -> None:
+    rig = Rig()
+    rank = rig.store.connect()
+    rig.reserve(keys(1, 2), cells=FIRST, connection=rank)
+    assert rig.seal(keys(1, 2), cells=1, connection=rank).status.tolist() == [1, 1]
+    if dies:
+        assert rig.store.disconnect(rank)
+        rig.store.holder_died(rank)
+    rig.pass_ms(limits.MAX_PARTS_WAIT_MS - 1)
+    # Another rank of the put comes just in time for the first, and now that one waits for nobody.
+    rig.reserve(keys(1), cells=SECOND)
+    rig.pass_ms(1)
+    assert rig.explain(keys(1, 2)) == [c.ExplainStatus.NOT_SEALED, c.ExplainStatus.NEVER_STORED]
+    assert rig.store.stats().used_bytes == SLOT_BYTES
+    assert rig.reserve(keys(2), put_id=b"q" * 16).status.tolist() == [c.ReserveStatus.GRANTED]
+    assert rig.seal(keys(1), cells=1).status.tolist() == [c.SealStatus.STORED]
+
+
+def test_dropping_a_namespace_frees_what_waits_for_other_ranks() -> None:
+    rig = Rig()
+    rig.reserve(keys(1), cells=FIRST)
+    rig.seal(keys(1), cells=1)
+    rig.do(c.Drop(namespace=rig.ns, hashes=np.empty((0, 32), np.uint8)))
+    assert rig.store.stats().used_bytes == rig.store.stats().quarantined_blocks == 0
+    assert rig.store.stats().dropped == 1
+
+
+def test_a_key_of_zeros_is_a_key_and_as_a_parent_it_is_none() -> None:
+    rig = Rig()
+    zeros = np.zeros((1, 32), np.uint8)
+    chain = np.concatenate([zeros, keys(1)])
+    rig.put(chain, position=0)
+    assert all(rig.stored(chain))
+    rig.reserve(keys(2), parent=bytes(32), position=5)
+    rig.seal(keys(2))
+    assert rig.stored(keys(2)) == [True]
+
+
+def test_blocks_that_name_each_other_as_parents_can_be_evicted() -> None:
+    rig = Rig()
+    for i in range(0, BLOCKS_PER_MIB - 1, 2):
+        pair = keys(i, i + 1)
+        rig.reserve(pair, parent=pair[1].tobytes(), position=7)
+        rig.seal(pair)
+    own = keys(BLOCKS_PER_MIB)
+    rig.reserve(own, parent=own.tobytes(), position=7)
+    rig.seal(own)
+    flood(rig, 1)
+    assert not any(rig.stored(keys(*range(BLOCKS_PER_MIB + 1))))
+
+
+def test_a_put_id_again_does_not_replace_what_is_not_let_go() -> None:
+    rig = Rig()
+    rank = rig.store.connect()
+    first = rig.reserve(keys(1), cells=FIRST)
+    rig.reserve(keys(1), cells=SECOND, connection=rank)
+    rig.do(c.Abort(namespace=rig.ns, put_id=b"p" * 16, hashes=keys(1)), rank)
+    again = rig.reserve(keys(1), cells=SECOND, connection=rank)  # the same put id, another try
+    assert again.granules.tolist() != first.granules.tolist()
+    assert rig.reserve(keys(1), cells=FIRST).status.tolist() == [c.ReserveStatus.IN_PROGRESS]
+    assert rig.seal(keys(1), cells=1).status.tolist() == [c.SealStatus.DROPPED]
+    assert rig.reserve(keys(1), cells=FIRST).granules.tolist() == again.granules.tolist()
+
+
+def test_a_turn_that_comes_twice_in_one_batch_is_counted_once() -> None:
+    rig = Rig()
+    rig.put(keys(1, 2))
+    rig.hint(c.HintKind.NEXT_TURN_BY, 1_000, keys(1, 2))
+    lease = rig.do(c.Lease(namespace=rig.ns, hashes=keys(1, 1)))
+    assert isinstance(lease, c.Leased)
+    touch = c.Touch(
+        granules=np.repeat(lease.granules, 3),
+        generations=np.repeat(lease.generations, 3),
+        lookups=6,
+        hits=6,
+    )
+    assert rig.do(touch) == c.Count(blocks=6)
+    assert rig.do(c.Release(lease=lease.lease)) == c.Count(blocks=2)
+
+
+def test_look_ups_beyond_counting_are_refused() -> None:
+    rig = Rig()
+    none = {"granules": NO_CELLS, "generations": np.empty(0, np.uint64)}
+    most = limits.MAX_LOOKUPS_PER_TOUCH
+    rig.do(c.Touch(lookups=most, hits=most, **none))
+    for lookups, hits in ((most + 1, 0), (1, 2), (1, -1)):
+        with pytest.raises(InvalidArgument, match="lookups"):
+            rig.do(c.Touch(lookups=lookups, hits=hits, **none))
+    assert rig.store.stats().lookups == most
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo"])
+def test_what_exists_at_the_reply_is_still_there(policy: str) -> None:
+    rig = Rig(policy=policy)
+    head, tail = keys(*range(50)), keys(*range(50, 100))
+    rig.put(head)
+    status = rig.reserve(np.concatenate([head, tail])).status
+    assert (status[:50] == c.ReserveStatus.EXISTS).all()
+    assert all(rig.stored(head))
+    assert (status[50:] == c.ReserveStatus.GRANTED).sum() == BLOCKS_PER_MIB - 50
+
+
+def test_a_put_does_not_evict_the_parent_that_it_names() -> None:
+    rig = Rig()
+    rig.put(keys(0))
+    flood(rig, 1, n=BLOCKS_PER_MIB - 1)
+    rig.reserve(keys(1, 2), parent=keys(0).tobytes(), position=1)
+    assert rig.stored(keys(0)) == [True]
+
+
+def test_no_more_slabs_of_another_size_are_emptied_than_needed() -> None:
+    rig = Rig(pool=8 << 20, max_blocks=4096)
+    every = keys(*range(672))
+    for start in range(0, 672, 96):
+        rig.put(every[start : start + 96])
+    for i in np.random.default_rng(0).permutation(672).tolist():  # the coldest lie in all slabs
+        touch = rig.store.handle(
+            rig.me, c.Lease(namespace=rig.ns, hashes=every[i : i + 1]), rig.now_ms
+        )
+        assert isinstance(touch, c.Leased)
+        rig.store.handle(rig.me, c.Release(lease=touch.lease), rig.now_ms)
+    full = rig.store.stats().blocks
+    rig.ns = rig.open(layout=Layout.opaque(model="test", block_bytes=30_000, block_tokens=16))
+    status = rig.reserve(keys(*range(5_000, 5_020))).status
+    assert (status == c.ReserveStatus.GRANTED).all()
+    # 20 slots of 32 KiB are 3 of the 32 slabs.
+    assert rig.store.stats().evicted == full - rig.store.stats().blocks <= 3 * 21
+
+
+def test_a_slab_that_would_not_hold_the_block_is_not_emptied() -> None:
+    rig = Rig(max_blocks=64)
+    every = keys(*range(16))
+    rig.ns = rig.open("units", Layout.opaque(model="test", block_bytes=65_000, block_tokens=16))
+    units = rig.ns
+    rig.reserve(every[:8])
+    rig.seal(every[:8], cells=1)
+    rig.reserve(every[8:])
+    rig.seal(every[8:], cells=1)
+    for i in range(0, 16, 2):  # each second unit of the pool is in use
+        rig.do(c.Lease(namespace=units, hashes=every[i : i + 1]))
+    rig.ns = rig.open("wide", Layout.opaque(model="test", block_bytes=70_000, block_tokens=16))
+    with pytest.raises(ResourceExhausted):
+        rig.reserve(keys(500))
+    rig.ns = units
+    assert all(rig.stored(every))
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo"])
+def test_blocks_in_use_at_the_front_do_not_hide_those_that_may_go(policy: str) -> None:
+    rig = Rig(pool=8 << 20, max_blocks=1_000, policy=policy)
+    rig.ns = rig.open(layout=Layout.opaque(model="test", block_bytes=512, block_tokens=16))
+    every = keys(*range(1_000))
+    rig.reserve(every)
+    rig.seal(every, cells=1)
+    rig.do(c.Lease(namespace=rig.ns, hashes=every[:900]))
+    rig.hint(c.HintKind.SESSION_ENDS, 0, every[:900])
+    rig.hint(c.HintKind.SESSION_ENDS, 0, every[900:])  # the last of those that ended
+    assert rig.reserve(keys(5_000)).status.tolist() == [c.ReserveStatus.GRANTED]
+
+
+def test_keys_that_collide_are_dropped_and_the_reply_says_so() -> None:
+    rig = Rig(pool=8 << 20, max_blocks=2_048)
+    rig.ns = rig.open(layout=Layout.opaque(model="test", block_bytes=512, block_tokens=16))
+    same_home = keys(*range(200)).copy()
+    same_home[:, :8] = 7
+    rig.reserve(same_home)
+    status = rig.seal(same_home, cells=1).status
+    stored = status == c.SealStatus.STORED
+    assert stored.sum() == limits.MAX_INDEX_PROBE
+    assert (status[~stored] == c.SealStatus.DROPPED).all()
+    assert rig.stored(same_home) == stored.tolist()
+    assert rig.store.stats().dropped == 200 - limits.MAX_INDEX_PROBE
+
+
+def test_without_memory_for_another_index_the_old_one_serves_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "FIRST_INDEX_BLOCKS", 16)
+    monkeypatch.setattr(catalog, "_MANY", 4)
+    rig = Rig()
+    some = keys(*range(40))
+
+    def no_memory(nbytes: int) -> npt.NDArray[np.uint8]:
+        raise OSError("too many open files")
+
+    rig.store._catalog._new_index = no_memory
+    rig.reserve(some)
+    stored = rig.seal(some).status == c.SealStatus.STORED
+    assert stored.sum() == 16
+    assert rig.stored(some) == stored.tolist()
+    assert rig.do(c.Drop(namespace=rig.ns, hashes=some)) == c.Count(blocks=16)
+    rig.store._catalog._new_index = rig._new_index
+    rig.put(some)
+    assert all(rig.stored(some))
+
+
+def test_deadlines_that_are_set_and_taken_back_do_not_pile_up() -> None:
+    rig = Rig()
+    rig.put(keys(1, 2, 3))
+    rig.hint(c.HintKind.NEXT_TURN_BY, 400_000, keys(3))
+    for i in range(5_000):
+        for_ms = 1_000 + 100 * i
+        hint = c.Hint(namespace=rig.ns, kind=2, for_ms=for_ms, hashes=keys(1, 2))
+        rig.store.handle(rig.me, hint, rig.now_ms)
+    rig.store.check()
+    queue = rig.store._deadlines._queue
+    assert sum(len(batch) for batches in queue.values() for batch in batches) < 1_100
+    rig.pass_ms(1_000 + 100 * 4_999 - 1)
+    assert rig.store._deadlines.has(Due.TURN, np.arange(2, dtype=np.uint32)).all()
+    rig.pass_ms(1)
+    assert rig.store.next_due_ms is None
+
+
+def test_time_that_goes_backwards_stands_still() -> None:
+    rig = Rig()
+    rig.pass_ms(1_000)
+    rig.store.handle(rig.me, c.Stat(), 5)
+    rig.put(keys(1), ttl_ms=500)
+    assert rig.store.next_due_ms == rig.now_ms + 500
+    rig.store.tick(7)
+    assert rig.stored(keys(1)) == [True]
+
+
+def test_an_expired_block_that_was_pinned_is_pinned_no_more() -> None:
+    rig = Rig()
+    rig.put(keys(1), ttl_ms=500)
+    rig.hint(c.HintKind.PIN_UNTIL, 60_000, keys(1))
+    rig.pass_ms(500)
+    assert rig.store.stats().pinned_blocks == rig.store.stats().used_bytes == 0
+    rig.put(keys(1))
+    assert rig.store.stats().pinned_blocks == 0
+
+
+def test_a_parents_second_life_has_no_children_of_the_first() -> None:
+    rig = Rig()
+    chain = keys(1, 2)
+    rig.put(chain, position=0)
+    rig.do(c.Drop(namespace=rig.ns, hashes=chain[:1]))
+    rig.put(chain[:1])  # most likely under the same block id
+    flood(rig, 1, n=BLOCKS_PER_MIB - 2)
+    rig.put(keys(77))
+    assert rig.stored(chain) == [True, False]  # the older one goes, whatever it is the child of
+    rig.put(keys(78))
+    assert rig.stored(chain[:1]) == [False]
+
+
+def test_a_child_of_an_earlier_life_is_not_taken_from_the_next() -> None:
+    rig = Rig(max_blocks=3)  # so that ids come back at once
+    rig.put(keys(1, 2), position=0)
+    rig.do(c.Drop(namespace=rig.ns, hashes=keys(1)))
+    rig.put(keys(5, 6), position=0)  # 5 has the id that 1 had, and a child of its own
+    rig.do(c.Drop(namespace=rig.ns, hashes=keys(2)))
+    rig.put(keys(7))
+    rig.put(keys(8))
+    assert rig.stored(keys(5, 6)) == [True, False]  # the tail went first
+
+
+def test_another_put_id_does_not_join_even_where_cells_are_left() -> None:
+    rig = Rig()
+    other = rig.store.connect()
+    rig.reserve(keys(1), cells=FIRST)
+    status = rig.reserve(keys(1), cells=SECOND, put_id=b"q" * 16, connection=other).status
+    assert status.tolist() == [c.ReserveStatus.IN_PROGRESS]
+    rig.seal(keys(1), cells=1)
+    status = rig.reserve(keys(1), cells=SECOND, put_id=b"q" * 16, connection=other).status
+    assert status.tolist() == [c.ReserveStatus.IN_PROGRESS]
+
+
+def test_an_index_is_given_up_only_when_the_next_one_is_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "FIRST_INDEX_BLOCKS", 16)
+    rig = Rig()
+    some = keys(*range(16))
+    rig.put(some)
+    counts: list[int] = []
+
+    def retire(table: IndexTable) -> None:
+        newest = IndexReader(IndexView.open(rig.indexes[-1]))
+        counts.append(newest.match(rig.ns, some).count)
+        real(table)
+
+    real = IndexTable.retire
+    monkeypatch.setattr(IndexTable, "retire", retire)
+    rig.put(keys(*range(16, 40)))
+    assert counts == [16]
+    assert [IndexReader(IndexView.open(index)).retired for index in rig.indexes] == [True, False]
+
+
+def test_why_a_block_went_is_remembered_under_its_name_alone() -> None:
+    rig = Rig()
+    for ns in (rig.open("other"), rig.ns):
+        rig.ns = ns
+        rig.put(keys(1))
+    rig.do(c.Drop(namespace=rig.ns, hashes=np.empty((0, 32), np.uint8)))
+    rig.ns = rig.open()  # another generation of the name, and another id
+    rig.put(keys(2))
+    rig.do(c.Drop(namespace=rig.ns, hashes=keys(2)))
+    assert rig.explain(keys(1, 2)) == [c.ExplainStatus.DROPPED] * 2
+    rig.ns = rig.open("other")
+    assert rig.explain(keys(1, 2)) == [c.ExplainStatus.STORED, c.ExplainStatus.NEVER_STORED]
+
+
+def test_a_touch_of_what_was_in_the_slot_before_is_not_counted() -> None:
+    rig = Rig()
+    reserved = rig.reserve(keys(1))
+    rig.seal(keys(1))
+    stale = rig.generations[reserved.granules].copy()
+    touch = c.Touch(granules=reserved.granules, generations=stale, lookups=1, hits=1)
+    assert rig.do(touch) == c.Count(blocks=1)
+    rig.do(c.Drop(namespace=rig.ns, hashes=keys(1)))
+    assert rig.do(touch) == c.Count(blocks=0)
+    assert rig.reserve(keys(2)).granules.tolist() == reserved.granules.tolist()
+    rig.seal(keys(2))
+    assert rig.do(touch) == c.Count(blocks=0)
+    beyond = np.array([len(rig.generations)], np.uint32)
+    assert rig.do(replace(touch, granules=beyond)) == c.Count(blocks=0)
 
 
 def flood(rig: Rig, seed: int, n: int = 4 * BLOCKS_PER_MIB) -> None:
