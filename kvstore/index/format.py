@@ -7,8 +7,8 @@
 
 A row's words: 0-3 key hash; 4 = namespace u32 << 32 | length u32 (payload bytes);
 5 = granule u32 << 32 | block id u32; 6 = tier u8 << 56 | generation u56; 7 = check.
-A check of 0 marks an empty row. The check also guards readers on machines that reorder
-stores, where the versions alone would not.
+A check of 0 marks an empty row. The check also guards against damage, and on machines that reorder
+stores, where the versions alone would not do, against torn rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Buffer = memoryview | bytearray | NDArray[np.uint8]
 Words = NDArray[np.uint64]
 
 MAGIC = int.from_bytes(b"KVIX", "little")
-VERSION = 1
+VERSION = 2
 PAGE_BYTES = 4096
 ROW_WORDS = 8
 ROW_BYTES = 8 * ROW_WORDS
@@ -45,17 +45,14 @@ MASK64 = (1 << 64) - 1
 NAMESPACE_FACTOR = 0x9E3779B97F4A7C15
 HOME_SHIFT = 20
 _CHECK_FACTOR = 0xD6E8FEB86659FD93
-# Odd weights: a change of any one word always changes the sum.
-_WEIGHTS = (
-    0xA0761D6478BD642F,
-    0xE7037ED1A0B428DB,
-    0x8EBC6AF09C88C6E3,
-    0x589965CC75374CC3,
-    0x1D8E4E27C47D124F,
-    0xEB44ACCAB455D165,
-    0xC2B2AE3D27D4EB4F,
-)
-_WEIGHT_VECTOR = np.array([*_WEIGHTS, 0], np.uint64)
+# Odd weights: a change of any one word always changes the sum. Key words 1 to 3 have no part in it,
+# because a search compares all of them anyway.
+_WEIGHTS = {
+    0: 0xA0761D6478BD642F,
+    W_SPACE: 0xEB44ACCAB455D165,
+    W_PLACE: 0xC2B2AE3D27D4EB4F,
+    W_STAMP: 0x1D8E4E27C47D124F,
+}
 
 
 def _pages(size: int) -> int:
@@ -113,29 +110,32 @@ def homes_of(words: Words, namespace: int, mask: int) -> NDArray[np.int64]:
 
 
 def check_of(row: Sequence[int]) -> int:
-    """The check word of one row, from its words 0-6; never 0."""
-    total = sum(word * weight for word, weight in zip(row, _WEIGHTS, strict=False)) & MASK64
+    """The check word of one row, from its other words; never 0."""
+    total = sum(row[word] * weight for word, weight in _WEIGHTS.items()) & MASK64
     total = ((total ^ (total >> 32)) * _CHECK_FACTOR) & MASK64
     return (total ^ (total >> 29)) | 1
 
 
 def checks_of(rows: Words) -> Words:
     """`check_of` for rows (n, 8): uint64 (n,)."""
-    total = rows @ _WEIGHT_VECTOR
+    total: Words = np.zeros(len(rows), np.uint64)
+    for word, weight in _WEIGHTS.items():
+        total += rows[:, word] * np.uint64(weight)
     total = (total ^ (total >> np.uint64(32))) * np.uint64(_CHECK_FACTOR)
     result: Words = (total ^ (total >> np.uint64(29))) | np.uint64(1)
     return result
 
 
 def same_keys(rows: Words, words: Words, namespace: int) -> NDArray[np.bool_]:
-    """Which rows (n, 8) carry the keys (n, 4) in `namespace`; an empty row carries none."""
-    equal = np.ascontiguousarray(rows[:, :4] == words)
-    # Four one-byte truths are compared as one word, much faster than all(axis=1).
-    same = equal.view(np.uint32)[:, 0] == np.uint32(0x01010101)
-    same &= (rows[:, W_SPACE] >> np.uint64(32)) == np.uint64(namespace)
-    same &= rows[:, W_CHECK] != 0
-    result: NDArray[np.bool_] = same
-    return result
+    """Which rows (n, 8) carry the keys (n, 4) in `namespace`.
+
+    An empty row carries the key of zeros in namespace 0: look at its check word too.
+    """
+    same: NDArray[np.bool_] = rows[:, 0] == words[:, 0]
+    for word in (1, 2, 3):
+        same &= rows[:, word] == words[:, word]
+    same &= rows.view(np.uint32)[:, 2 * W_SPACE + 1] == np.uint32(namespace)
+    return same
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,12 +1,14 @@
 """The readers' side of the shared index: lock-free, never blocks and never writes.
 
 A row counts only if its version was even and the same before and after it was read, and if its
-check fits. A row moved while a search passes it may be missed: a false miss is legal, a wrong
-row is not.
+check fits: that guards against damage, and on processors that reorder loads also against a row in
+mid-change. A row moved while a search passes it may be missed: a false miss is legal, a wrong row
+is not.
 """
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,6 @@ from kvstore.index.format import (
     FLAG_RETIRED,
     H_EPOCH,
     H_FLAGS,
-    MASK32,
     MASK56,
     ROW_WORDS,
     W_CHECK,
@@ -36,34 +37,68 @@ from kvstore.index.format import (
 )
 
 MAX_RETRIES = 64
+# x86 shows stores and takes loads in their order, so that versions alone tell of a torn row.
+_LOADS_IN_ORDER = platform.machine() == "x86_64"
+_FEW = 4  # keys up to which one after the other is quicker than all at once
+# How many rows are looked at together where a key is not at its home: 1, 2, 4 or 8.
+_FIRST_RUN, _NEXT_RUN = 4, 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
-    """Rows of n keys, in the keys' order; where `found` is False, block id is -1, the rest 0.
+    """Copies of the rows of n keys, uint64 (n, 8), in the keys' order; all zero where missing.
 
-    `found` bool, `granules`, `lengths` (payload bytes) and `block_ids` int64 (so that a granule
-    times its size cannot overflow), `generations` uint64, `tiers` uint8; all (n,).
+    The columns are made when they are asked for, all (n,). Where `found` (bool) is False, block id
+    is -1 and the rest 0. `granules`, `lengths` (payload bytes) and `block_ids` are int64, so that a
+    granule times its size cannot overflow; `generations` uint64, `tiers` uint8.
     """
 
-    found: NDArray[np.bool_]
-    granules: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    block_ids: NDArray[np.int64]
-    generations: NDArray[np.uint64]
-    tiers: NDArray[np.uint8]
+    rows: Words
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """Which keys are there."""
+        found: NDArray[np.bool_] = self.rows[:, W_CHECK] != 0
+        return found
+
+    @property
+    def granules(self) -> NDArray[np.int64]:
+        """The first granule of each slot."""
+        return self._half(2 * W_PLACE + 1)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Payload bytes."""
+        return self._half(2 * W_SPACE)
+
+    @property
+    def block_ids(self) -> NDArray[np.int64]:
+        """The writer's block ids."""
+        return np.where(self.found, self._half(2 * W_PLACE), -1)
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """What the slots' generations were when the blocks were stored."""
+        return self.rows[:, W_STAMP] & np.uint64(MASK56)
+
+    @property
+    def tiers(self) -> NDArray[np.uint8]:
+        """The blocks' tiers."""
+        return (self.rows[:, W_STAMP] >> np.uint64(56)).astype(np.uint8)
+
+    def _half(self, at: int) -> NDArray[np.int64]:
+        # (n, 16): a word's low half comes first
+        return self.rows.view(np.uint32)[:, at].astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Match:
-    """The longest leading run of present keys: its `count`, and arrays (count,) as in `Lookup`."""
+class Match(Lookup):
+    """The longest leading run of present keys: the rows of that run only."""
 
-    count: int
-    granules: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    block_ids: NDArray[np.int64]
-    generations: NDArray[np.uint64]
-    tiers: NDArray[np.uint8]
+    @property
+    def count(self) -> int:
+        """Its length."""
+        return len(self.rows)
 
 
 class IndexReader:
@@ -74,6 +109,9 @@ class IndexReader:
         self.view = view
         self._mask = view.capacity - 1
         self._bound = probe_bound(view.capacity)
+        # The rows' first and last words, both at a row's number times its words.
+        flat = view.rows.reshape(-1)
+        self._firsts, self._checks = flat, flat[W_CHECK:]
         self._words = view.scalar_rows()
         self._versions = view.scalar_versions()
 
@@ -89,25 +127,36 @@ class IndexReader:
 
     def lookup(self, namespace: int, hashes: NDArray[np.uint8]) -> Lookup:
         """The rows of keys (n, 32) uint8; `InvalidArgument` for another array or namespace."""
-        words = key_words(hashes)
-        check_namespace(namespace)
-        if len(words) == 1:
-            return _lookup_one(self._search_one(words[0].tolist(), namespace))
-        return _lookup_many(self._search(words, namespace))
+        rows = self._rows(namespace, hashes)
+        wrong = checks_of(rows) != rows[:, W_CHECK]
+        if wrong.any():  # those of missing keys, which are all zero, among them
+            rows[wrong] = 0
+        return Lookup(rows)
 
     def match(self, namespace: int, hashes: NDArray[np.uint8]) -> Match:
         """The longest leading run of the keys (n, 32) that is present; errors as `lookup`."""
-        got = self.lookup(namespace, hashes)
-        n = len(got.found)
-        count = n if got.found.all() else int(got.found.argmin())
-        return Match(
-            count,
-            got.granules[:count],
-            got.lengths[:count],
-            got.block_ids[:count],
-            got.generations[:count],
-            got.tiers[:count],
-        )
+        return _leading(self.lookup(namespace, hashes).rows)
+
+    def glance(self, namespace: int, hashes: NDArray[np.uint8]) -> Match:
+        """`match` for those who only count: where loads come in order, checks are not looked at.
+
+        A damaged row may be taken for a block; who then asks for its bytes does not get any.
+        """
+        if not _LOADS_IN_ORDER:
+            return self.match(namespace, hashes)
+        return _leading(self._rows(namespace, hashes))
+
+    def _rows(self, namespace: int, hashes: NDArray[np.uint8]) -> Words:
+        words = key_words(hashes)
+        check_namespace(namespace)
+        if len(words) > _FEW:
+            return self._search(words, namespace)
+        rows = np.zeros((len(words), ROW_WORDS), np.uint64)
+        for i, key in enumerate(words.tolist()):
+            row = self._search_one(key, namespace)
+            if row is not None:
+                rows[i] = row
+        return rows
 
     def _gather(self, slots: NDArray[np.int64]) -> tuple[Words, NDArray[np.bool_]]:
         """Copies of rows (n, 8) and, bool (n,), which of them were not being written."""
@@ -117,29 +166,52 @@ class IndexReader:
         return rows, (before == after) & ((before & np.uint32(1)) == 0)
 
     def _search(self, words: Words, namespace: int) -> Words:
-        """Copies of the keys' rows (n, 8), all zero where missing."""
-        result = np.zeros((len(words), ROW_WORDS), np.uint64)
-        pending = np.arange(len(words))
-        slots = homes_of(words, namespace, self._mask)
-        retries, steps = MAX_RETRIES, 0
-        while len(pending) and steps < self._bound:
+        """Copies of the keys' rows (n, 8), all zero where missing: first those at their homes."""
+        homes = homes_of(words, namespace, self._mask)
+        rows, stable = self._gather(homes)
+        hit = same_keys(rows, words, namespace) & stable
+        if not hit.all():
+            left = np.flatnonzero(~hit)
+            free, torn = rows[left, W_CHECK] == 0, ~stable[left]
+            rows[left] = 0
+            alone = [left[torn], self._search_on(rows, words, namespace, left[~(free | torn)])]
+            for i in np.concatenate(alone).tolist():
+                row = self._search_one(words[i].tolist(), namespace)
+                if row is not None:
+                    rows[i] = row
+        return rows
+
+    def _search_on(
+        self, result: Words, words: Words, namespace: int, keys: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Looks for some `keys` (numbers of rows of `result`) in the runs behind their homes.
+
+        Only a row's first and last word are looked at until its key is found. Returns those that
+        have to be looked for one by one, because they are few or met a row in mid-change.
+        """
+        alone: list[NDArray[np.int64]] = []
+        begin, width = 1, _FIRST_RUN
+        homes = homes_of(words[keys], namespace, self._mask) * ROW_WORDS
+        last = self._mask * ROW_WORDS
+        while len(keys) > _FEW and begin < self._bound:
+            at = (homes[:, None] + np.arange(begin, begin + width) * ROW_WORDS) & last
+            same = np.take(self._firsts, at) == words[keys, 0][:, None]
+            free = np.take(self._checks, at) == 0
+            # The truths of a run are looked at as one word, much faster than by any(axis=1).
+            found, over = (part.view(f"u{width}")[:, 0] != 0 for part in (same, free))
+            seen = np.flatnonzero(found)
+            mine = keys[seen]
+            slots = at.ravel()[seen * width + same[seen].argmax(axis=1)] // ROW_WORDS
             rows, stable = self._gather(slots)
-            hit = same_keys(rows, words, namespace) & stable
-            result[pending[hit]] = rows[hit]
-            # An unstable row is read again in place; a stable other key's row is passed.
-            on = ~(hit | (stable & (rows[:, W_CHECK] == 0)))
-            if stable.all():
-                steps += 1
-            else:
-                retries -= 1
-                if not retries:
-                    on &= stable
-                    retries = MAX_RETRIES
-                    steps += 1
-            slots = (slots[on] + stable[on]) & self._mask
-            pending, words = pending[on], words[on]
-        result[checks_of(result) != result[:, W_CHECK]] = 0
-        return result
+            hit = same_keys(rows, words[mine], namespace) & stable
+            if not hit.all():
+                alone.append(mine[~hit])
+                mine, rows = mine[hit], rows[hit]
+            result[mine] = rows
+            on = ~(found | over)
+            keys, homes = keys[on], homes[on]
+            begin, width = begin + width, _NEXT_RUN
+        return np.concatenate([keys, *alone])
 
     def _search_one(self, key: list[int], namespace: int) -> list[int] | None:
         slot = home_of(key[0], namespace, self._mask)
@@ -163,30 +235,7 @@ class IndexReader:
         return None
 
 
-def _lookup_one(row: list[int] | None) -> Lookup:
-    found = row is not None
-    space, place, stamp = row[W_SPACE:W_CHECK] if row is not None else (0, MASK32, 0)
-    return Lookup(
-        np.array([found], np.bool_),
-        np.array([place >> 32], np.int64),
-        np.array([space & MASK32], np.int64),
-        np.array([place & MASK32 if found else -1], np.int64),
-        np.array([stamp & MASK56], np.uint64),
-        np.array([stamp >> 56], np.uint8),
-    )
-
-
-def _lookup_many(rows: Words) -> Lookup:
-    found = rows[:, W_CHECK] != 0
-    halves = rows.view(np.uint32)  # (n, 16): a word's low half comes first
-    block_ids = halves[:, 2 * W_PLACE].astype(np.int64)
-    block_ids[~found] = -1
-    stamps = rows[:, W_STAMP]
-    return Lookup(
-        found,
-        halves[:, 2 * W_PLACE + 1].astype(np.int64),
-        halves[:, 2 * W_SPACE].astype(np.int64),
-        block_ids,
-        stamps & np.uint64(MASK56),
-        (stamps >> np.uint64(56)).astype(np.uint8),
-    )
+def _leading(rows: Words) -> Match:
+    """The run of rows before the first that is missing."""
+    there = rows[:, W_CHECK] != 0
+    return Match(rows if there.all() else rows[: int(there.argmin())])

@@ -270,10 +270,11 @@ class IndexTable:
         slots = homes
         for _ in range(self._bound):
             rows = np.take(self.view.rows, slots, axis=0)
-            hit = same_keys(rows, words[pending], namespace)
+            used = rows[:, W_CHECK] != 0
+            hit = same_keys(rows, words[pending], namespace) & used
             place = rows[hit, W_PLACE] & np.uint64(MASK32)
             found[pending[hit]] = place.astype(np.int64)
-            on = ~hit & (rows[:, W_CHECK] != 0)
+            on = ~hit & used
             pending, slots = pending[on], (slots[on] + 1) & self._mask
             if not len(pending):
                 break

@@ -111,7 +111,7 @@ class LocalSession(ControlSession):
             hint_ms(hint)
         number = self._number(namespace, deadline)
         memory = self._link.memory(deadline.left_s)
-        found = memory.index.match(number, chain)
+        found = memory.index.glance(number, chain)
         self._note(found, found.count, len(chain))
         if hint and found.count:
             self._advise(namespace, chain[: found.count], hint, deadline)
