@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kvstore_engines.config import ModelConfig, load_config
@@ -26,6 +27,15 @@ class Weights(Mapping[str, torch.Tensor]):
             return self._tensors[name]
         except KeyError:
             raise CheckpointError(name, "tensor is missing from the checkpoint") from None
+
+    def shaped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor called `name`; CheckpointError unless its shape is `shape`."""
+        tensor = self[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                name, f"shape {tuple(tensor.shape)}, config.json asks for {shape}"
+            )
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -50,10 +60,17 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpo
     config = load_config(folder)
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
-        tensors.update((name, t.to(dtype)) for name, t in load_file(file).items())
+        tensors.update((name, t.to(dtype)) for name, t in _load(file).items())
     if config.tied and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     return Checkpoint(config, Weights(tensors))
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(file.name, f"not safetensors: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

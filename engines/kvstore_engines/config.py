@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvstore_engines.fields import CheckpointError, read_json, required
+from kvstore_engines.fields import CheckpointError, count, read_json, required
 from kvstore_engines.rope import RopeConfig, read_rope
 
 LLAMA_FAMILY = ("llama", "qwen2", "qwen3")
@@ -21,6 +21,11 @@ class MlaConfig:
     qk_rope_head_dim: int
     v_head_dim: int
     rope_interleave: bool
+
+    @property
+    def key_dim(self) -> int:
+        """Elements of one head's query and key: what is not rotated, and what is."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def width(self) -> int:
@@ -73,26 +78,26 @@ def load_config(folder: Path) -> ModelConfig:
     if kind not in LLAMA_FAMILY + DEEPSEEK_FAMILY:
         raise CheckpointError("model_type", f"{kind!r} is not supported")
     _refuse_unsupported(raw)
-    heads = required(raw, "num_attention_heads")
+    heads = count(raw, "num_attention_heads")
     bias = bool(raw.get("attention_bias", False))
     mla = _mla(raw) if kind in DEEPSEEK_FAMILY else None
     rope = read_rope(raw)
     return ModelConfig(
         model_type=kind,
-        vocab_size=required(raw, "vocab_size"),
-        hidden_size=required(raw, "hidden_size"),
-        intermediate_size=required(raw, "intermediate_size"),
-        layers=required(raw, "num_hidden_layers"),
+        vocab_size=count(raw, "vocab_size"),
+        hidden_size=count(raw, "hidden_size"),
+        intermediate_size=count(raw, "intermediate_size"),
+        layers=count(raw, "num_hidden_layers"),
         heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or required(raw, "hidden_size") // heads,
+        kv_heads=_kv_heads(raw, heads),
+        head_dim=count(raw, "head_dim", count(raw, "hidden_size") // heads),
         rms_eps=required(raw, "rms_norm_eps"),
         rope=rope,
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=bias or kind == "qwen2",
         o_bias=bias and kind != "qwen2",
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        max_positions=max(required(raw, "max_position_embeddings"), rope.max_positions),
+        max_positions=max(count(raw, "max_position_embeddings"), rope.max_positions),
         eos_ids=_eos_ids(raw, folder),
         mla=mla,
         moe=_moe(raw) if mla and raw.get("n_routed_experts") else None,
@@ -109,6 +114,13 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise CheckpointError("quantization_config", "quantized weights are not supported")
 
 
+def _kv_heads(raw: dict[str, Any], heads: int) -> int:
+    kv_heads = count(raw, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise CheckpointError("num_key_value_heads", f"{kv_heads} do not divide {heads} heads")
+    return kv_heads
+
+
 def _eos_ids(raw: dict[str, Any], folder: Path) -> frozenset[int]:
     """generation_config.json wins over config.json, as in transformers."""
     path = folder / "generation_config.json"
@@ -121,11 +133,11 @@ def _eos_ids(raw: dict[str, Any], folder: Path) -> frozenset[int]:
 
 def _mla(raw: dict[str, Any]) -> MlaConfig:
     return MlaConfig(
-        kv_lora_rank=required(raw, "kv_lora_rank"),
+        kv_lora_rank=count(raw, "kv_lora_rank"),
         q_lora_rank=raw.get("q_lora_rank"),
-        qk_nope_head_dim=required(raw, "qk_nope_head_dim"),
-        qk_rope_head_dim=required(raw, "qk_rope_head_dim"),
-        v_head_dim=required(raw, "v_head_dim"),
+        qk_nope_head_dim=count(raw, "qk_nope_head_dim"),
+        qk_rope_head_dim=count(raw, "qk_rope_head_dim"),
+        v_head_dim=count(raw, "v_head_dim"),
         rope_interleave=bool(raw.get("rope_interleave", True)),
     )
 
@@ -137,12 +149,15 @@ def _moe(raw: dict[str, Any]) -> MoeConfig:
         raise CheckpointError("topk_method", f"{method!r} is not supported")
     if raw.get("moe_layer_freq", 1) != 1:
         raise CheckpointError("moe_layer_freq", "only 1 is supported")
+    experts, groups = count(raw, "n_routed_experts"), count(raw, "n_group", 1)
+    if experts % groups:
+        raise CheckpointError("n_group", f"{groups} groups do not divide {experts} experts")
     return MoeConfig(
-        experts=required(raw, "n_routed_experts"),
-        top_k=required(raw, "num_experts_per_tok"),
+        experts=experts,
+        top_k=count(raw, "num_experts_per_tok"),
         first_dense=int(raw.get("first_k_dense_replace", 0)),
-        groups=int(raw.get("n_group") or 1),
-        top_groups=int(raw.get("topk_group") or 1),
+        groups=groups,
+        top_groups=count(raw, "topk_group", 1),
         method=method,
         # V2 never normalizes in the reference model, whatever its config says.
         normalize=v3 and bool(raw.get("norm_topk_prob", True)),

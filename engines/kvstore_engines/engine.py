@@ -15,7 +15,7 @@ from kvstore_engines.jobs import Result
 from kvstore_engines.models import build_model
 from kvstore_engines.parallel import Parallel, SingleRank
 from kvstore_engines.prefixes import Prefixes
-from kvstore_engines.sequence import Sequence, check_request
+from kvstore_engines.sequence import Sequence, check_request, pages_needed
 from kvstore_engines.store_port import BlockStore
 
 
@@ -25,7 +25,8 @@ class Engine:
     Each step prefills at most one waiting request and then decodes one token for every running
     one. A request's pages are reserved when it is admitted, so that a running one never stalls.
     With `parallel`, every rank is an engine that is given the same requests in the same order,
-    and a store of its own heads.
+    and a store of its own heads; of latent attention every rank has the whole cache, and rank 0
+    puts it. Raises CheckpointError for a checkpoint that cannot be run, and InvalidArgument.
     """
 
     def __init__(
@@ -39,13 +40,17 @@ class Engine:
         attention: AttentionBackend | None = None,
         parallel: Parallel | None = None,
     ) -> None:
+        for name, value in (("num_pages", num_pages), ("block_tokens", block_tokens)):
+            if value < 1:
+                raise InvalidArgument(name, f"must be at least 1, not {value}")
         checkpoint = load_checkpoint(model_folder, dtype)
         self.config = checkpoint.config
         self.block_tokens = block_tokens
         self._parallel = parallel or SingleRank()
         self._model = build_model(checkpoint, attention or TorchAttention(), self._parallel)
         self.pool = self._model.make_pool(num_pages, block_tokens, dtype)
-        self._prefixes = Prefixes(store, self.pool, block_tokens, self._parallel)
+        writes = self.config.mla is None or self._parallel.rank == 0
+        self._prefixes = Prefixes(store, self.pool, block_tokens, self._parallel, writes=writes)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._next_id = 0
@@ -62,7 +67,7 @@ class Engine:
 
         session_ends: nobody will come back to this conversation; the store is told at its end.
         """
-        check_request(prompt_ids, max_new_tokens, self.config)
+        self._check(prompt_ids, max_new_tokens)
         sequence = Sequence(
             request_id=self._next_id,
             token_ids=list(prompt_ids),
@@ -71,9 +76,6 @@ class Engine:
             submitted_s=time.perf_counter(),
             session_ends=session_ends,
         )
-        needed = sequence.pages_needed(self.block_tokens)
-        if needed > self.pool.num_pages:
-            raise InvalidArgument("prompt_ids", f"{needed} pages, {self.pool.num_pages} in all")
         self._next_id += 1
         self._waiting.append(sequence)
         return sequence.request_id
@@ -91,12 +93,25 @@ class Engine:
     def generate(
         self, prompts: Series[Series[int]], max_new_tokens: int = 16, session_ends: bool = False
     ) -> list[Result]:
-        """Run the prompts to the end; results come in the order of the prompts."""
+        """Run the prompts to the end; results come in the order of the prompts.
+
+        InvalidArgument, before any of them is queued, if one could never run.
+        """
+        for prompt in prompts:
+            self._check(prompt, max_new_tokens)
         ids = [self.submit(prompt, max_new_tokens, session_ends) for prompt in prompts]
         done: dict[int, Result] = {}
         while self.busy:
             done.update((result.request_id, result) for result in self.step())
         return [done[request_id] for request_id in ids]
+
+    def _check(self, prompt_ids: Series[int], max_new_tokens: int) -> None:
+        check_request(prompt_ids, max_new_tokens, self.config)
+        needed = pages_needed(len(prompt_ids), max_new_tokens, self.block_tokens)
+        if needed > self.pool.num_pages:
+            raise InvalidArgument(
+                "num_pages", f"the request needs {needed} pages, of {self.pool.num_pages} in all"
+            )
 
     def _fits(self, sequence: Sequence) -> bool:
         return sequence.pages_needed(self.block_tokens) <= self.pool.free_pages

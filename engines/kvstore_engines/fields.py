@@ -24,6 +24,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def count(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    """The positive integer called `name`, or `default` where it is missing or null.
+
+    CheckpointError where it is anything else, or missing without a default.
+    """
+    value = required({**raw, name: default} if raw.get(name) is None else raw, name)
+    if type(value) is not int or value < 1:  # a bool is an int too
+        raise CheckpointError(name, f"{value!r} is not a positive integer")
+    return value
+
+
 def required(raw: dict[str, Any], name: str) -> Any:
     """The field called `name`; CheckpointError where it is missing or null."""
     if raw.get(name) is None:

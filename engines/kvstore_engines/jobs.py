@@ -17,7 +17,8 @@ class WorkerError(RuntimeError):
 class EngineSpec:
     """An engine to run jobs on. model: a checkpoint folder. target: the store's, None for none.
 
-    split: the key/value heads of each rank, empty for one rank.
+    split: the key/value heads of each rank (of latent attention, its query heads), empty for one
+    rank. verify_reads: check the checksums of what is got.
     """
 
     model: str
@@ -27,6 +28,7 @@ class EngineSpec:
     block_tokens: int = 16
     dtype: str = "float32"
     split: tuple[int, ...] = ()
+    verify_reads: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

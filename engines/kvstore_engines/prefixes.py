@@ -8,6 +8,7 @@ import secrets
 
 import numpy as np
 
+from kvstore.errors import Unavailable
 from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import Parallel
 from kvstore_engines.sequence import Sequence
@@ -20,13 +21,21 @@ PUT_ID_BYTES = 16
 class Prefixes:
     """One rank's share of the blocks of sequences whose pages lie in `pool`.
 
+    writes: whether this rank puts; where all ranks hold the same bytes, one of them is enough.
     Whether a call reaches the collective calls in it depends only on what all ranks know alike;
     nothing that can fail on one rank alone comes between.
     """
 
     def __init__(
-        self, store: BlockStore | None, pool: PagePool, block_tokens: int, parallel: Parallel
+        self,
+        store: BlockStore | None,
+        pool: PagePool,
+        block_tokens: int,
+        parallel: Parallel,
+        *,
+        writes: bool = True,
     ) -> None:
+        self._writes = writes
         self._store = store
         self._pool = pool
         self._block_tokens = block_tokens
@@ -51,10 +60,12 @@ class Prefixes:
             return
         sequence.offered_blocks = last
         put_id = self._parallel.broadcast_bytes(secrets.token_bytes(PUT_ID_BYTES))
+        if not self._writes:
+            return
         try:
             sequence.stored_blocks += self._put(self._store, sequence, first, last, put_id)
-        except Exception:
-            log.warning("put failed, blocks are not stored", exc_info=True)
+        except Exception as error:
+            _warn("put failed, blocks are not stored", error)
 
     def end(self, sequence: Sequence) -> None:
         """Tells the store, once for all ranks, that the sequence's session is over."""
@@ -65,16 +76,16 @@ class Prefixes:
             return
         try:
             store.hint_session_ends(sequence.chain[: sequence.offered_blocks])
-        except Exception:
-            log.warning("hint failed, the store does not know of a session's end", exc_info=True)
+        except Exception as error:
+            _warn("hint failed, the store does not know of a session's end", error)
 
     def _get(self, store: BlockStore, sequence: Sequence, blocks: int) -> GetResult:
         try:
             self._extend_chain(store, sequence, blocks)
             pages = [self._pool.page_bytes(page) for page in sequence.pages[:blocks]]
             found = store.get_into(sequence.chain[:blocks], pages)
-        except Exception:
-            log.warning("get failed, prefix is computed instead", exc_info=True)
+        except Exception as error:
+            _warn("get failed, prefix is computed instead", error)
             return MISS
         return found if 0 < found.n_hit <= blocks else MISS
 
@@ -99,3 +110,8 @@ class Prefixes:
         fresh = sequence.token_ids[known * size : blocks * size]
         parent = sequence.chain[-1].tobytes() if known else b""
         sequence.chain = np.concatenate((sequence.chain, store.chain(fresh, parent)))
+
+
+def _warn(what: str, error: Exception) -> None:
+    # That a store is away needs no trace; anything else is somebody's bug.
+    log.warning("%s: %s", what, error, exc_info=not isinstance(error, Unavailable))

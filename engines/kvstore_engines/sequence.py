@@ -37,8 +37,8 @@ class Sequence:
     time_to_first_token_s: float = 0.0
 
     def pages_needed(self, block_tokens: int) -> int:
-        """Pages for all tokens but the last one, which is never fed back."""
-        return -(-(self.prompt_tokens + self.max_new_tokens - 1) // block_tokens)
+        """See the function of this name."""
+        return pages_needed(self.prompt_tokens, self.max_new_tokens, block_tokens)
 
     def finished(self, eos_ids: frozenset[int]) -> bool:
         """Whether it has all its tokens, or has ended itself."""
@@ -58,9 +58,14 @@ class Sequence:
         )
 
 
+def pages_needed(prompt_tokens: int, max_new_tokens: int, block_tokens: int) -> int:
+    """Pages for all tokens but the last one, which is never fed back."""
+    return -(-(prompt_tokens + max_new_tokens - 1) // block_tokens)
+
+
 def check_request(prompt_ids: Series[int], max_new_tokens: int, config: ModelConfig) -> None:
     """InvalidArgument names what makes the request impossible for the model."""
-    if not prompt_ids:
+    if not len(prompt_ids):  # an array has no truth value
         raise InvalidArgument("prompt_ids", "at least one token, please")
     if max_new_tokens < 1:
         raise InvalidArgument("max_new_tokens", f"must be at least 1, not {max_new_tokens}")

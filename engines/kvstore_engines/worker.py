@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from kvstore import Attention
+from kvstore.errors import Unavailable
 from kvstore_client import KVStoreClient
 from kvstore_engines.adapter import SessionStore
 from kvstore_engines.engine import Engine
@@ -21,6 +23,8 @@ from kvstore_engines.gloo import GlooGroup, GlooParallel
 from kvstore_engines.jobs import EngineSpec, Job
 from kvstore_engines.layouts import layout_of
 from kvstore_engines.parallel import Parallel, SingleRank
+
+STORE_TIMEOUT_S = 2.0  # what a store that hangs may cost a step, once: then it counts as away
 
 
 class Worker:
@@ -43,8 +47,16 @@ class Worker:
             return json.dumps({"error": f"{type(error).__name__}: {error}"})
         return json.dumps({"results": [asdict(result) for result in results]})
 
-    def _connect(self, target: str) -> KVStoreClient:
-        return self._resources.enter_context(KVStoreClient(target))
+    def _connect(self, target: str, verify_reads: bool) -> KVStoreClient:
+        connect = functools.partial(
+            KVStoreClient, target, timeout_s=STORE_TIMEOUT_S, verify_reads=verify_reads
+        )
+        try:
+            client = connect()
+        except Unavailable as error:
+            print(f"engine runs without the store for now: {error}", file=sys.stderr)
+            client = connect(lazy=True)
+        return self._resources.enter_context(client)
 
     def _build(self, spec: EngineSpec) -> Engine:
         parallel = self._parallel(spec.split)
@@ -52,8 +64,11 @@ class Worker:
         store = None
         if spec.target:
             layout = layout_of(model, spec.block_tokens, dtype)
-            heads = parallel.kv_heads(layout.kv_heads)
-            store = SessionStore(self._client(spec.target), spec.namespace, layout, heads)
+            # The latent cache has no heads to share out: every rank gets all of it.
+            latent = layout.attention is Attention.MLA
+            heads = None if latent else parallel.kv_heads(layout.kv_heads)
+            client = self._client(spec.target, spec.verify_reads)
+            store = SessionStore(client, spec.namespace, layout, heads)
         return Engine(
             model,
             store=store,

@@ -32,15 +32,14 @@ class LazyOrder:
     """An exact queue of ids below `max_blocks`; an id is in it at most once.
 
     A log holds the ids as pushed; `stamp[id]` is the one log position that counts, so moving or
-    removing an id only changes its stamp. Memory: 24 bytes per block.
+    removing an id only changes its stamp. Memory: 12 bytes per block, less what was never used.
     """
 
     def __init__(self, max_blocks: int) -> None:
         self._max = max_blocks
-        self._stamp = np.full(max_blocks, -1, np.int64)  # id -> log position, -1: absent
-        self._log = np.empty(max(4 * max_blocks, MIN_LOG), np.uint32)
-        self._head = 0
-        self._tail = 0
+        self._stamp = np.zeros(max_blocks, np.uint32)  # id -> log position, 0: absent
+        self._log = np.empty(max(2 * max_blocks, MIN_LOG) + 1, np.uint32)
+        self._head = self._tail = 1
         self._count = 0
 
     def __len__(self) -> int:
@@ -48,7 +47,8 @@ class LazyOrder:
 
     def contains(self, ids: IdArray) -> BoolArray:
         """Which of `ids` (uint32 [n]) are in the queue: bool [n]."""
-        return self._stamp[ids] >= 0
+        given: BoolArray = self._stamp[ids] > 0
+        return given
 
     def push_back(self, ids: IdArray) -> None:
         """Put `ids` (uint32 [n]) last, moving those present; of duplicates the last counts."""
@@ -56,8 +56,8 @@ class LazyOrder:
             ids = _keep_last(ids)
         if self._tail + ids.size > self._log.size:
             self._compact()
-        at = np.arange(self._tail, self._tail + ids.size)
-        was_in = self._stamp[ids] >= 0
+        at = np.arange(self._tail, self._tail + ids.size, dtype=np.uint32)
+        was_in = self._stamp[ids] > 0
         self._log[self._tail : self._tail + ids.size] = ids
         self._stamp[ids] = at
         # Of duplicates one entry alone matches its stamp, so each new id is counted once.
@@ -66,8 +66,10 @@ class LazyOrder:
 
     def remove(self, ids: IdArray) -> None:
         """Take `ids` (uint32 [n]) out; absent ids are ignored."""
-        present = np.unique(ids[self._stamp[ids] >= 0])
-        self._stamp[present] = -1
+        present = ids[self._stamp[ids] > 0]
+        if present.size > 1:
+            present = np.unique(present)
+        self._stamp[present] = 0
         self._count -= present.size
 
     def peek_front(self, k: int) -> IdArray:
@@ -94,25 +96,25 @@ class LazyOrder:
     def check(self) -> None:
         """AssertionError unless stamps, log and count agree."""
         entries, positions = self._valid(self._head, self._tail)
-        if not (entries.size == self._count == int((self._stamp >= 0).sum())):
+        if not (entries.size == self._count == int((self._stamp > 0).sum())):
             raise AssertionError("log, stamps and count of a queue differ")
         if not np.array_equal(self._stamp[entries], positions):
             raise AssertionError("a stamp does not name its log entry")
 
-    def _valid(self, start: int, stop: int) -> tuple[IdArray, npt.NDArray[np.int64]]:
+    def _valid(self, start: int, stop: int) -> tuple[IdArray, npt.NDArray[np.uint32]]:
         stop = min(stop, self._tail)
         start = min(start, stop)
         window = self._log[start:stop]
-        positions = np.arange(start, stop)
+        positions = np.arange(start, stop, dtype=np.uint32)
         valid = self._stamp[window] == positions
         return window[valid], positions[valid]
 
     def _compact(self) -> None:
-        """Move the live entries to the log's start: at most 1/4 of it, so this is rare."""
+        """Move the live entries to the log's start: at most half of it, so this is rare."""
         entries, _ = self._valid(self._head, self._tail)
-        self._log[: entries.size] = entries
-        self._stamp[entries] = np.arange(entries.size)
-        self._head, self._tail = 0, entries.size
+        self._log[1 : entries.size + 1] = entries
+        self._stamp[entries] = np.arange(1, entries.size + 1, dtype=np.uint32)
+        self._head, self._tail = 1, entries.size + 1
 
 
 def _keep_last(ids: IdArray) -> IdArray:

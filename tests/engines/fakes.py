@@ -1,11 +1,13 @@
-"""A fake block store for the engine's tests: a dict, no server, no tiers, no checks."""
+"""Stand-ins for the engine's tests: a block store that is a dict, and attention that notes."""
 
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from kvstore_engines.attention import Batch, TorchAttention
 from kvstore_engines.store_port import GetResult
 
 
@@ -72,3 +74,28 @@ class FakeBlockStore:
             for destination in destinations:
                 destination[:] = 0xFF  # float NaNs: they must not survive the failed get
             raise ConnectionError("the fake store is broken")
+
+
+class NotingAttention(TorchAttention):
+    """Attention that notes each forward pass: (new tokens, tokens in all) of its sequences."""
+
+    def __init__(self) -> None:
+        self.passes: list[list[tuple[int, int]]] = []
+        self._last: Batch | None = None
+
+    def grouped(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float
+    ) -> torch.Tensor:
+        self._note(batch)
+        return super().grouped(q, layer_pages, batch, scale)
+
+    def latent(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float, rank: int
+    ) -> torch.Tensor:
+        self._note(batch)
+        return super().latent(q, layer_pages, batch, scale, rank)
+
+    def _note(self, batch: Batch) -> None:
+        if batch is not self._last:  # one note a pass, not one a layer
+            self.passes.append([(span.tokens, span.context_len) for span in batch.spans])
+        self._last = batch

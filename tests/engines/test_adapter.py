@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engines.fakes import FakeBlockStore  # noqa: E402
 from engines.tiny import PROMPTS  # noqa: E402
 
 from kvstore import Attention, KVStore, Layout, hash_chain  # noqa: E402
@@ -60,6 +61,34 @@ def test_a_page_has_the_bytes_of_a_block(name: str, dtype: Any, tiny: Any) -> No
     latent = name.startswith("deepseek")
     assert layout.attention is (Attention.MLA if latent else Attention.GQA)
     assert layout.n_cells == (1 if latent else 2)
+
+
+def block_of_transformers(cache: Any, index: int) -> Any:
+    """What the store's layout says of a block, from transformers' cache of the same tokens."""
+    here = slice(index * 16, index * 16 + 16)
+    keys, values = (
+        torch.stack([getattr(layer, part)[0, :, here] for layer in cache.layers])
+        for part in ("keys", "values")
+    )
+    if keys.shape != values.shape:  # a latent and its rotated key, [layers, 1, 16, width]
+        return torch.cat((keys, values), dim=-1)[:, 0]
+    return torch.stack((keys, values), dim=2).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3"])
+def test_a_block_holds_what_transformers_caches(name: str, tiny: Any) -> None:
+    folder, model = tiny(name)
+    store = FakeBlockStore(16)
+    result = Engine(folder, store=store, num_pages=8).generate([PROMPTS[3]], 31)[0]
+    tokens = [*PROMPTS[3], *result.token_ids]
+    with torch.inference_mode():
+        cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
+    chain = store.chain(tokens)
+    assert len(store.blocks) == len(chain) == 5  # three of the prompt, two completed by decoding
+    for i, key in enumerate(chain):
+        wanted = block_of_transformers(cache, i)
+        block = torch.from_numpy(store.blocks[key.tobytes()]).view(torch.float32)
+        torch.testing.assert_close(block.view(wanted.shape), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_layouts_differ_by_model_dtype_and_block(tiny: Any) -> None:

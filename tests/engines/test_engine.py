@@ -1,7 +1,7 @@
 """The engine gives transformers' greedy tokens, with and without a store."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,15 +9,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from engines.fakes import FakeBlockStore  # noqa: E402
+from engines.fakes import FakeBlockStore, NotingAttention  # noqa: E402
 from engines.smollm2 import NEW_TOKENS, Reference  # noqa: E402
 from engines.tiny import MODELS, PROMPTS, reference, save_tiny  # noqa: E402
 
 from kvstore.errors import InvalidArgument  # noqa: E402
-from kvstore_engines.checkpoint import fingerprint, load_checkpoint  # noqa: E402
-from kvstore_engines.config import load_config  # noqa: E402
 from kvstore_engines.engine import Engine  # noqa: E402
-from kvstore_engines.fields import CheckpointError  # noqa: E402
 
 pytestmark = pytest.mark.engines
 
@@ -49,6 +46,46 @@ def test_prefix_comes_from_the_store(name: str, tmp_path: Path) -> None:
     assert spoiled.token_ids != plain.token_ids
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_only_what_was_not_matched_is_computed(name: str, tiny: Any) -> None:
+    folder = tiny(name)[0]
+    store, prompt = FakeBlockStore(16), PROMPTS[3]
+    for computed in (50, 2):  # of 50 tokens, 48 are full blocks
+        noted = NotingAttention()
+        Engine(folder, store=store, num_pages=8, attention=noted).generate([prompt], 3)
+        assert noted.passes == [[(computed, 50)], [(1, 51)], [(1, 52)]]
+
+
+def test_requests_join_those_that_run_and_wait_for_pages(tiny: Any) -> None:
+    folder, model = tiny("llama")
+    noted = NotingAttention()
+    engine = Engine(folder, store=None, num_pages=7, attention=noted)
+    done = {}
+    wanted = [(PROMPTS[2], 9), (PROMPTS[1], 4), (PROMPTS[3], 3)]  # 3, 2 and 4 pages
+    ids = []
+    for prompt, count in wanted:
+        ids.append(engine.submit(prompt, count))
+        done.update((r.request_id, r) for r in engine.step())
+    while engine.busy:
+        done.update((r.request_id, r) for r in engine.step())
+    for request_id, (prompt, count) in zip(ids, wanted, strict=True):
+        assert done[request_id].token_ids == reference(model, prompt, count)
+    assert noted.passes == [
+        [(37, 37)],
+        [(16, 16)],
+        [(1, 38)],
+        [(1, 39), (1, 17)],  # the third request waits: two pages are free
+        [(1, 40), (1, 18)],
+        [(1, 41), (1, 19)],  # the second has all its tokens
+        [(50, 50)],
+        [(1, 42)],
+        [(1, 43), (1, 51)],
+        [(1, 44), (1, 52)],
+        [(1, 45)],
+    ]
+    assert engine.pool.free_pages == 7
+
+
 def test_one_prompt_token_is_always_computed(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     store = FakeBlockStore(16)
@@ -77,60 +114,9 @@ def test_page_bytes_are_the_block_layout(tmp_path: Path) -> None:
     assert np.array_equal(block, view)
 
 
-def test_a_missing_tensor_or_field_is_named(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
-    before = fingerprint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"model\.absent\.weight"):
-        load_checkpoint(tmp_path).weights["model.absent.weight"]
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["vocab_size"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert fingerprint(tmp_path) != before
-    with pytest.raises(CheckpointError, match="vocab_size"):
-        load_checkpoint(tmp_path)
-
-
 def test_smollm2_equals_transformers(smollm2: Reference) -> None:
     results = Engine(smollm2.folder, store=None, num_pages=8).generate(smollm2.prompts, NEW_TOKENS)
     assert [result.token_ids for result in results] == smollm2.tokens
-
-
-def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
-    model = save_tiny("llama", tmp_path, max_shard_size="20KB")
-    shards = sorted(tmp_path.glob("*.safetensors"))
-    assert len(shards) > 2
-    result = Engine(tmp_path, store=None, num_pages=8).generate([PROMPTS[3]], 20)[0]
-    assert result.token_ids == reference(model, PROMPTS[3], 20)
-    before = fingerprint(tmp_path)
-    tail = bytearray(shards[1].read_bytes())
-    tail[-1] ^= 1
-    shards[1].write_bytes(tail)
-    assert fingerprint(tmp_path) != before
-    shards[1].unlink()
-    with pytest.raises(CheckpointError, match=shards[1].name):
-        load_checkpoint(tmp_path)
-
-
-def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
-    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not a file name"):
-        load_checkpoint(tmp_path)
-
-
-def test_rope_fields_in_their_older_form_mean_the_same(tmp_path: Path) -> None:
-    save_tiny("deepseek_v3_yarn", tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    new = load_config(tmp_path)
-    rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope.pop("rope_theta")
-    rope["type"] = rope.pop("rope_type")
-    path.write_text(json.dumps({**config, "rope_scaling": rope}))
-    assert load_config(tmp_path) == new
-    assert new.rope.kind == "yarn"
-    assert new.max_positions == 1024  # eight times 128
 
 
 def test_each_block_is_hashed_once_and_put_with_its_place(tmp_path: Path) -> None:
@@ -169,7 +155,7 @@ def test_the_store_is_told_of_a_session_that_ends_and_of_no_other(tmp_path: Path
         ([97], 1, "prompt_ids"),
         ([-1], 1, "prompt_ids"),
         ([1] * 200, 57, "prompt_ids"),
-        ([1] * 120, 40, "prompt_ids"),
+        ([1] * 120, 40, "num_pages"),
     ],
 )
 def test_an_impossible_request_names_its_field(
@@ -181,3 +167,17 @@ def test_an_impossible_request_names_its_field(
         engine.submit(prompt, new_tokens)
     assert raised.value.field == field
     assert not engine.busy
+
+
+def test_an_impossible_request_among_others_queues_none(tiny: Any) -> None:
+    engine = Engine(tiny("llama")[0], store=None, num_pages=8)
+    with pytest.raises(InvalidArgument, match="prompt_ids"):
+        engine.generate([PROMPTS[2], []], 4)
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("field", ["num_pages", "block_tokens"])
+def test_an_engine_without_room_is_refused(field: str, tiny: Any) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        Engine(tiny("llama")[0], store=None, **{"num_pages": 8, field: 0})
+    assert raised.value.field == field

@@ -59,6 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**MLA, "q_lora_rank": 20, "topk_method": "group_limited_greedy"},
     ),
     "deepseek_v3": ("DeepseekV3", {**MLA, "q_lora_rank": 20}),
+    "deepseek_v3_dense": ("DeepseekV3", {**MLA, "q_lora_rank": 20, "first_k_dense_replace": 3}),
     "qwen3_yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}),
     "qwen2_yarn": ("Qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
     "deepseek_v2_yarn": (

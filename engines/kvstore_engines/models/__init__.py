@@ -4,7 +4,6 @@ from typing import Protocol
 
 import torch
 
-from kvstore.errors import InvalidArgument
 from kvstore_engines.attention import AttentionBackend, Batch
 from kvstore_engines.checkpoint import Checkpoint
 from kvstore_engines.models.deepseek import DeepseekModel
@@ -26,12 +25,8 @@ class Model(Protocol):
 def build_model(checkpoint: Checkpoint, attention: AttentionBackend, parallel: Parallel) -> Model:
     """This rank's part of the decoder of the checkpoint's family.
 
-    Latent attention has one head of keys for all queries, which ranks cannot split: it raises
-    InvalidArgument for more than one.
+    Raises CheckpointError for a tensor that is missing or misfits, and InvalidArgument for a
+    split that is not the model's.
     """
-    config, weights = checkpoint.config, checkpoint.weights
-    if config.mla is None:
-        return LlamaModel(config, weights, attention, parallel)
-    if parallel.size > 1:
-        raise InvalidArgument("parallel", f"{config.model_type} runs on one rank only")
-    return DeepseekModel(config, weights, attention)
+    family = DeepseekModel if checkpoint.config.mla else LlamaModel
+    return family(checkpoint.config, checkpoint.weights, attention, parallel)

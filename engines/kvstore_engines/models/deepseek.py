@@ -12,12 +12,16 @@ from kvstore_engines.fields import CheckpointError
 from kvstore_engines.models.layers import (
     Linear,
     RMSNorm,
+    SummedLinear,
     SwiGlu,
     last_rows,
     linear,
+    split_swiglu,
+    summed_linear,
     swiglu,
 )
 from kvstore_engines.paged import PagePool
+from kvstore_engines.parallel import Parallel, even_share
 from kvstore_engines.rope import inverse_frequencies, rope_tables, rotate
 
 LATENT_EPS = 1e-6  # the latent norms do not follow rms_norm_eps in the reference model
@@ -25,23 +29,24 @@ LATENT_EPS = 1e-6  # the latent norms do not follow rms_norm_eps in the referenc
 
 @dataclass(frozen=True)
 class _Moe:
-    """Routed experts plus the shared ones that every token passes through."""
+    """Routed experts, of which a rank has its share, and the shared ones of every token."""
 
     config: MoeConfig
+    parallel: Parallel
     router: torch.Tensor  # (experts, hidden)
     correction: torch.Tensor | None  # (experts,), V3 only
-    experts: list[SwiGlu]
+    experts: dict[int, SwiGlu]  # this rank's
     shared: SwiGlu
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) -> the same shape."""
-        out = self.shared(x)
+        out = torch.zeros_like(x)
         scores, chosen = self._route(x)
-        for index in sorted(set(chosen.flatten().tolist())):
+        for index in sorted(self.experts.keys() & set(chosen.flatten().tolist())):
             rows, slot = torch.where(chosen == index)
             weighed = self.experts[index](x[rows]) * scores[rows, slot, None]
             out.index_add_(0, rows, weighed.to(out.dtype))
-        return out
+        return self.shared(x) + self.parallel.all_reduce(out)
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The chosen experts' weights and indices, both (tokens, top_k), in float32 and int64."""
@@ -74,29 +79,42 @@ class _Layer:
     q: Linear
     latent: Linear
     latent_norm: RMSNorm
-    key_up: torch.Tensor  # (heads, qk_nope_head_dim, kv_lora_rank)
-    value_up: torch.Tensor  # (heads, v_head_dim, kv_lora_rank)
-    o: Linear
+    key_up: torch.Tensor  # (this rank's heads, qk_nope_head_dim, kv_lora_rank)
+    value_up: torch.Tensor  # (this rank's heads, v_head_dim, kv_lora_rank)
+    o: SummedLinear
     mlp_norm: RMSNorm
     mlp: SwiGlu | _Moe
 
 
 class DeepseekModel:
-    """The decoder of the DeepSeek family; a token caches its latent and its rotated key."""
+    """The decoder of the DeepSeek family; a token caches its latent and its rotated key.
 
-    def __init__(self, config: ModelConfig, weights: Weights, attention: AttentionBackend) -> None:
+    A rank holds its query heads, with the key and value projections folded into them, its share
+    of the experts and of the other feed-forward widths. The cache serves all heads: every rank
+    computes it whole, to the same bits.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        attention: AttentionBackend,
+        parallel: Parallel,
+    ) -> None:
         if config.mla is None:
             raise CheckpointError("kv_lora_rank", "field is missing")
         self._config = config
         self._mla = config.mla
         self._attention = attention
-        self._embed = weights["model.embed_tokens.weight"]
-        self._layers = [_layer(config, config.mla, weights, i) for i in range(config.layers)]
+        shape = (config.vocab_size, config.hidden_size)
+        self._embed = weights.shaped("model.embed_tokens.weight", shape)
+        self._layers = [
+            _layer(config, config.mla, weights, parallel, i) for i in range(config.layers)
+        ]
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_eps)
-        self._head = weights["lm_head.weight"]
+        self._head = weights.shaped("lm_head.weight", shape)
         self._frequencies = inverse_frequencies(config.rope, config.mla.qk_rope_head_dim)
-        key_dim = config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim
-        self._scale = key_dim**-0.5 * config.rope.softmax_factor
+        self._scale = config.mla.key_dim**-0.5 * config.rope.softmax_factor
 
     def make_pool(self, num_pages: int, block_tokens: int, dtype: torch.dtype) -> PagePool:
         """Pages [layers, block_tokens, kv_lora_rank + qk_rope_head_dim]."""
@@ -133,48 +151,74 @@ class DeepseekModel:
     def _query(
         self, layer: _Layer, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """(tokens, heads, width): the key's up-projection is folded into the query, so that the
-        cache is attended to as it is stored."""
+        """(tokens, this rank's heads, width): the key's up-projection is folded into the query, so
+        that the cache is attended to as it is stored."""
         m = self._mla
         if layer.q_down is not None and layer.q_down_norm is not None:
             x = layer.q_down_norm(layer.q_down(x))
-        q = torch.unflatten(layer.q(x), -1, (self._config.heads, -1))
+        q = torch.unflatten(layer.q(x), -1, (-1, m.key_dim))
         nope, rope = q.split_with_sizes((m.qk_nope_head_dim, m.qk_rope_head_dim), dim=-1)
         folded = torch.einsum("thn,hnr->thr", nope, layer.key_up)
         return torch.cat((folded, rotate(rope, *tables, interleaved=m.rope_interleave)), dim=-1)
 
 
-def _layer(config: ModelConfig, mla: MlaConfig, weights: Weights, index: int) -> _Layer:
+def _layer(
+    config: ModelConfig, mla: MlaConfig, weights: Weights, parallel: Parallel, index: int
+) -> _Layer:
     name = f"model.layers.{index}"
     at = f"{name}.self_attn"
     low = mla.q_lora_rank is not None
-    up = torch.unflatten(weights[f"{at}.kv_b_proj.weight"], 0, (config.heads, -1))
-    key_up, value_up = up.split_with_sizes((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
+    q = f"{at}.q_b_proj" if low else f"{at}.q_proj"
+    weights.shaped(
+        f"{q}.weight", (config.heads * mla.key_dim, mla.q_lora_rank or config.hidden_size)
+    )
+    heads = parallel.kv_heads(config.heads)  # each query head has a key and value head of its own
+    key_up, value_up = _up_projections(config, mla, weights, f"{at}.kv_b_proj.weight", heads)
     return _Layer(
         attention_norm=RMSNorm(weights[f"{name}.input_layernorm.weight"], config.rms_eps),
         q_down=linear(weights, f"{at}.q_a_proj", config.qkv_bias) if low else None,
         q_down_norm=RMSNorm(weights[f"{at}.q_a_layernorm.weight"], LATENT_EPS) if low else None,
-        q=linear(weights, f"{at}.q_b_proj" if low else f"{at}.q_proj"),
+        q=linear(weights, q, rows=_slice(heads, mla.key_dim)),
         latent=linear(weights, f"{at}.kv_a_proj_with_mqa", config.qkv_bias),
         latent_norm=RMSNorm(weights[f"{at}.kv_a_layernorm.weight"], LATENT_EPS),
         key_up=key_up,
         value_up=value_up,
-        o=linear(weights, f"{at}.o_proj", config.o_bias),
+        o=summed_linear(
+            weights, f"{at}.o_proj", parallel, _slice(heads, mla.v_head_dim), config.o_bias
+        ),
         mlp_norm=RMSNorm(weights[f"{name}.post_attention_layernorm.weight"], config.rms_eps),
-        mlp=_mlp(config, weights, index),
+        mlp=_mlp(config, weights, parallel, index),
     )
 
 
-def _mlp(config: ModelConfig, weights: Weights, index: int) -> SwiGlu | _Moe:
+def _slice(heads: range, width: int) -> slice:
+    """The rows, or columns, of `heads` where each has `width`."""
+    return slice(heads.start * width, heads.stop * width)
+
+
+def _up_projections(
+    config: ModelConfig, mla: MlaConfig, weights: Weights, name: str, heads: range
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `heads`: (heads, qk_nope_head_dim, kv_lora_rank) and (heads, v_head_dim, same)."""
+    width = mla.qk_nope_head_dim + mla.v_head_dim
+    up = weights.shaped(name, (config.heads * width, mla.kv_lora_rank))[_slice(heads, width)]
+    by_head = torch.unflatten(up, 0, (-1, width))
+    key_up, value_up = by_head.split_with_sizes((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
+    return key_up, value_up
+
+
+def _mlp(config: ModelConfig, weights: Weights, parallel: Parallel, index: int) -> SwiGlu | _Moe:
     name = f"model.layers.{index}.mlp"
     moe = config.moe
     if moe is None or index < moe.first_dense:
-        return swiglu(weights, name, config.mlp_bias)
+        return split_swiglu(weights, name, parallel, config.mlp_bias)
     corrected = moe.method == "noaux_tc"
+    mine = even_share(moe.experts, parallel.rank, parallel.size)
     return _Moe(
         config=moe,
+        parallel=parallel,
         router=weights[f"{name}.gate.weight"],
         correction=weights[f"{name}.gate.e_score_correction_bias"] if corrected else None,
-        experts=[swiglu(weights, f"{name}.experts.{i}") for i in range(moe.experts)],
-        shared=swiglu(weights, f"{name}.shared_experts", config.mlp_bias),
+        experts={i: swiglu(weights, f"{name}.experts.{i}") for i in mine},
+        shared=split_swiglu(weights, f"{name}.shared_experts", parallel, config.mlp_bias),
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - the name every torch program use
 
 from kvstore_engines.attention import Batch
 from kvstore_engines.checkpoint import Weights
-from kvstore_engines.parallel import Parallel
+from kvstore_engines.parallel import Parallel, even_share
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def swiglu(weights: Weights, name: str, bias: bool = False) -> SwiGlu:
     return SwiGlu(gate, up, down)
 
 
-def split_swiglu(
-    weights: Weights, name: str, parallel: Parallel, share: slice, bias: bool = False
-) -> SwiGlu:
+def split_swiglu(weights: Weights, name: str, parallel: Parallel, bias: bool = False) -> SwiGlu:
     """This rank's share of the inner width of the feed-forward network called `name`."""
+    inner = even_share(len(weights[f"{name}.gate_proj.weight"]), parallel.rank, parallel.size)
+    share = slice(inner.start, inner.stop)
     gate, up = (linear(weights, f"{name}.{part}_proj", bias, share) for part in ("gate", "up"))
     return SwiGlu(gate, up, summed_linear(weights, f"{name}.down_proj", parallel, share, bias))
 

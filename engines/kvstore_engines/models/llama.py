@@ -19,7 +19,7 @@ from kvstore_engines.models.layers import (
     summed_linear,
 )
 from kvstore_engines.paged import PagePool
-from kvstore_engines.parallel import Parallel, even_share
+from kvstore_engines.parallel import Parallel
 from kvstore_engines.rope import inverse_frequencies, rope_tables, rotate
 
 
@@ -44,19 +44,16 @@ class _Share:
     kv_heads: range
     q_rows: slice
     kv_rows: slice
-    inner: slice
 
     @staticmethod
     def of(config: ModelConfig, parallel: Parallel) -> "_Share":
         kv = parallel.kv_heads(config.kv_heads)
         width, group = config.head_dim, config.heads // config.kv_heads
-        inner = even_share(config.intermediate_size, parallel.rank, parallel.size)
         return _Share(
             parallel=parallel,
             kv_heads=kv,
             q_rows=slice(kv.start * group * width, kv.stop * group * width),
             kv_rows=slice(kv.start * width, kv.stop * width),
-            inner=slice(inner.start, inner.stop),
         )
 
 
@@ -78,10 +75,11 @@ class LlamaModel:
         self._attention = attention
         share = _Share.of(config, parallel)
         self._kv_heads = share.kv_heads
-        self._embed = weights["model.embed_tokens.weight"]
+        shape = (config.vocab_size, config.hidden_size)
+        self._embed = weights.shaped("model.embed_tokens.weight", shape)
         self._layers = [_layer(config, weights, share, i) for i in range(config.layers)]
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_eps)
-        self._head = weights["lm_head.weight"]
+        self._head = weights.shaped("lm_head.weight", shape)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)
 
     def make_pool(self, num_pages: int, block_tokens: int, dtype: torch.dtype) -> PagePool:
@@ -120,6 +118,10 @@ class LlamaModel:
 def _layer(config: ModelConfig, weights: Weights, share: _Share, index: int) -> _Layer:
     name = f"model.layers.{index}"
     at = f"{name}.self_attn"
+    for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
+        # A rank takes rows by number: of a larger weight they would be other heads' rows.
+        shape = (heads * config.head_dim, config.hidden_size)
+        weights.shaped(f"{at}.{part}_proj.weight", shape)
 
     def norm(path: str) -> RMSNorm:
         return RMSNorm(weights[f"{path}.weight"], config.rms_eps)
@@ -134,5 +136,5 @@ def _layer(config: ModelConfig, weights: Weights, share: _Share, index: int) -> 
         q_norm=norm(f"{at}.q_norm") if normed else None,
         k_norm=norm(f"{at}.k_norm") if normed else None,
         mlp_norm=norm(f"{name}.post_attention_layernorm"),
-        mlp=split_swiglu(weights, f"{name}.mlp", share.parallel, share.inner, config.mlp_bias),
+        mlp=split_swiglu(weights, f"{name}.mlp", share.parallel, config.mlp_bias),
     )
