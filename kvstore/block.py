@@ -35,6 +35,21 @@ VERSION = 1
 HEADER_ALIGN = 256
 PUT_ID_BYTES = 16
 _FIXED = struct.Struct("<4sHHIII32s16s32si")
+# The same, for many headers at once.
+_FIXED_FIELDS = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "<u2"),
+        ("flags", "<u2"),
+        ("n_cells", "<u4"),
+        ("length", "<u4"),
+        ("namespace", "<u4"),
+        ("key", "u1", 32),
+        ("put_id", "u1", 16),
+        ("parent", "u1", 32),
+        ("position", "<i4"),
+    ]
+)
 _NO_PARENT = bytes(limits.KEY_BYTES)
 _NO_POSITION = -1
 _SUM_BYTES = 8
@@ -108,6 +123,38 @@ def pack(header: BlockHeader) -> bytes:
     summed = fixed + header.checksums.astype("<u8").tobytes()
     own = xxhash.xxh3_64_intdigest(summed).to_bytes(_SUM_BYTES, "little")
     return (summed + own).ljust(header_bytes(n_cells), b"\0")
+
+
+def pack_many(
+    *,
+    namespace: int,
+    keys: npt.NDArray[np.uint8],
+    put_ids: list[bytes],
+    length: int,
+    checksums: npt.NDArray[np.uint64],
+    parents: npt.NDArray[np.uint8],
+    positions: npt.NDArray[np.int32],
+) -> npt.NDArray[np.uint8]:
+    """The bytes of n headers at once, (n, header_bytes(n_cells)) uint8, each as `pack` makes it.
+
+    keys and parents: (n, 32) uint8, a parent of zeros where it is unknown. put_ids: 16 bytes each.
+    checksums: (n, n_cells). positions: (n,), -1 where unknown. Checks nothing: all of it is the
+    store's own.
+    """
+    n, n_cells = checksums.shape
+    packed = np.zeros((n, header_bytes(n_cells)), np.uint8)
+    fixed = packed[:, : _FIXED.size].view(_FIXED_FIELDS)[:, 0]
+    fixed["magic"], fixed["version"] = MAGIC, VERSION
+    fixed["n_cells"], fixed["length"], fixed["namespace"] = n_cells, length, namespace
+    fixed["key"], fixed["parent"], fixed["position"] = keys, parents, positions
+    fixed["put_id"] = np.frombuffer(b"".join(put_ids), np.uint8).reshape(n, PUT_ID_BYTES)
+    end = _FIXED.size + n_cells * _SUM_BYTES
+    packed[:, _FIXED.size : end] = checksums.astype("<u8").view(np.uint8).reshape(n, -1)
+    summed = memoryview(np.ascontiguousarray(packed[:, :end]).reshape(-1))  # type: ignore[arg-type]
+    digest = xxhash.xxh3_64_intdigest
+    own = np.array([digest(summed[at : at + end]) for at in range(0, n * end, end)], "<u8")
+    packed[:, end : end + _SUM_BYTES] = own.view(np.uint8).reshape(n, _SUM_BYTES)
+    return packed
 
 
 def unpack(buffer: Buffer) -> BlockHeader:

@@ -35,6 +35,9 @@ class EvictionPolicy(Protocol):
     def victims(self, n: int, evictable: Evictable) -> IdArray:
         """Up to `n` coldest ids (uint32 [<=n]) for which `evictable` holds, removed from here.
 
+        `evictable` takes candidates in the order in which they would go; it may count on it that
+        the first of those for which it holds go, and no other.
+
         Looks at 8 * n + 1024 entries at most; those skipped stay, behind the others.
         """
 

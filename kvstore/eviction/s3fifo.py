@@ -109,7 +109,9 @@ class S3Fifo:
             queue = self._small if from_small else self._main
             ids = queue.peek_front(min(self._batch(from_small, n - out.size), budget - looked))
             hot = self._freq[ids] > (1 if from_small else 0)
-            chosen, rest = split(ids, ~hot & evictable(ids), n - out.size)
+            goes = ~hot
+            goes[goes] = evictable(ids[goes])
+            chosen, rest = split(ids, goes, n - out.size)
             queue.remove(chosen)
             moved = self._give_chances(queue, rest, from_small)
             idle = 0 if moved or chosen.size else idle + rest.size

@@ -12,6 +12,7 @@ import numpy.typing as npt
 IdArray = npt.NDArray[np.uint32]
 Granules = npt.NDArray[np.uint32]
 NO_BLOCK = np.uint32(0xFFFFFFFF)
+_GENERATIONS = 32  # how far up a chain it is looked for what cannot go because a tail cannot
 
 
 class BlockState(enum.IntEnum):
@@ -39,6 +40,7 @@ class Blocks:
         self._parent = np.full(max_blocks, NO_BLOCK, np.uint32)
         self._parent_birth = np.zeros(max_blocks, np.uint32)
         self._birth = np.zeros(max_blocks, np.uint32)
+        self._place = np.zeros(max_blocks, np.uint32)  # scratch of `tails`
         self._at_granule = np.full(granules, NO_BLOCK, np.uint32)
         self._free = np.arange(max_blocks - 1, -1, -1, dtype=np.uint32)
         self.n_free = max_blocks
@@ -89,6 +91,31 @@ class Blocks:
         leased = self.leases[ids] > 0
         self.state[ids[leased]] = BlockState.DOOMED
         return ids[~leased]
+
+    def tails(self, ids: IdArray, free: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which of some live blocks (distinct ids) may go in this order, of those that are `free`.
+
+        bool (n,): those without children, or whose children all go before them.
+        """
+        n = len(ids)
+        self._place[ids] = np.arange(n, dtype=np.uint32)
+        parents = self._parent[ids]
+        linked = np.flatnonzero(parents != NO_BLOCK)
+        parents = parents[linked]
+        linked = linked[self._birth[parents] == self._parent_birth[ids[linked]]]
+        at = self._place[self._parent[ids[linked]]].astype(np.int64)
+        after = (at < n) & (at > linked)
+        after[after] &= ids[at[after]] == self._parent[ids[linked[after]]]
+        child, parent = linked[after], at[after]
+        children, going = self.children[ids], free
+        for _ in range(_GENERATIONS):
+            gone = np.bincount(parent[going[child]], minlength=n)
+            still: npt.NDArray[np.bool_] = free & (children == gone)
+            if (still == going).all():
+                return still
+            going = still
+        childless: npt.NDArray[np.bool_] = free & (children == 0)
+        return childless
 
     def lease(self, ids: IdArray) -> None:
         """One more lease on each live block; an id may come twice."""

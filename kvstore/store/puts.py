@@ -41,9 +41,19 @@ class Pending:
     position: int
     ttl_ms: int
     missing: int
-    checksums: U64
+    checksums: U64 | None = None
     writers: dict[int, int] = field(default_factory=dict)  # connection -> mask of its cells
     dropped: bool = False
+
+    def arrive(self, mask: int, checksums: U64, n_cells: int) -> None:
+        """The cells of `mask` are in; checksums: theirs, in order."""
+        self.missing &= ~mask
+        if len(checksums) == n_cells:
+            self.checksums = checksums
+            return
+        if self.checksums is None:
+            self.checksums = np.zeros(n_cells, np.uint64)
+        self.checksums[bits(mask)] = checksums
 
     def may_join(self, put_id: bytes, connection: int, mask: int) -> bool:
         """Whether it is that put, and none of these cells is sealed or another connection's."""
@@ -128,3 +138,8 @@ class Puts:
             return False
         self.quarantined -= 1
         return True
+
+
+def bits(mask: int) -> list[int]:
+    """The numbers of the bits that are set, ascending."""
+    return [i for i in range(mask.bit_length()) if mask >> i & 1]

@@ -64,9 +64,7 @@ class Room:
         return free
 
     def _may_go(self, ids: IdArray) -> BoolArray:
-        blocks = self._blocks
-        in_use = (blocks.leases[ids] > 0) | (blocks.children[ids] > 0)
-        free: BoolArray = ~in_use & ~self._deadlines.has(Due.PIN, ids)
+        free: BoolArray = (self._blocks.leases[ids] == 0) & ~self._deadlines.has(Due.PIN, ids)
         return free
 
     def _victims(
@@ -81,8 +79,7 @@ class Room:
         def gives_room(ids: IdArray) -> BoolArray:
             slabs = self.slabs.slabs_of(self._blocks.granule[ids])
             own = self.slabs.slot_sizes(slabs) == wanted
-            given: BoolArray = may_go(ids) & (own | emptiable[slabs])
-            return given
+            return self._blocks.tails(ids, may_go(ids) & (own | emptiable[slabs]))
 
         victims = self._policy.victims(n, gives_room)
         slabs = self.slabs.slabs_of(self._blocks.granule[victims])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import BlockHeader, pack
+from kvstore.block import pack_many
 from kvstore.errors import (
     InvalidArgument,
     KVStoreError,
@@ -28,11 +28,12 @@ from kvstore.store.catalog import Catalog
 from kvstore.store.deadlines import Deadlines, Due
 from kvstore.store.memory import StoreMemory
 from kvstore.store.namespaces import Namespace, Namespaces
-from kvstore.store.puts import Connection, GrantedBlocks, Pending, Puts
+from kvstore.store.puts import Connection, GrantedBlocks, Pending, Puts, bits
 from kvstore.store.room import Room
 
 DRAM_TIER = 1
 PUT_ID_BYTES = 16
+_NO_PARENT = bytes(limits.KEY_BYTES)
 NO_PARENT = bytes(limits.KEY_BYTES)  # what a header says where no parent is known
 
 
@@ -292,6 +293,7 @@ class Store:
         granules = self._room.allocate(namespace.slot_bytes, n, evict=self._evict)
         ids = self._blocks.take(granules, namespace.id)
         self._memory.generations[granules] += np.uint64(1)  # odd: being written
+        everything = (1 << namespace.layout.n_cells) - 1
         begun = [
             Pending(
                 namespace=namespace.id,
@@ -303,8 +305,7 @@ class Store:
                 parent=_parent(command, keys, i),
                 position=command.position + i if command.position >= 0 else -1,
                 ttl_ms=command.ttl_ms,
-                missing=(1 << namespace.layout.n_cells) - 1,
-                checksums=np.zeros(namespace.layout.n_cells, np.uint64),
+                missing=everything,
             )
             for i, block, granule in zip(fresh, ids.tolist(), granules.tolist(), strict=False)
         ]
@@ -331,7 +332,7 @@ class Store:
         at = [p.granule * limits.GRANULE_BYTES + start if p else -1 for p in held]
         return GrantedBlocks(
             layout=space.layout,
-            cells=np.array([] if whole else _bits(mask), np.uint32),
+            cells=np.array([] if whole else bits(mask), np.uint32),
             payloads=[self._memory.pool[a : a + size] if a >= 0 else None for a in at],
         )
 
@@ -355,9 +356,7 @@ class Store:
             if pending.dropped:
                 over.append(pending)
                 continue
-            mask = pending.writers[number]
-            pending.checksums[_bits(mask)] = command.checksums[i]
-            pending.missing &= ~mask
+            pending.arrive(pending.writers[number], command.checksums[i], namespace.layout.n_cells)
             self._puts.leave(pending, number, who)
             status[i] = c.SealStatus.WAITING
             if not pending.missing:
@@ -380,11 +379,10 @@ class Store:
         Returns which of them found a place in the index: bool (n,).
         """
         self._puts.finish(complete)
-        for pending in complete:
-            self._write_header(namespace, pending)
-        self._lose(self._catalog.make_room(len(complete)))
         granules = np.array([p.granule for p in complete], np.uint32)
         hashes = np.frombuffer(b"".join(p.key for p in complete), np.uint8).reshape(-1, 32)
+        self._write_headers(namespace, complete, hashes, granules)
+        self._lose(self._catalog.make_room(len(complete)))
         ids = np.array([p.block for p in complete], np.uint32)
         self._memory.generations[granules] += np.uint64(1)  # even: stable
         shown = self._catalog.insert(
@@ -430,20 +428,21 @@ class Store:
         children = np.array([i for _, i in chained], np.uint32)
         self._blocks.link(children[known], found[known].astype(np.uint32))
 
-    def _write_header(self, namespace: Namespace, pending: Pending) -> None:
-        start = pending.granule * limits.GRANULE_BYTES
-        header = pack(
-            BlockHeader(
-                namespace=pending.namespace,
-                key=pending.key,
-                put_id=pending.put_id,
-                length=namespace.layout.block_bytes,
-                checksums=pending.checksums,
-                parent=pending.parent or None,
-                position=None if pending.position < 0 else pending.position,
-            )
+    def _write_headers(
+        self, namespace: Namespace, complete: list[Pending], hashes: c.U8, granules: c.U32
+    ) -> None:
+        parents = b"".join(p.parent or _NO_PARENT for p in complete)
+        headers = pack_many(
+            namespace=namespace.id,
+            keys=hashes,
+            put_ids=[p.put_id for p in complete],
+            length=namespace.layout.block_bytes,
+            checksums=np.array([p.checksums for p in complete], np.uint64),
+            parents=np.frombuffer(parents, np.uint8).reshape(-1, limits.KEY_BYTES),
+            positions=np.array([p.position for p in complete], np.int32),
         )
-        self._memory.pool[start : start + len(header)] = np.frombuffer(header, np.uint8)
+        rows = self._memory.pool[: self._room.slabs.total_bytes].reshape(-1, limits.GRANULE_BYTES)
+        rows[granules, : headers.shape[1]] = headers
 
     def _abort(self, number: int, who: Connection, command: c.Abort) -> c.Count:
         _check_put(command.put_id, command.hashes)
@@ -736,10 +735,6 @@ def _cell_mask(cells: c.U32, n_cells: int) -> int:
     if int(cells.max()) >= n_cells or len(np.unique(cells)) != len(cells):
         raise LayoutMismatch("cells", f"expected distinct cells below {n_cells}")
     return sum(1 << cell for cell in cells.tolist())
-
-
-def _bits(mask: int) -> list[int]:
-    return [i for i in range(mask.bit_length()) if mask >> i & 1]
 
 
 def failed(error: KVStoreError) -> c.Failed:

@@ -17,6 +17,7 @@ from kvstore.block import (
     cell_checksums,
     header_bytes,
     pack,
+    pack_many,
     unpack,
     verify,
 )
@@ -236,3 +237,32 @@ def test_wrong_payload(payload: Any) -> None:
 def test_payload_of_another_layout() -> None:
     with pytest.raises(LayoutMismatch):
         cell_checksums(PAYLOAD[:-1], BOUNDS)
+
+
+@pytest.mark.parametrize("n_cells", [1, 3, 40, 256])
+def test_many_headers_at_once_are_those_of_one_at_a_time(n_cells: int) -> None:
+    rng = np.random.default_rng(n_cells)
+    keys, parents = (rng.integers(0, 256, (5, 32), np.uint8) for _ in range(2))
+    parents[2] = 0
+    sums = rng.integers(0, 1 << 63, (5, n_cells), np.uint64)
+    put_ids, positions = [bytes([i]) * 16 for i in range(5)], np.array([0, 1, -1, 9, 7], np.int32)
+    packed = pack_many(
+        namespace=7,
+        keys=keys,
+        put_ids=put_ids,
+        length=999,
+        checksums=sums,
+        parents=parents,
+        positions=positions,
+    )
+    for i, position in enumerate(positions.tolist()):
+        header = BlockHeader(
+            namespace=7,
+            key=keys[i].tobytes(),
+            put_id=put_ids[i],
+            length=999,
+            checksums=sums[i],
+            parent=None if i == 2 else parents[i].tobytes(),
+            position=None if position < 0 else position,
+        )
+        assert packed[i].tobytes() == pack(header)

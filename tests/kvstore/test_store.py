@@ -208,6 +208,32 @@ def test_chains_are_evicted_from_the_tail() -> None:
         assert stored == sorted(stored, reverse=True), "a head went before its tail"
 
 
+def test_the_oldest_chain_goes_whole_before_a_younger_one_loses_its_tail() -> None:
+    rig = Rig()
+    chains = [keys(*range(100 * i, 100 * i + 20)) for i in range(4)]
+    for chain in chains:  # 80 of 85 slots
+        rig.put(chain, position=0)
+    rig.put(keys(*range(1_000, 1_025)))
+    stored = [sum(rig.stored(chain)) for chain in chains]
+    assert stored == [0, 20, 20, 20]
+
+
+def test_a_leased_tail_keeps_its_chain_and_no_other() -> None:
+    rig = Rig()
+    chains = [keys(*range(100 * i, 100 * i + 20)) for i in range(4)]
+    for chain in chains:
+        rig.put(chain, position=0)
+    lease = c.Lease(namespace=rig.ns, hashes=chains[0])
+    held = rig.do(lease)
+    assert isinstance(held, c.Leased)
+    tail = rig.do(c.Lease(namespace=rig.ns, hashes=chains[0][-1:]))
+    assert isinstance(tail, c.Leased)
+    rig.do(c.Release(lease=held.lease))  # what is left holds the tail alone
+    for n in (22, 23):  # 5 slots are free, so these evict 40
+        rig.put(keys(*range(1_000 * n, 1_000 * n + n)))
+    assert [sum(rig.stored(chain)) for chain in chains] == [20, 0, 0, 20]
+
+
 def test_a_slot_changes_its_generation_when_it_is_given_up() -> None:
     rig = Rig()
     reserved = rig.reserve(keys(1))
