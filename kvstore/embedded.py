@@ -53,6 +53,10 @@ class _StoreLink:
                 if self._memory.index.retired:
                     self._memory = self._map()
 
+    def cast(self, command: c.Command) -> None:
+        """See `Link.cast`."""
+        self.call(command, 0.0)
+
     def memory(self, timeout_s: float) -> Memory:
         """See `Link.memory`."""
         del timeout_s

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
 import threading
 import time
+from collections import deque
 from typing import Any
 
 from kvstore import commands
@@ -15,6 +17,7 @@ from kvstore.channel import wire
 from kvstore.errors import DeadlineExceeded, PermissionDenied, ProtocolError, Unavailable
 
 _WELCOME_FDS = 3
+SPIN_S = 200e-6  # of an answer's way back; the daemon's loop does the same
 
 
 class ChannelPort:
@@ -25,6 +28,7 @@ class ChannelPort:
         self._lock = threading.Lock()
         self._waking = threading.RLock()  # around the pipe's numbers: closed ones are given anew
         self.fds: list[int] = []
+        self._casts: deque[bytes] = deque()
         self.interrupted = False  # whether it is over because a call was broken off here
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -35,6 +39,7 @@ class ChannelPort:
         try:
             self._sock.settimeout(timeout_s)
             self._sock.connect(path)
+            self._sock.setblocking(False)
             welcome = self._exchange(None, timeout_s, fds_wanted=_WELCOME_FDS)
             if not isinstance(welcome, wire.Welcome) or len(self.fds) != _WELCOME_FDS:
                 raise ProtocolError("the daemon did not introduce itself")
@@ -56,6 +61,10 @@ class ChannelPort:
         """One round trip; `DeadlineExceeded` or `Unavailable` also close the connection."""
         result: commands.Result = self._exchange(command, timeout_s)
         return result
+
+    def cast(self, command: commands.Command) -> None:
+        """A command whose answer nobody waits for: it goes with the next call."""
+        self._casts.append(wire.encode(command))
 
     def seal_staged(self, record: wire.SealStaged, timeout_s: float) -> commands.Sealed:
         """A seal of blocks in staging memory."""
@@ -152,15 +161,18 @@ class ChannelPort:
         self, frame: bytes, deadline: float, fds_wanted: int, send_fd: int | None, timeout_s: float
     ) -> Any:
         """After a failure in the middle of a call the stream has no meaning: it is shut."""
+        casts = [self._casts.popleft() for _ in range(len(self._casts))]
         try:
-            self._send(frame, deadline, send_fd)
+            self._send(b"".join([*casts, frame]), deadline, send_fd)
+            for _ in casts:
+                self._receive(deadline, 0)
             return self._receive(deadline, fds_wanted)
         except TimeoutError:
             self.shut()
             raise DeadlineExceeded(f"no answer within {timeout_s} s") from None
         except OSError as error:
             self.shut()
-            raise Unavailable(f"the daemon is gone: {error}") from None
+            raise Unavailable(f"the daemon is gone: {error.strerror}") from None
         except (Unavailable, ProtocolError):
             self.shut()
             raise
@@ -170,46 +182,60 @@ class ChannelPort:
             raise
 
     def _send(self, frame: bytes, deadline: float, send_fd: int | None) -> None:
-        if not frame:
-            return
-        self._arm(deadline)
-        sent = 0
-        if send_fd is not None:
-            sent = socket.send_fds(self._sock, [frame], [send_fd])
-        if sent < len(frame):
-            self._sock.sendall(memoryview(frame)[sent:])
-
-    def _arm(self, deadline: float) -> None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._sock.settimeout(left)
+        left, fds = memoryview(frame), [] if send_fd is None else [send_fd]
+        while left:
+            try:
+                sent = socket.send_fds(self._sock, [left], fds) if fds else self._sock.send(left)
+            except BlockingIOError:
+                self._wait_for(select.POLLOUT, deadline)
+                continue
+            left, fds = left[sent:], []
 
     def _receive(self, deadline: float, fds_wanted: int) -> Any:
-        head = self._read_head(deadline, fds_wanted)
-        return wire.decode(head, self._read(wire.body_length(head), deadline))
+        head = bytearray(wire.FRAME.size)
+        done = self._take_fds(head, fds_wanted, deadline) if fds_wanted else 0
+        self._read(memoryview(head)[done:], deadline)
+        body = bytearray(wire.body_length(bytes(head)))
+        self._read(memoryview(body), deadline)
+        return wire.decode(bytes(head), bytes(body))
 
-    def _read_head(self, deadline: float, fds_wanted: int) -> bytes:
-        if not fds_wanted:
-            return self._read(wire.FRAME.size, deadline)
-        self._arm(deadline)
-        head, fds, _flags, _address = socket.recv_fds(self._sock, wire.FRAME.size, fds_wanted)
+    def _take_fds(self, head: bytearray, count: int, deadline: float) -> int:
+        """The start of a record and the descriptors that come with it; how many bytes it was."""
+        self._wait_for(select.POLLIN, deadline)
+        data, fds, _flags, _address = socket.recv_fds(self._sock, len(head), count)
         self.fds.extend(fds)
         for fd in fds:
             # A program that this process starts must not hold a dead daemon's memory. Not by a
             # flag of the call, which Python 3.11 does not pass on.
             os.set_inheritable(fd, False)
-        if not head:
+        if not data:
             raise Unavailable("the daemon closed the connection")
-        return head + self._read(wire.FRAME.size - len(head), deadline)
+        head[: len(data)] = data
+        return len(data)
 
-    def _read(self, count: int, deadline: float) -> bytes:
-        data = bytearray(count)
-        view, done = memoryview(data), 0
-        while done < count:
-            self._arm(deadline)
-            got = self._sock.recv_into(view[done:])
+    def _read(self, view: memoryview, deadline: float) -> None:
+        spin_until = time.monotonic() + SPIN_S
+        while view:
+            try:
+                got = self._sock.recv_into(view)
+            except BlockingIOError:
+                # A sleeping core takes longer to wake up than a small call takes.
+                if time.monotonic() < spin_until:
+                    os.sched_yield()
+                else:
+                    self._wait_for(select.POLLIN, deadline)
+                continue
             if not got:
                 raise Unavailable("the daemon closed the connection")
-            done += got
-        return bytes(data)
+            view = view[got:]
+
+    def _wait_for(self, events: int, deadline: float) -> None:
+        """Sleeps until the socket is ready; TimeoutError at the deadline."""
+        poller = select.poll()
+        try:
+            poller.register(self._sock, events)
+        except ValueError:  # closed just now by another thread
+            raise Unavailable("the connection to the daemon is closed") from None
+        left = deadline - time.monotonic()
+        if left <= 0 or not poller.poll(math.ceil(left * 1e3)):
+            raise TimeoutError

@@ -52,6 +52,11 @@ class ChannelLink:
         self._guard.check()
         return self._port.call(command, timeout_s)
 
+    def cast(self, command: c.Command) -> None:
+        """See `Link.cast`."""
+        self._guard.check()
+        self._port.cast(command)
+
     def memory(self, timeout_s: float) -> Memory:
         """See `Link.memory`; makes a call only where the index moved."""
         self._guard.check()
@@ -185,6 +190,7 @@ class _ChannelConnection(LocalSession):
         super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads)
         self._channel = link
         self._aborts: deque[c.Abort] = deque()
+        self._asleep = True  # whether the watching thread sleeps until it is poked
 
     def watch(self) -> bool:
         """See `Connection.watch`; until then it reports touches in time, and gives slots back."""
@@ -202,8 +208,9 @@ class _ChannelConnection(LocalSession):
 
     def _pause_s(self) -> float | None:
         """Sleeps for good while nothing was read: an idle client costs no wake-ups."""
-        busy = self._touches.pending or self._aborts
-        return limits.TOUCH_INTERVAL_MS * 1e-3 if busy else None
+        self._asleep = True  # first, so that what comes after the look below wakes us
+        self._asleep = not (self._touches.pending or self._aborts)
+        return None if self._asleep else limits.TOUCH_INTERVAL_MS * 1e-3
 
     def report_touches(self, timeout_s: float) -> None:
         """See `ControlSession.report_touches`; what is to be given back goes before it."""
@@ -212,8 +219,9 @@ class _ChannelConnection(LocalSession):
         super().report_touches(deadline.left_s)
 
     def _report_before_eviction(self, deadline: Deadline) -> None:
-        if self._aborts or self._touches.pending:
-            self.report_touches(deadline.left_s)
+        if self._aborts:
+            self._send_aborts(deadline.left_s)
+        super()._report_before_eviction(deadline)
 
     def _give_back(self, abort: c.Abort) -> None:
         """Left to the watching thread: the call that failed may have no time left."""
@@ -234,7 +242,8 @@ class _ChannelConnection(LocalSession):
                 raise
 
     def _touched(self, began: bool) -> None:
-        if began or self._touches.full:
+        # One that ticks anyway is not woken: that would take longer than the read did.
+        if (began and self._asleep) or self._touches.full:
             self._channel.poke()
 
 

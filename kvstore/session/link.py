@@ -68,6 +68,9 @@ class Link(Protocol):
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """One command; a `KVStoreError` (never a `Failed`) where the store refused."""
 
+    def cast(self, command: c.Command) -> None:
+        """A command whose outcome nobody waits for; before the next call at the latest."""
+
     def memory(self, timeout_s: float) -> Memory:
         """The memory now, with an index in use; `Unavailable` once the store is gone."""
 

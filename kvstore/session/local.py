@@ -325,8 +325,10 @@ class LocalSession(ControlSession):
 
     def _report_before_eviction(self, deadline: Deadline) -> None:
         """What was read must not be what a put evicts because nobody told."""
-        if self._touches.pending:
-            self.report_touches(deadline.left_s)
+        del deadline
+        touch = self._touches.take()
+        if touch is not None:
+            self._link.cast(touch)
 
 
 def _leading(holds: npt.NDArray[np.bool_]) -> int:

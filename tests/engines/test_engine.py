@@ -1,5 +1,6 @@
 """The engine gives transformers' greedy tokens, with and without a store."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def test_prefix_comes_from_the_store(name: str, tmp_path: Path) -> None:
     assert plain.token_ids == first.token_ids == second.token_ids
     assert (first.matched_tokens, first.stored_blocks) == (0, 4)  # three of the prompt, one decoded
     assert (second.matched_tokens, second.tier, second.stored_blocks) == (48, "fake", 0)
+    assert [position for _, _, position in store.puts] == [0, 3, 3]  # what was got is not put
     store.zero()
     spoiled = Engine(tmp_path, store=store, num_pages=8).generate([PROMPTS[3]], 20)[0]
     assert spoiled.matched_tokens == 48
@@ -84,6 +86,20 @@ def test_requests_join_those_that_run_and_wait_for_pages(tiny: Any) -> None:
         [(1, 45)],
     ]
     assert engine.pool.free_pages == 7
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_sequence_ends_itself_as_in_transformers(many: bool, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path)
+    end = reference(model, PROMPTS[3], 20)[6]
+    ends = [96, end] if many else end
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    model.generation_config.eos_token_id = ends
+    wanted = reference(model, PROMPTS[3], 20)
+    assert len(wanted) <= 7
+    engine = Engine(tmp_path, store=None, num_pages=8)
+    assert engine.generate([PROMPTS[3]], 20)[0].token_ids == wanted
+    assert engine.pool.free_pages == 8
 
 
 def test_one_prompt_token_is_always_computed(tmp_path: Path) -> None:
