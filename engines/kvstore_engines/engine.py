@@ -15,7 +15,7 @@ from kvstore_engines.jobs import Result
 from kvstore_engines.models import build_model
 from kvstore_engines.parallel import Parallel, SingleRank
 from kvstore_engines.prefixes import Prefixes
-from kvstore_engines.sequence import Sequence, check_request, pages_needed
+from kvstore_engines.sequence import Sequence, check_request
 from kvstore_engines.store_port import BlockStore
 
 
@@ -67,12 +67,13 @@ class Engine:
 
         session_ends: nobody will come back to this conversation; the store is told at its end.
         """
-        self._check(prompt_ids, max_new_tokens)
+        pages_needed = self._check(prompt_ids, max_new_tokens)
         sequence = Sequence(
             request_id=self._next_id,
             token_ids=list(prompt_ids),
             prompt_tokens=len(prompt_ids),
             max_new_tokens=max_new_tokens,
+            pages_needed=pages_needed,
             submitted_s=time.perf_counter(),
             session_ends=session_ends,
         )
@@ -84,7 +85,7 @@ class Engine:
     def step(self) -> list[Result]:
         """Prefill one request if there is room, decode the others; give what finished."""
         decoding = list(self._running)
-        if self._waiting and self._fits(self._waiting[0]):
+        if self._waiting and self._waiting[0].pages_needed <= self.pool.free_pages:
             self._prefill(self._waiting.popleft())
         if decoding:
             self._forward(decoding)
@@ -105,19 +106,19 @@ class Engine:
             done.update((result.request_id, result) for result in self.step())
         return [done[request_id] for request_id in ids]
 
-    def _check(self, prompt_ids: Series[int], max_new_tokens: int) -> None:
+    def _check(self, prompt_ids: Series[int], max_new_tokens: int) -> int:
+        """The pages that the request will fill; InvalidArgument if it could never run."""
         check_request(prompt_ids, max_new_tokens, self.config)
-        needed = pages_needed(len(prompt_ids), max_new_tokens, self.block_tokens)
+        # The last token is never fed back.
+        needed = -(-(len(prompt_ids) + max_new_tokens - 1) // self.block_tokens)
         if needed > self.pool.num_pages:
             raise InvalidArgument(
                 "num_pages", f"the request needs {needed} pages, of {self.pool.num_pages} in all"
             )
-
-    def _fits(self, sequence: Sequence) -> bool:
-        return sequence.pages_needed(self.block_tokens) <= self.pool.free_pages
+        return needed
 
     def _prefill(self, sequence: Sequence) -> None:
-        sequence.pages = self.pool.allocate(sequence.pages_needed(self.block_tokens))
+        sequence.pages = self.pool.allocate(sequence.pages_needed)
         self._running.append(sequence)
         sequence.match = self._prefixes.fetch(sequence)
         sequence.computed = sequence.match.n_hit * self.block_tokens

@@ -17,6 +17,7 @@ from kvstore_engines.store_port import MISS, GetResult
 class Sequence:
     """A request in flight; `computed` leading tokens have their KV in the pages.
 
+    pages_needed: how many it will fill; they are taken when it is admitted.
     chain: (n, 32) uint8, the hashes of its leading blocks so far; it only ever grows.
     """
 
@@ -24,6 +25,7 @@ class Sequence:
     token_ids: list[int]
     prompt_tokens: int
     max_new_tokens: int
+    pages_needed: int
     submitted_s: float
     session_ends: bool = False
     pages: list[int] = field(default_factory=list)
@@ -35,10 +37,6 @@ class Sequence:
     offered_blocks: int = 0
     stored_blocks: int = 0
     time_to_first_token_s: float = 0.0
-
-    def pages_needed(self, block_tokens: int) -> int:
-        """See the function of this name."""
-        return pages_needed(self.prompt_tokens, self.max_new_tokens, block_tokens)
 
     def finished(self, eos_ids: frozenset[int]) -> bool:
         """Whether it has all its tokens, or has ended itself."""
@@ -56,11 +54,6 @@ class Sequence:
             time_to_first_token_s=self.time_to_first_token_s,
             stored_blocks=self.stored_blocks,
         )
-
-
-def pages_needed(prompt_tokens: int, max_new_tokens: int, block_tokens: int) -> int:
-    """Pages for all tokens but the last one, which is never fed back."""
-    return -(-(prompt_tokens + max_new_tokens - 1) // block_tokens)
 
 
 def check_request(prompt_ids: Series[int], max_new_tokens: int, config: ModelConfig) -> None:

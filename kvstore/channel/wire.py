@@ -16,7 +16,7 @@ import numpy as np
 
 from kvstore import commands, errors, limits
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 FRAME = struct.Struct("<IHH")
 _I64 = struct.Struct("<q")
 _U32 = struct.Struct("<I")
@@ -27,12 +27,14 @@ _DTYPES: list[np.dtype[Any]] = [np.dtype(np.uint8), np.dtype("<u4"), np.dtype("<
 class Welcome:
     """The daemon's first record, sent with the descriptors of pool, generations and index.
 
-    `writable` is 1 for a client that writes slots itself, 0 for one that stages (copy-in).
+    `writable` is 1 for a client that writes slots itself, 0 for one that stages (copy-in);
+    `prefaulted` is 1 where the pool's memory is taken already or soon will be.
     """
 
     version: int
     instance: int
     writable: int
+    prefaulted: int
     pool_bytes: int
     index_bytes: int
 

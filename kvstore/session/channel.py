@@ -35,6 +35,8 @@ class ChannelLink:
         `ProtocolError` where it is not what the daemon says it is."""
         self._lock = threading.Lock()
         self._arenas: list[Arena] = []
+        self._stop = threading.Event()
+        self._populating: threading.Thread | None = None
         self._port = ChannelPort(path, timeout_s)
         self._staging: Staging | None = None
         self._memory: Memory | None = None
@@ -46,6 +48,7 @@ class ChannelLink:
                 raise ProtocolError(f"the daemon's memory is not as it says: {error}") from None
             raise
         self._guard = ForkGuard(self._port.abandon)
+        self._populating = self._populate()
 
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """See `Link.call`."""
@@ -96,11 +99,14 @@ class ChannelLink:
     def shut(self) -> None:
         """Ends the connection at once, also for calls under way; `close` follows."""
         self._memory = None
+        self._stop.set()
         self._port.shut()
 
     def close(self) -> None:
         """See `Link.close`; views that are still held keep the memory until they go."""
         self.shut()  # ends what other threads wait for under the lock
+        if self._populating:
+            self._populating.join(_CLOSE_S)
         # Bounded, because who holds it may wait for us, in the handler of a signal.
         held = self._lock.acquire(timeout=_CLOSE_S)
         try:
@@ -110,6 +116,20 @@ class ChannelLink:
                 self._lock.release()
 
     # -- inside ------------------------------------------------------------------------
+
+    def _populate(self) -> threading.Thread | None:
+        """Maps the pool's pages in the background: else each first touch of one is a fault."""
+        welcome = self._port.welcome
+        if not welcome.prefaulted or welcome.pool_bytes > limits.MAX_POPULATED_BYTES:
+            return None
+        thread = threading.Thread(
+            target=self._arenas[0].populate,
+            args=(self._stop,),
+            name="kvstore-populate",
+            daemon=True,
+        )
+        thread.start()
+        return thread
 
     @contextlib.contextmanager
     def _locked(self, deadline: Deadline) -> Iterator[None]:

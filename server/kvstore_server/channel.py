@@ -186,6 +186,7 @@ class ChannelServer:
             version=wire.WIRE_VERSION,
             instance=peer.tenant.instance,
             writable=int(peer.tenant.writable),
+            prefaulted=int(arenas.prefaulted),
             pool_bytes=arenas.pool.nbytes,
             index_bytes=arenas.index.nbytes,
         )

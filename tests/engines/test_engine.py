@@ -1,11 +1,13 @@
 """The engine gives transformers' greedy tokens, with and without a store."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -16,6 +18,7 @@ from engines.tiny import MODELS, PROMPTS, reference, save_tiny  # noqa: E402
 
 from kvstore.errors import InvalidArgument  # noqa: E402
 from kvstore_engines.engine import Engine  # noqa: E402
+from kvstore_engines.store_port import GetResult  # noqa: E402
 
 pytestmark = pytest.mark.engines
 
@@ -117,6 +120,27 @@ def test_a_broken_store_is_a_miss(tmp_path: Path) -> None:
     result = Engine(tmp_path, store=broken, num_pages=8).generate([PROMPTS[3]], 20)[0]
     assert result.token_ids == plain.token_ids
     assert (result.matched_tokens, result.stored_blocks) == (0, 0)
+
+
+class LyingStore(FakeBlockStore):
+    """A store that claims more than it was asked for, or less than nothing."""
+
+    claimed = 0
+
+    def get_into(
+        self, hashes: NDArray[np.uint8], destinations: Sequence[NDArray[np.uint8]]
+    ) -> GetResult:
+        return GetResult(self.claimed, "fake")
+
+
+@pytest.mark.parametrize("claimed", [-1, 0, 4])
+def test_a_store_that_claims_the_impossible_is_a_miss(claimed: int, tiny: Any) -> None:
+    folder, model = tiny("llama")
+    store = LyingStore(16)
+    store.claimed = claimed
+    result = Engine(folder, store=store, num_pages=8).generate([PROMPTS[3]], 20)[0]
+    assert result.token_ids == reference(model, PROMPTS[3], 20)
+    assert (result.matched_tokens, result.tier) == (0, None)
 
 
 def test_page_bytes_are_the_block_layout(tmp_path: Path) -> None:
