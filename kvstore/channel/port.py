@@ -17,7 +17,6 @@ from kvstore.channel import wire
 from kvstore.errors import DeadlineExceeded, PermissionDenied, ProtocolError, Unavailable
 
 _WELCOME_FDS = 3
-SPIN_S = 200e-6  # of an answer's way back; the daemon's loop does the same
 
 
 class ChannelPort:
@@ -214,16 +213,11 @@ class ChannelPort:
         return len(data)
 
     def _read(self, view: memoryview, deadline: float) -> None:
-        spin_until = time.monotonic() + SPIN_S
         while view:
             try:
                 got = self._sock.recv_into(view)
             except BlockingIOError:
-                # A sleeping core takes longer to wake up than a small call takes.
-                if time.monotonic() < spin_until:
-                    os.sched_yield()
-                else:
-                    self._wait_for(select.POLLIN, deadline)
+                self._wait_for(select.POLLIN, deadline)
                 continue
             if not got:
                 raise Unavailable("the daemon closed the connection")

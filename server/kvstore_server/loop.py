@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import math
 import os
 import selectors
 import time
@@ -13,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 
 Callback = Callable[[], None]
-SPIN_S = 200e-6
 
 
 class Loop:
@@ -27,7 +25,6 @@ class Loop:
         self._order = itertools.count()  # timers of one moment run in the order they were set
         self._soon: deque[Callback] = deque()
         self._stopping = False
-        self._spins_until_s = -math.inf
         self.watch(self._wake_read, self._drain_wakeups)
 
     def now_s(self) -> float:
@@ -75,12 +72,7 @@ class Loop:
         os.close(self._wake_write)
 
     def _turn(self) -> None:
-        events = self._selector.select(self._pause_s())
-        if events:
-            self._spins_until_s = self._now_s() + SPIN_S
-        elif self._spins:
-            os.sched_yield()
-        for key, _events in events:
+        for key, _events in self._selector.select(self._pause_s()):
             # A callback before this one may have ended the watch, and even closed the descriptor.
             if self._selector.get_map().get(key.fd) is key:
                 key.data()
@@ -90,14 +82,8 @@ class Loop:
         for _ in range(len(self._soon)):
             self._soon.popleft()()
 
-    @property
-    def _spins(self) -> bool:
-        """Whether something happened a moment ago: the next call may be on its way, and to sleep
-        and be woken takes longer than to serve it."""
-        return self._now_s() < self._spins_until_s
-
     def _pause_s(self) -> float | None:
-        if self._soon or self._spins:
+        if self._soon:
             return 0.0
         return max(0.0, self._timers[0][0] - self._now_s()) if self._timers else None
 
