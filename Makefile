@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_proto/v1 \
-	engines/kvstore_engines benchmarks
+	engines/kvstore_engines
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long lint format proto clean
