@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_proto/v1 \
-	engines/kvstore_engines
+	engines/kvstore_engines benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint format proto clean
+.PHONY: help demo test test-long lint format bench proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,11 @@ lint: $(READY) ## ruff, mypy strict, import-linter
 format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY) ## speed beside the peers and this machine's limits; takes 10 minutes
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	mkdir -p docs/benchmarks
+	$(BIN)/python -m benchmarks.peers --json docs/benchmarks/peers.json --plot docs/benchmarks/peers.png
 
 proto: $(READY) ## generate the protocol's code and the asyncio client anew
 	$(BIN)/python proto/generate.py

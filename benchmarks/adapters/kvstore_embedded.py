@@ -1,0 +1,31 @@
+"""Ours: the store in the caller's own process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adapters import kvstore_daemon
+
+NAME = "kvstore, embedded"
+REQUIREMENTS = kvstore_daemon.REQUIREMENTS
+
+
+@contextlib.contextmanager
+def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str, Any]]:
+    """Nothing to start."""
+    del folder, environment
+    yield {"dram": 2 * pool_bytes}
+
+
+class Client(kvstore_daemon.Client):
+    """A store of its own."""
+
+    def __init__(self, info: dict[str, Any]) -> None:
+        from kvstore import KVStore
+
+        self._session = KVStore(dram=info["dram"])
+        self._namespaces = {}
+        self._nbytes = 0

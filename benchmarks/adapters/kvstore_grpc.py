@@ -1,0 +1,28 @@
+"""Ours: `kvstore-server` by its gRPC fallback."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adapters import kvstore_daemon
+from benchmarks.adapters.kvstore_daemon import Client
+
+__all__ = ["NAME", "REQUIREMENTS", "Client", "start"]
+
+NAME = "kvstore, gRPC"
+REQUIREMENTS = kvstore_daemon.REQUIREMENTS
+
+
+@contextlib.contextmanager
+def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str, Any]]:
+    """A daemon with its gateway."""
+    from kvstore_client import KVStoreClient
+
+    with kvstore_daemon.start(folder, environment, pool_bytes, ()):
+        target = f"grpc+unix://{folder / 'kvstore.grpc.sock'}"
+        with KVStoreClient(target) as client:
+            client.info(timeout_s=30.0)
+        yield {"target": target}
