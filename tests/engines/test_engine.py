@@ -221,3 +221,13 @@ def test_an_engine_without_room_is_refused(field: str, tiny: Any) -> None:
     with pytest.raises(InvalidArgument) as raised:
         Engine(tiny("llama")[0], store=None, **{"num_pages": 8, field: 0})
     assert raised.value.field == field
+
+
+def test_the_last_token_needs_no_page(tiny: Any) -> None:
+    folder, model = tiny("llama")
+    engine = Engine(folder, store=None, num_pages=2)  # 32 tokens: 16 of the prompt, 16 fed back
+    assert engine.generate([PROMPTS[1]], 17)[0].token_ids == reference(model, PROMPTS[1], 17)
+    with pytest.raises(InvalidArgument, match=r"num_pages: .* 3 pages"):
+        engine.submit(PROMPTS[1], 18)
+    engine = Engine(folder, store=None, num_pages=3)
+    assert engine.generate([PROMPTS[1]], 18)[0].token_ids == reference(model, PROMPTS[1], 18)

@@ -457,7 +457,7 @@ def test_an_embedded_store_reads_the_index_that_a_refused_call_has_moved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with KVStore(dram=1 << 20) as store:
-        catalog, none = store._store._catalog, np.empty(0, np.uint32)
+        catalog, none = store._store._shelf.catalog, np.empty(0, np.uint32)
 
         def refused(*_: object) -> c.Result:
             catalog._rebuild(4 * catalog.capacity, without=none)

@@ -719,13 +719,13 @@ def test_without_memory_for_another_index_the_old_one_serves_on(
     def no_memory(nbytes: int) -> npt.NDArray[np.uint8]:
         raise OSError("too many open files")
 
-    rig.store._catalog._new_index = no_memory
+    rig.store._shelf.catalog._new_index = no_memory
     rig.reserve(some)
     stored = rig.seal(some).status == c.SealStatus.STORED
     assert stored.sum() == 16
     assert rig.stored(some) == stored.tolist()
     assert rig.do(c.Drop(namespace=rig.ns, hashes=some)) == c.Count(blocks=16)
-    rig.store._catalog._new_index = rig._new_index
+    rig.store._shelf.catalog._new_index = rig._new_index
     rig.put(some)
     assert all(rig.stored(some))
 
@@ -739,10 +739,10 @@ def test_deadlines_that_are_set_and_taken_back_do_not_pile_up() -> None:
         hint = c.Hint(namespace=rig.ns, kind=2, for_ms=for_ms, hashes=keys(1, 2))
         rig.store.handle(rig.me, hint, rig.now_ms)
     rig.store.check()
-    queue = rig.store._deadlines._queue
+    queue = rig.store._shelf.deadlines._queue
     assert sum(len(batch) for batches in queue.values() for batch in batches) < 1_100
     rig.pass_ms(1_000 + 100 * 4_999 - 1)
-    assert rig.store._deadlines.has(Due.TURN, np.arange(2, dtype=np.uint32)).all()
+    assert rig.store._shelf.deadlines.has(Due.TURN, np.arange(2, dtype=np.uint32)).all()
     rig.pass_ms(1)
     assert rig.store.next_due_ms is None
 

@@ -1,0 +1,138 @@
+"""The live blocks of a store: how they leave it, and what keeps them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.errors import ResourceExhausted
+from kvstore.eviction import make_policy
+from kvstore.store.blocks import Blocks, BlockState, IdArray
+from kvstore.store.catalog import Catalog
+from kvstore.store.deadlines import Deadlines, Due
+from kvstore.store.memory import StoreMemory
+from kvstore.store.namespaces import Namespaces
+from kvstore.store.room import Room
+
+DRAM_TIER = 1
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start, in blocks."""
+
+    lookups: int = 0
+    hits: int = 0
+    stored: int = 0
+    evicted: int = 0
+    dropped: int = 0
+    expired: int = 0
+    refused: int = 0
+
+
+class Shelf:
+    """The parts that blocks are kept by, and what is done to several of them at once.
+
+    now_ms: the time as the store was last told it. pinned_bytes: of slots that hints pin.
+    """
+
+    def __init__(
+        self,
+        memory: StoreMemory,
+        *,
+        secret: bytes,
+        instance_id: int,
+        max_blocks: int,
+        policy: str,
+        now_ms: int,
+    ) -> None:
+        """`InvalidArgument` for a pool, policy, secret or number of blocks out of range."""
+        self.memory, self.now_ms = memory, now_ms
+        self.policy = make_policy(policy, max_blocks)
+        self.blocks = Blocks(max_blocks, memory.generations.size)
+        self.deadlines = Deadlines(max_blocks)
+        self.room = Room(memory.pool.size, self.blocks, self.policy, self.deadlines)
+        self.catalog = Catalog(memory.new_index, instance_id=instance_id, max_blocks=max_blocks)
+        self.namespaces = Namespaces(secret)
+        self.counters = Counters()
+        self.pinned_bytes = 0
+
+    def evict(self, ids: IdArray) -> None:
+        """Live blocks, which the policy has given up, make room for others."""
+        self.counters.evicted += len(ids)
+        self.forget(ids, c.ExplainStatus.EVICTED)
+
+    def lose(self, ids: IdArray) -> None:
+        """The index has no place for these any more."""
+        if len(ids):
+            self.policy.forget(ids)
+            self.counters.evicted += len(ids)
+            self._vanish(ids)
+
+    def forget(self, ids: IdArray, why: c.ExplainStatus) -> None:
+        """Takes live blocks, which the policy has forgotten, out of the index and frees them."""
+        owners = self.blocks.namespace[ids]
+        for number in np.unique(owners).tolist():
+            mine = ids[(owners == number) & (self.blocks.state[ids] == BlockState.LIVE)]
+            lineage = self.namespaces.get(number).lineage
+            self.lose(self.catalog.remove(mine, lineage, why, self.now_ms))
+            self._vanish(mine)
+
+    def _vanish(self, ids: IdArray) -> None:
+        """Live blocks are out of the index: their slots come back once nobody leases them."""
+        pinned = ids[self.deadlines.has(Due.PIN, ids)]
+        self.pinned_bytes -= self.slot_bytes(pinned)
+        for kind in Due:
+            self.deadlines.clear(kind, ids)
+        for number, count in zip(
+            *np.unique(self.blocks.namespace[ids], return_counts=True), strict=True
+        ):
+            self.namespaces.get(int(number)).blocks -= int(count)
+        self.free(self.blocks.vanish(ids))
+
+    def free(self, ids: IdArray) -> None:
+        """Nobody writes these slots, and no lease is on them."""
+        granules = self.blocks.granule[ids]
+        # The next even number: a reader in mid-copy sees that its slot was given up.
+        self.memory.generations[granules] = (
+            self.memory.generations[granules] | np.uint64(1)
+        ) + np.uint64(1)
+        self.room.slabs.free(granules)
+        self.blocks.give_back(ids)
+
+    def slot_bytes(self, ids: IdArray) -> int:
+        """Bytes of the pool that these blocks take."""
+        slabs = self.room.slabs
+        sizes = slabs.slot_sizes(slabs.slabs_of(self.blocks.granule[ids]))
+        return int(sizes.sum()) * limits.GRANULE_BYTES
+
+    def drop(self, ids: IdArray) -> c.Count:
+        """A user forgets live blocks."""
+        self.policy.forget(ids)
+        self.forget(ids, c.ExplainStatus.DROPPED)
+        self.counters.dropped += len(ids)
+        return c.Count(blocks=len(ids))
+
+    def read(self, ids: IdArray) -> None:
+        """Live blocks were read: the turn that somebody expected has come."""
+        self.policy.touch(ids)
+        self.deadlines.clear(Due.TURN, ids)
+
+    def pin(self, ids: IdArray, for_ms: int) -> None:
+        """Keeps live blocks for so long, or no longer; `ResourceExhausted` past the share."""
+        if for_ms == 0:
+            self.pinned_bytes -= self.slot_bytes(ids[self.deadlines.has(Due.PIN, ids)])
+            self.deadlines.clear(Due.PIN, ids)
+            return
+        more = self.slot_bytes(ids[~self.deadlines.has(Due.PIN, ids)])
+        most = int(self.room.slabs.total_bytes * limits.MAX_PINNED_SHARE)
+        if self.pinned_bytes + more > most:
+            raise ResourceExhausted(
+                f"{self.pinned_bytes} of at most {most} bytes are pinned, {more} more are asked",
+                retry_after_ms=limits.RETRY_AFTER_MS,
+            )
+        self.pinned_bytes += more
+        self.deadlines.set(Due.PIN, ids, self.now_ms + for_ms)
