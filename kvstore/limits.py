@@ -34,3 +34,5 @@ FIRST_INDEX_BLOCKS = 16_384  # what a new index is made for; it grows fourfold
 MIN_SCAN = 1024  # entries that an eviction policy looks at for any call, if it has as many
 MAX_POSITION = (1 << 31) - 1  # of a block in its chain
 MAX_POPULATED_BYTES = 64 << 30  # of a pool whose pages a client maps ahead; 2 MiB of tables a GiB
+MAX_LAYOUTS_EXPLAINED = 16  # of one name, in which `explain` looks for a key
+MAX_UNREAD_BYTES = 64 << 20  # of unfinished records on the channel, of all clients of one user

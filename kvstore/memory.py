@@ -68,7 +68,14 @@ class Arena:
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 
     @classmethod
-    def create(cls, name: str, nbytes: int, *, reserved_huge_pages: bool = False) -> Arena:
+    def create(
+        cls,
+        name: str,
+        nbytes: int,
+        *,
+        reserved_huge_pages: bool = False,
+        transparent_huge_pages: bool = True,
+    ) -> Arena:
         """A new zeroed memfd of `nbytes` that nobody can resize, mapped writable.
 
         OSError where reserved huge pages are asked for and there are not enough.
@@ -83,7 +90,7 @@ class Arena:
             os.close(fd)
             raise
         arena = cls(fd, nbytes, writable=True)
-        if not reserved_huge_pages:
+        if transparent_huge_pages and not reserved_huge_pages:
             with contextlib.suppress(OSError):  # not every kernel has transparent ones
                 arena._map.madvise(mmap.MADV_HUGEPAGE)
         return arena
@@ -256,7 +263,9 @@ def _make_pool(nbytes: int, placement: Placement) -> Arena:
             "huge_pages",
             f"fewer reserved huge pages are free than {nbytes} bytes take: raise vm.nr_hugepages",
         )
-    pool = pool or Arena.create("pool", nbytes)
+    if pool is None:
+        wanted = placement.huge_pages is not HugePages.OFF
+        pool = Arena.create("pool", nbytes, transparent_huge_pages=wanted)
     if placement.numa_node is not None:
         try:
             pool.bind(placement.numa_node)

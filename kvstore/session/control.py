@@ -10,7 +10,7 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.errors import KVStoreError, StaleNamespace
+from kvstore.errors import InvalidArgument, KVStoreError, StaleNamespace, Unavailable
 from kvstore.layout import Layout
 from kvstore.session.base import (
     TIERS,
@@ -168,9 +168,22 @@ class ControlSession:
         key = (epoch, namespace.instance, namespace.id)
         number = self._ids.get(key)
         if number is None:
-            number = self._open(namespace.name, namespace.layout, deadline).namespace
+            number = self._reopen(namespace, deadline)
             self._ids[key] = number
         return number
+
+    def _reopen(self, namespace: NamespaceHandle, deadline: Deadline) -> int:
+        """The id of a namespace that some store has opened before.
+
+        Where this one cannot, because its pool is too small by now, that is nobody's bad argument:
+        `Unavailable`.
+        """
+        try:
+            return self._open(namespace.name, namespace.layout, deadline).namespace
+        except InvalidArgument as error:
+            raise Unavailable(
+                f"the store does not take {namespace.name!r} any more: {error}"
+            ) from None
 
     def _inside(
         self,

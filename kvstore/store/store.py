@@ -7,6 +7,8 @@ only what is in flight (pending puts, leases, deadlines) is an object.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from kvstore import commands as c
@@ -88,13 +90,17 @@ class Store:
         self._connections[number] = Connection()
         return number
 
-    def disconnect(self, connection: int) -> bool:
+    def disconnect(self, connection: int, *, writes: bool = True) -> bool:
         """The connection closed while its process may live: what it holds goes to quarantine.
 
-        Returns True when nothing is held, and the connection is forgotten at once.
+        writes: whether that process can write the pool; else its slots come back now. Returns
+        True when nothing is held, and the connection is forgotten at once.
         """
         who = self._connections[connection]
-        self._intake.drop(who.puts.values())
+        held = list(who.puts.values())
+        self._intake.drop(held)
+        if not writes:
+            self._intake.let_go(held, connection, who)
         if who.holds_nothing:
             del self._connections[connection]
         return who.holds_nothing
@@ -304,12 +310,14 @@ class Store:
         namespace = self._shelf.namespaces.get(command.namespace)
         check_hashes(command.hashes)
         status, when_ms = self._shelf.catalog.recall(command.hashes, namespace.lineage)
-        unknown = status == 0
+        unknown = np.flatnonzero(status == 0)
         status[unknown] = c.ExplainStatus.NEVER_STORED
-        for other in self._shelf.namespaces:
-            if other.name == namespace.name and other is not namespace:
-                elsewhere = self._shelf.catalog.find(other.id, command.hashes) >= 0
-                status[unknown & elsewhere] = c.ExplainStatus.OTHER_LAYOUT
+        others = (o for o in self._shelf.namespaces if o.name == namespace.name)
+        for other in itertools.islice(others, limits.MAX_LAYOUTS_EXPLAINED):
+            if other is not namespace and len(unknown):
+                elsewhere = self._shelf.catalog.find(other.id, command.hashes[unknown]) >= 0
+                status[unknown[elsewhere]] = c.ExplainStatus.OTHER_LAYOUT
+                unknown = unknown[~elsewhere]
         pending = [
             self._intake.puts.find(namespace.id, h.tobytes()) is not None for h in command.hashes
         ]

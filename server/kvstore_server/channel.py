@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from kvstore import commands as c
+from kvstore import limits
 from kvstore.channel import wire
 from kvstore.errors import (
     InvalidArgument,
@@ -197,9 +198,18 @@ class ChannelServer:
             peer.flush()
             if not (peer.busy or peer.has_record):
                 peer.receive()
+                self._check_unread(peer)
             self._serve(peer)
 
         self._guarded(peer, work)
+
+    def _check_unread(self, peer: Peer) -> None:
+        """`ProtocolError` for who sends large records piece by piece on many connections."""
+        if peer.unread_bytes <= limits.MAX_UNREAD_BYTES // limits.MAX_CONNECTIONS:
+            return
+        mates = (other for other in self._peers if other.tenant is peer.tenant)
+        if sum(other.unread_bytes for other in mates) > limits.MAX_UNREAD_BYTES:
+            raise ProtocolError("too many unfinished records of this user")
 
     def _go_on(self, peer: Peer) -> None:
         peer.queued = False
@@ -227,7 +237,7 @@ class ChannelServer:
         self._peers.discard(peer)
         self._loop.unwatch(peer.sock.fileno())
         peer.close()
-        if peer.tenant.store.disconnect(peer.connection):
+        if peer.tenant.store.disconnect(peer.connection, writes=peer.tenant.writable):
             os.close(peer.process.pidfd)
             return
         pidfd = peer.process.pidfd

@@ -75,6 +75,11 @@ class Peer:
         self._inbox += data
 
     @property
+    def unread_bytes(self) -> int:
+        """Bytes that have arrived and were not served yet."""
+        return len(self._inbox)
+
+    @property
     def has_record(self) -> bool:
         """Whether a whole record has arrived; `ProtocolError` on garbage."""
         return self._record_bytes() is not None

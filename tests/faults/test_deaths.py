@@ -153,6 +153,22 @@ def test_a_client_finds_the_daemon_that_comes_back(tmp_path: Path) -> None:
         assert again.process.poll() is None
 
 
+def test_blocks_that_a_smaller_pool_cannot_hold_are_misses(tmp_path: Path) -> None:
+    """The handle was good for the pool before the restart; that is no engine's mistake."""
+    size = 3 << 20
+    with daemon(tmp_path, "--dram", "8MiB") as running:
+        client = KVStoreClient(running.target)
+        namespace = client.open_namespace("race", layout(size))
+        assert client.put(namespace, hashes(1), [content(0, 1, size)]).stored == 1
+        running.kill()
+    with client, daemon(tmp_path, "--dram", "2MiB"):
+        assert client.stats(timeout_s=WAIT_S).blocks == 0
+        target = np.zeros(size, np.uint8)
+        assert client.match(namespace, hashes(1)).count == 0
+        assert client.get_into(namespace, hashes(1), [target]) == [Miss(MissReason.UNAVAILABLE)]
+        assert client.put(namespace, hashes(1), [target]).not_stored == 1
+
+
 def test_a_lost_connection_gives_the_memory_back(tmp_path: Path) -> None:
     """Else a restarted daemon with a pool of half of the memory would not fit beside the old."""
     with (

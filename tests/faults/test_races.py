@@ -54,9 +54,8 @@ def test_readers_never_see_a_wrong_byte(tmp_path: Path, trust: str, block_bytes:
     assert evicted > 100
 
 
-@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("trust", ["direct", "copy-in"])
+@pytest.mark.parametrize("trust", ["direct", pytest.param("copy-in", marks=pytest.mark.long)])
 def test_a_million_reads_see_no_wrong_byte(tmp_path: Path, trust: str) -> None:
     hits, evicted = race(tmp_path, trust=trust, block_bytes=3840, reads=500_000, seed=23)
     assert hits > 100_000

@@ -912,3 +912,12 @@ def test_random_histories_keep_every_invariant(seed: int, policy: str) -> None:
                     leases = [held for held in leases if held[0] != peers[peer]]
                     peers[peer] = rig.store.connect()
                     rig.store.check()
+
+
+def test_who_cannot_write_the_pool_leaves_no_slot_behind_with_its_connection() -> None:
+    rig = Rig()
+    other = rig.store.connect()
+    rig.reserve(keys(1, 2), connection=other)
+    assert rig.store.disconnect(other, writes=False)
+    rig.store.check()
+    assert rig.store.stats().used_bytes == 0

@@ -307,7 +307,7 @@ def test_an_array_of_other_dimensions_ends_its_senders_connection_only(served: B
 def test_counters_that_do_not_fit_a_frame_are_an_error_of_that_call(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.tenant.store._lookups = 1 << 63
+    bench.tenant.store._shelf.counters.lookups = 1 << 63
     bench.thread.start()
     with dialled(bench) as port:
         with pytest.raises(InvalidArgument, match="lookups"):
@@ -392,6 +392,25 @@ def test_a_frame_that_dribbles_in_holds_only_its_own_bytes(bench: Bench) -> None
         bench.turn(lambda at=at: len(peer._inbox) == wire.FRAME.size + at + 1)
     sock.close()
     bench.turn(lambda: not bench.server._peers)
+
+
+def test_unfinished_frames_of_one_user_hold_no_more_than_the_limit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_UNREAD_BYTES", 1 << 20)
+    half = bytes(600_000)
+    head = wire.FRAME.pack(limits.MAX_FRAME_BYTES, 5, wire.WIRE_VERSION)
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(bench.dial()) for _ in range(2))
+        for sock in (first, second):
+            threading.Thread(target=_send_all, args=(sock, head + half)).start()
+        bench.turn(lambda: len(bench.server._peers) == 1)
+        assert sum(peer.unread_bytes for peer in bench.server._peers) <= 1 << 20
+
+
+def _send_all(sock: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
 
 
 def test_a_descriptor_that_cannot_be_copied_leaks_no_other(
@@ -498,10 +517,10 @@ def test_where_no_new_index_can_be_made_the_old_one_stays(
 def test_a_domain_that_cannot_be_made_whole_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before, create = open_fds(), Arena.create
 
-    def pool_only(name: str, nbytes: int) -> Arena:
+    def pool_only(name: str, nbytes: int, **options: bool) -> Arena:
         if name != "pool":
             raise OSError(24, "too many open files")
-        return create(name, nbytes)
+        return create(name, nbytes, **options)
 
     monkeypatch.setattr(Arena, "create", pool_only)
     with pytest.raises(OSError, match="too many"):
