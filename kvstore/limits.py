@@ -36,3 +36,4 @@ MAX_POSITION = (1 << 31) - 1  # of a block in its chain
 MAX_POPULATED_BYTES = 64 << 30  # of a pool whose pages a client maps ahead; 2 MiB of tables a GiB
 MAX_LAYOUTS_EXPLAINED = 16  # of one name, in which `explain` looks for a key
 MAX_UNREAD_BYTES = 64 << 20  # of unfinished records on the channel, of all clients of one user
+MAX_CASTS = 16  # commands that wait on a client for the next call to take them along

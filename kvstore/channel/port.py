@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import Any
 
-from kvstore import commands
+from kvstore import commands, limits
 from kvstore.channel import wire
 from kvstore.errors import DeadlineExceeded, PermissionDenied, ProtocolError, Unavailable
 
@@ -27,7 +27,7 @@ class ChannelPort:
         self._lock = threading.Lock()
         self._waking = threading.RLock()  # around the pipe's numbers: closed ones are given anew
         self.fds: list[int] = []
-        self._casts: deque[bytes] = deque()
+        self._casts: deque[bytes] = deque(maxlen=limits.MAX_CASTS)  # the oldest are lost
         self.interrupted = False  # whether it is over because a call was broken off here
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
