@@ -129,7 +129,7 @@ def pack_many(
     *,
     namespace: int,
     keys: npt.NDArray[np.uint8],
-    put_ids: list[bytes],
+    put_ids: bytes,
     length: int,
     checksums: npt.NDArray[np.uint64],
     parents: npt.NDArray[np.uint8],
@@ -137,9 +137,9 @@ def pack_many(
 ) -> npt.NDArray[np.uint8]:
     """The bytes of n headers at once, (n, header_bytes(n_cells)) uint8, each as `pack` makes it.
 
-    keys and parents: (n, 32) uint8, a parent of zeros where it is unknown. put_ids: 16 bytes each.
-    checksums: (n, n_cells). positions: (n,), -1 where unknown. Checks nothing: all of it is the
-    store's own.
+    keys and parents: (n, 32) uint8, a parent of zeros where it is unknown. put_ids: 16 bytes each,
+    joined. checksums: (n, n_cells). positions: (n,), -1 where unknown. Checks nothing: all of it is
+    the store's own.
     """
     n, n_cells = checksums.shape
     packed = np.zeros((n, header_bytes(n_cells)), np.uint8)
@@ -147,7 +147,7 @@ def pack_many(
     fixed["magic"], fixed["version"] = MAGIC, VERSION
     fixed["n_cells"], fixed["length"], fixed["namespace"] = n_cells, length, namespace
     fixed["key"], fixed["parent"], fixed["position"] = keys, parents, positions
-    fixed["put_id"] = np.frombuffer(b"".join(put_ids), np.uint8).reshape(n, PUT_ID_BYTES)
+    fixed["put_id"] = np.frombuffer(put_ids, np.uint8).reshape(n, PUT_ID_BYTES)
     end = _FIXED.size + n_cells * _SUM_BYTES
     packed[:, _FIXED.size : end] = checksums.astype("<u8").view(np.uint8).reshape(n, -1)
     summed = memoryview(np.ascontiguousarray(packed[:, :end]).reshape(-1))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
+NO_SLOT = 0xFFFFFFFF
 
 
 class ReserveStatus(enum.IntEnum):
@@ -32,6 +33,15 @@ class SealStatus(enum.IntEnum):
     STORED = 0  # all cells are in: the block can be found
     WAITING = 1  # other ranks still owe cells
     DROPPED = 2  # the put was aborted, or was never granted to this connection
+
+
+class CommitStatus(enum.IntEnum):
+    """What became of one key of a `Commit`; all but STORED leave its slot in the stock."""
+
+    STORED = 0
+    EXISTS = 1  # already stored: nothing to do
+    IN_PROGRESS = 2  # ranks are writing this key together
+    NO_SPACE = 3  # the index is full, or no slot was named: not stored
 
 
 class ExplainStatus(enum.IntEnum):
@@ -113,6 +123,56 @@ class Sealed:
     """`status` holds `SealStatus` (uint8)."""
 
     status: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Asks for `blocks` empty slots that fit blocks of the namespace, for the sender's stock."""
+
+    namespace: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """The first granules of the slots, maybe of fewer than were asked for."""
+
+    granules: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Says that whole blocks are written in slots of the sender's stock: a put in one command.
+
+    `granules` has a slot for each hash, `NO_SLOT` for one that is stored already as far as the
+    sender knows. `checksums` is (n, cells) xxh3-64; `parent`, `position`, `ttl_ms` as in `Reserve`.
+    `more`: how many slots the sender would like to hold ahead for blocks of this namespace.
+    """
+
+    namespace: int
+    put_id: bytes
+    hashes: U8
+    granules: U32
+    checksums: U64
+    parent: bytes = b""
+    position: int = -1
+    ttl_ms: int = 0
+    more: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """`status` holds `CommitStatus` (uint8); `granules` of the slots that were added."""
+
+    status: U8
+    granules: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveBack:
+    """Slots of the sender's stock that it will not write."""
+
+    granules: U32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +329,9 @@ Command = (
     OpenNamespace
     | Reserve
     | Seal
+    | Grant
+    | Commit
+    | GiveBack
     | Abort
     | Lease
     | Release
@@ -280,5 +343,15 @@ Command = (
     | Describe
 )
 Result = (
-    NamespaceOpened | Reserved | Sealed | Leased | Explained | Stats | Description | Count | Failed
+    NamespaceOpened
+    | Reserved
+    | Sealed
+    | Granted
+    | Committed
+    | Leased
+    | Explained
+    | Stats
+    | Description
+    | Count
+    | Failed
 )

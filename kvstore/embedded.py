@@ -36,6 +36,8 @@ class _StoreLink:
         self._guard = ForkGuard()
         self._memory: Memory | None = self._map()
 
+    writes_pool = True
+
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """See `Link.call`; there is nothing to wait for."""
         del timeout_s

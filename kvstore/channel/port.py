@@ -108,10 +108,21 @@ class ChannelPort:
 
     def shut(self) -> None:
         """Ends the connection; a call or wait in another thread ends at once. `close` follows."""
+        self._say_last()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
         self.poke()
+
+    def _say_last(self) -> None:
+        """Sends what was cast, unless another thread is in a call or the socket is full."""
+        if self._casts and self._lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(OSError):
+                    self._sock.send(b"".join(self._casts))
+                self._casts.clear()
+            finally:
+                self._lock.release()
 
     def abandon(self) -> None:
         """Closes this process's copy of the socket; the process that it was forked from goes on."""

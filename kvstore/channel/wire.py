@@ -16,7 +16,7 @@ import numpy as np
 
 from kvstore import commands, errors, limits
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 FRAME = struct.Struct("<IHH")
 _I64 = struct.Struct("<q")
 _U32 = struct.Struct("<I")
@@ -99,6 +99,11 @@ _TYPES: dict[int, type] = {
     24: IndexMapped,
     25: Stage,
     26: SealStaged,
+    27: commands.Grant,
+    28: commands.Granted,
+    29: commands.Commit,
+    30: commands.Committed,
+    31: commands.GiveBack,
 }
 _NUMBERS = {kind: number for number, kind in _TYPES.items()}
 _FIELDS = {

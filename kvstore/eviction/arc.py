@@ -1,8 +1,8 @@
 """ARC (Megiddo and Modha, FAST 2003): recency and frequency, balanced by ghosts.
 
-Differences from the paper: the ghost lists are direct-mapped tables of fingerprints with sequence
-numbers, where an entry counts while it is among the last c - |T| evictions of its list T; c is
-the number of blocks held when space was last asked for, since the pool is counted in bytes.
+Differences from the paper: the ghost lists are tables of fingerprints with small buckets, that of a
+list T as long as c - |T| at most; c is the number of blocks held when space was last asked for,
+since the pool is counted in bytes; and space is made before the target moves, not after it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Arc:
         seen = self._adapt(fingerprints)
         self._t2.push_back(ids[seen][::-1])
         self._t1.push_back(ids[~seen][::-1])
+        self._b1.trim(max(0, self._capacity - len(self._t1)))
+        self._b2.trim(max(0, self._capacity - len(self._t2)))
 
     def touch(self, ids: IdArray) -> None:
         """Blocks read (uint32 [n], head first) become the warmest of T2."""
@@ -110,12 +112,8 @@ class Arc:
 
     def _adapt(self, fingerprints: U64Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Move the target by the ghosts hit; bool [n]: which blocks a ghost knew."""
-        window1 = max(0, self._capacity - len(self._t1))
-        window2 = max(0, self._capacity - len(self._t2))
-        size1 = max(1, min(len(self._b1), window1))
-        size2 = max(1, min(len(self._b2), window2))
-        hit1 = self._b1.take(fingerprints, window1)
-        hit2 = self._b2.take(fingerprints, window2)
+        size1, size2 = max(1, len(self._b1)), max(1, len(self._b2))
+        hit1, hit2 = self._b1.take(fingerprints), self._b2.take(fingerprints)
         up = int(hit1.sum()) * max(1.0, size2 / size1)
         down = int((hit2 & ~hit1).sum()) * max(1.0, size1 / size2)
         self._target = min(max(self._target + up - down, 0.0), float(self._capacity))

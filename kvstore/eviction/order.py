@@ -21,6 +21,8 @@ MIN_CHUNK = 256
 MIN_LOG = 1024
 NO_IDS: IdArray = np.empty(0, np.uint32)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+_WAY_BITS = 2
+_WAYS = 1 << _WAY_BITS
 
 
 def scan_budget(n: int) -> int:
@@ -46,12 +48,18 @@ class LazyOrder:
         return self._count
 
     def contains(self, ids: IdArray) -> BoolArray:
-        """Which of `ids` (uint32 [n]) are in the queue: bool [n]."""
+        """Which of `ids` (uint32, any shape) are in the queue: bool, as `ids`."""
         given: BoolArray = self._stamp[ids] > 0
         return given
 
+    def ages(self, ids: IdArray) -> npt.NDArray[np.uint32]:
+        """When `ids` (uint32, any shape) came: more is later, 0 is absent; uint32, as `ids`."""
+        return self._stamp[ids]
+
     def push_back(self, ids: IdArray) -> None:
         """Put `ids` (uint32 [n]) last, moving those present; of duplicates the last counts."""
+        if not ids.size:
+            return
         if ids.size > self._max:
             ids = _keep_last(ids)
         if self._tail + ids.size > self._log.size:
@@ -66,6 +74,8 @@ class LazyOrder:
 
     def remove(self, ids: IdArray) -> None:
         """Take `ids` (uint32 [n]) out; absent ids are ignored."""
+        if not ids.size or not self._count:
+            return
         present = ids[self._stamp[ids] > 0]
         if present.size > 1:
             present = np.unique(present)
@@ -151,42 +161,50 @@ def split(ids: IdArray, mask: BoolArray, n: int) -> tuple[IdArray, IdArray]:
 
 
 class GhostTable:
-    """Fingerprints of evicted blocks: a direct-mapped table with sequence numbers.
+    """Fingerprints of evicted blocks, in the order in which they went.
 
-    Each put takes the next number; an entry is a ghost while fewer than `window` puts came after
-    it. A collision forgets the older ghost, so the table may forget early; a false hit needs two
-    equal 64-bit fingerprints. Memory: 16 bytes per slot, slots = next power of two >= max_blocks.
+    A fingerprint has the four slots of its bucket to lie in; a full bucket forgets its oldest, so
+    the table may forget early where it holds about as many as it has slots. A false hit needs two
+    equal 64-bit fingerprints. Memory: 20 bytes per slot, slots = next power of two >= max_blocks.
     """
 
     def __init__(self, max_blocks: int) -> None:
         bits = max(4, (max_blocks - 1).bit_length())
-        self._shift = np.uint64(64 - bits)
+        self._shift = np.uint64(64 - bits + _WAY_BITS)
         self._fp = np.zeros(1 << bits, np.uint64)
-        self._seq = np.zeros(1 << bits, np.int64)  # 0: empty
-        self._next = 1
-        self._count = 0
+        self._order = LazyOrder(1 << bits)  # of the slots
 
     def __len__(self) -> int:
-        """Entries in the table, outdated ones included."""
-        return self._count
+        return len(self._order)
 
     def put(self, fingerprints: U64Array) -> None:
         """Remember `fingerprints` (uint64 [n]), oldest first."""
         slots = self._slots(fingerprints)
-        self._count += int(np.unique(slots[self._seq[slots] == 0]).size)
-        self._fp[slots] = fingerprints
-        self._seq[slots] = np.arange(self._next, self._next + slots.size)
-        self._next += slots.size
+        # Those that share a bucket take its slots in turn.
+        by_bucket = np.argsort(slots[:, 0], kind="stable")
+        buckets = slots[by_bucket, 0]
+        turn = np.empty(buckets.size, np.int64)
+        turn[by_bucket] = np.arange(buckets.size) - np.searchsorted(buckets, buckets)
+        ways = np.argsort(self._order.ages(slots), axis=1, kind="stable")
+        rows = np.arange(buckets.size)
+        chosen = slots[rows, ways[rows, turn % _WAYS]]
+        self._fp[chosen] = fingerprints
+        self._order.push_back(chosen)
 
-    def take(self, fingerprints: U64Array, window: int) -> BoolArray:
+    def take(self, fingerprints: U64Array) -> BoolArray:
         """Which of `fingerprints` (uint64 [n]) are ghosts: bool [n]; hits leave the table."""
         slots = self._slots(fingerprints)
-        seq = self._seq[slots]
-        hit = (seq > 0) & (self._fp[slots] == fingerprints) & (self._next - seq <= window)
-        gone = np.unique(slots[hit])
-        self._seq[gone] = 0
-        self._count -= gone.size
-        return np.asarray(hit, np.bool_)
+        same = (self._fp[slots] == fingerprints[:, None]) & self._order.contains(slots)
+        self._order.remove(slots[same])
+        hit: BoolArray = same.any(axis=1)
+        return hit
 
-    def _slots(self, fingerprints: U64Array) -> npt.NDArray[np.int64]:
-        return ((fingerprints * _MIX) >> self._shift).astype(np.int64)
+    def trim(self, most: int) -> None:
+        """Forget the oldest ones beyond `most`."""
+        if len(self._order) > most:
+            self._order.pop_front(len(self._order) - most)
+
+    def _slots(self, fingerprints: U64Array) -> IdArray:
+        """The slots (uint32 [n, 4]) of a fingerprint's bucket."""
+        buckets = ((fingerprints * _MIX) >> self._shift).astype(np.uint32)
+        return (buckets[:, None] << np.uint32(_WAY_BITS)) + np.arange(_WAYS, dtype=np.uint32)

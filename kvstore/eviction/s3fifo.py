@@ -1,9 +1,10 @@
 """S3-FIFO (Yang et al., SOSP 2023): a small, a main and a ghost queue.
 
-Differences from the paper: the ghost queue is a direct-mapped table of fingerprints; the small
-queue's 10 % are of the blocks held, since the pool is counted in bytes; when second chances have
-used half of a call's scan, the rest of it takes evictable blocks whatever their count, so that a
-pool of only hot blocks still yields victims in bounded time.
+Differences from the paper: the ghost queue is a table of fingerprints with small buckets; the small
+queue's 10 % and the length of the ghost queue are of the blocks held, since the pool is counted in
+bytes; once hot blocks have left small so that it is below its share, main is looked at next; when
+second chances have used half of a call's scan, the rest of it takes evictable blocks whatever their
+count, so that a pool of only hot blocks still yields victims in bounded time.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class S3Fifo:
     def admit(self, ids: IdArray, fingerprints: U64Array) -> None:
         """New blocks (uint32 [n], head first) enter small, or main if evicted of late."""
         self.forget(ids)
-        seen = self._ghost.take(fingerprints, max(len(self), 1))
+        seen = self._ghost.take(fingerprints)
         self._freq[ids] = 0
         self._fp[ids] = fingerprints
         self._main.push_back(ids[seen][::-1])
         self._small.push_back(ids[~seen][::-1])
+        self._ghost.trim(len(self))
 
     def touch(self, ids: IdArray) -> None:
         """Blocks read (uint32 [n]): their count grows, once per call, up to 3."""
@@ -72,15 +74,16 @@ class S3Fifo:
             queue.remove(ids)
 
     def victims(self, n: int, evictable: Evictable) -> IdArray:
-        """Up to `n` coldest evictable ids (uint32 [<=n]), removed; they leave ghosts."""
+        """Up to `n` coldest evictable ids (uint32 [<=n]), removed; those of small leave ghosts."""
         budget = scan_budget(n)
         out, looked = take(self._cold, n, budget // 4, evictable)
         chanced, used = self._with_chances(n - out.size, budget // 2, evictable)
         out, looked = np.concatenate((out, chanced)), looked + used
         for queue, share in ((self._small, 2), (self._main, 1)):
             more, used = take(queue, n - out.size, (budget - looked) // share, evictable)
+            if queue is self._small:
+                self._ghost.put(self._fp[more])
             out, looked = np.concatenate((out, more)), looked + used
-        self._ghost.put(self._fp[out])
         return out
 
     def spare(self, ids: IdArray) -> None:
@@ -113,6 +116,8 @@ class S3Fifo:
             goes[goes] = evictable(ids[goes])
             chosen, rest = split(ids, goes, n - out.size)
             queue.remove(chosen)
+            if from_small:
+                self._ghost.put(self._fp[chosen])
             moved = self._give_chances(queue, rest, from_small)
             idle = 0 if moved or chosen.size else idle + rest.size
             looked += chosen.size + rest.size

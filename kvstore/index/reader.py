@@ -86,6 +86,10 @@ class Lookup:
         """The blocks' tiers."""
         return (self.rows[:, W_STAMP] >> np.uint64(56)).astype(np.uint8)
 
+    def only_found(self) -> Lookup:
+        """Those that are there."""
+        return Lookup(self.rows[self.found])
+
     def _half(self, at: int) -> NDArray[np.int64]:
         # (n, 16): a word's low half comes first
         return self.rows.view(np.uint32)[:, at].astype(np.int64)
@@ -128,9 +132,10 @@ class IndexReader:
     def lookup(self, namespace: int, hashes: NDArray[np.uint8]) -> Lookup:
         """The rows of keys (n, 32) uint8; `InvalidArgument` for another array or namespace."""
         rows = self._rows(namespace, hashes)
-        wrong = checks_of(rows) != rows[:, W_CHECK]
-        if wrong.any():  # those of missing keys, which are all zero, among them
-            rows[wrong] = 0
+        if len(rows) > _FEW:  # few are checked where they are found
+            wrong = checks_of(rows) != rows[:, W_CHECK]
+            if wrong.any():  # those of missing keys, which are all zero, among them
+                rows[wrong] = 0
         return Lookup(rows)
 
     def match(self, namespace: int, hashes: NDArray[np.uint8]) -> Match:

@@ -50,6 +50,11 @@ class ChannelLink:
         self._guard = ForkGuard(self._port.abandon)
         self._populating = self._populate()
 
+    @property
+    def writes_pool(self) -> bool:
+        """See `Link.writes_pool`."""
+        return bool(self._port.welcome.writable)
+
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """See `Link.call`."""
         self._guard.check()
@@ -71,7 +76,7 @@ class ChannelLink:
     def fill(self, granted: Granted, sources: Sequence[int], timeout_s: float) -> c.U8:
         """See `Link.fill`."""
         deadline = Deadline(max(timeout_s, 1e-3))
-        if self._port.welcome.writable:
+        if self.writes_pool:
             memory = self.memory(deadline.left_s)
             return fill_directly(self, memory, granted, sources, deadline.left_s)
         with self._locked(deadline):
@@ -207,7 +212,7 @@ class _ChannelConnection(LocalSession):
     """A `LocalSession` whose reads are reported by the thread that watches the connection."""
 
     def __init__(self, link: ChannelLink, *, timeout_s: float, verify_reads: bool) -> None:
-        super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads)
+        super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads, ahead=True)
         self._channel = link
         self._aborts: deque[c.Abort] = deque()
         self._asleep = True  # whether the watching thread sleeps until it is poked
@@ -223,7 +228,10 @@ class _ChannelConnection(LocalSession):
         return not self._channel.interrupted
 
     def shut(self) -> None:
-        """Ends the connection, and with it `watch`."""
+        """Ends the connection, and with it `watch`; slots that nobody writes go back."""
+        stock = self._writer.stock.take_all()
+        if stock:
+            self._channel.cast(c.GiveBack(granules=np.array(stock, np.uint32)))
         self._channel.shut()
 
     def _pause_s(self) -> float | None:

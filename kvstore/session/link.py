@@ -43,9 +43,14 @@ class Memory:
         start = granule * limits.GRANULE_BYTES
         return self.pool[start : start + payload_offset(layout)]
 
+    @property
+    def pool_address(self) -> int:
+        """Where the pool lies in this process."""
+        return int(self.pool.__array_interface__["data"][0])
+
     def payload_addresses(self, layout: Layout, granules: npt.NDArray[np.integer]) -> list[int]:
         """Where the payloads of the slots at `granules` lie in this process."""
-        first = int(self.pool.__array_interface__["data"][0]) + payload_offset(layout)
+        first = self.pool_address + payload_offset(layout)
         starts: list[int] = (granules.astype(np.int64) * limits.GRANULE_BYTES + first).tolist()
         return starts
 
@@ -64,6 +69,10 @@ class Granted:
 
 class Link(Protocol):
     """One connection to one store: calls, memory, and a way for bytes into granted slots."""
+
+    @property
+    def writes_pool(self) -> bool:
+        """Whether this process may write slots itself."""
 
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """One command; a `KVStoreError` (never a `Failed`) where the store refused."""
@@ -93,30 +102,44 @@ def fill_directly(
         namespace=granted.namespace,
         put_id=granted.put_id,
         hashes=granted.hashes,
-        checksums=copy_all_in(memory, granted, sources, end_s),
+        checksums=copy_all_in(
+            memory,
+            granted.layout,
+            granted.part,
+            sources=sources,
+            slots=granted.granules.tolist(),
+            end_s=end_s,
+        ),
     )
     sealed = link.call(seal, max(0.0, end_s - time.monotonic()))
     assert isinstance(sealed, c.Sealed)
     return sealed.status
 
 
-def copy_all_in(memory: Memory, granted: Granted, sources: Sequence[int], end_s: float) -> c.U64:
-    """Copies into the granted slots; returns the checksums (n, cells) of what arrived.
+def copy_all_in(
+    memory: Memory,
+    layout: Layout,
+    part: Part,
+    *,
+    sources: Sequence[int],
+    slots: Sequence[int],
+    end_s: float,
+) -> c.U64:
+    """Copies parts of blocks from addresses (sources) to slots (their first granules).
+
+    Returns the checksums (n, cells) of what arrived.
 
     `DeadlineExceeded` where that is not done by `end_s` of `time.monotonic`.
     """
-    part, pool = granted.part, bytes_of(memory.pool)
-    start, size = payload_offset(granted.layout), granted.layout.block_bytes
+    pool, offset, size = bytes_of(memory.pool), payload_offset(layout), layout.block_bytes
+    base = memory.pool_address
     sums: list[list[int]] = [[]] * len(sources)
 
-    def copy(i: int, source: int, target: int, granule: int) -> None:
-        at = granule * limits.GRANULE_BYTES + start
-        sums[i] = part.copy_in(source, target, pool[at : at + size])
+    def copy(i: int, source: int, slot: int) -> None:
+        at = slot * limits.GRANULE_BYTES + offset
+        sums[i] = part.copy_in(source, base + at, pool[at : at + size])
 
-    targets = memory.payload_addresses(granted.layout, granted.granules)
-    pieces = list(
-        zip(range(len(sources)), sources, targets, granted.granules.tolist(), strict=True)
-    )
+    pieces = list(zip(range(len(sources)), sources, slots, strict=True))
     done = in_parallel(copy, pieces, part.nbytes * len(pieces), end_s)
     if done < len(pieces):
         raise DeadlineExceeded(f"{done} of {len(pieces)} blocks were copied in time")

@@ -7,6 +7,7 @@ what to evict, where to put (the store decides), and how commands travel (the li
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -53,6 +54,7 @@ from kvstore.session.requests import (
     checked_put,
     hint_ms,
 )
+from kvstore.session.writes import Writer
 
 _HITS = {code: Hit(tier) for code, tier in TIERS.items()}
 
@@ -86,11 +88,15 @@ class LocalSession(ControlSession):
     """One client of one store on the same host (or in the same process).
 
     Implements `Session`, but for one thing: when the store is gone it raises instead of missing;
-    `ResilientSession` adds that. verify_reads: check the checksums at each get.
+    `ResilientSession` adds that. verify_reads: check the checksums at each get. ahead: hold empty
+    slots for the next puts.
     """
 
-    def __init__(self, link: Link, *, timeout_s: float, verify_reads: bool = False) -> None:
+    def __init__(
+        self, link: Link, *, timeout_s: float, verify_reads: bool = False, ahead: bool = False
+    ) -> None:
         super().__init__(link, timeout_s=timeout_s)
+        self._writer = Writer(link, ahead=ahead, note=self._came_upon)
         # Readers order their loads by what x86 guarantees; elsewhere only a checksum can tell.
         self._verify = verify_reads or platform.machine() != "x86_64"
 
@@ -181,7 +187,7 @@ class LocalSession(ControlSession):
         hint: Hint | None = None,
         timeout_s: float | None = None,
     ) -> PutResult:
-        """See `Session.put`; two calls, and one more with a hint."""
+        """See `Session.put`; one call or two, and one more with a hint."""
         deadline = self._deadline(timeout_s)
         put = checked_put(
             namespace,
@@ -194,7 +200,6 @@ class LocalSession(ControlSession):
             ttl_s=ttl_s,
             hint=hint,
         )
-        self._report_before_eviction(deadline)
         result = self._put(put, deadline)
         if hint:
             self._advise(namespace, put.chain, hint, deadline)
@@ -225,13 +230,13 @@ class LocalSession(ControlSession):
             self.hint(namespace, chain, hint, timeout_s=max(deadline.left_s, 1e-3))
 
     def _put(self, put: PutRequest, deadline: Deadline) -> PutResult:
-        number = self._number(put.namespace, deadline)
+        store = self._put_whole if self._is_whole(put) else self._put_part
         try:
-            reserved = self._call(put.reserve(number), c.Reserved, deadline)
-        except StaleNamespace:
-            self._ids.clear()
-            number = self._number(put.namespace, deadline)
-            reserved = self._call(put.reserve(number), c.Reserved, deadline)
+            try:
+                return store(put, deadline)
+            except StaleNamespace:
+                self._ids.clear()
+                return store(put, deadline)
         except ResourceExhausted as error:  # an engine goes on without its cache
             return PutResult(
                 stored=0,
@@ -240,6 +245,20 @@ class LocalSession(ControlSession):
                 not_stored=len(put.chain),
                 retry_after_ms=error.retry_after_ms,
             )
+
+    def _is_whole(self, put: PutRequest) -> bool:
+        return self._link.writes_pool and not len(put.part.cells)
+
+    def _put_whole(self, put: PutRequest, deadline: Deadline) -> PutResult:
+        number = self._number(put.namespace, deadline)
+        before = functools.partial(self._report_before_eviction, deadline)
+        return self._writer.put(put, number, deadline, before)
+
+    def _put_part(self, put: PutRequest, deadline: Deadline) -> PutResult:
+        """Some cells of blocks, or whole ones where the store copies: two calls."""
+        number = self._number(put.namespace, deadline)
+        self._report_before_eviction(deadline)
+        reserved = self._call(put.reserve(number), c.Reserved, deadline)
         granted = np.flatnonzero(reserved.status == c.ReserveStatus.GRANTED)
         existed = int((reserved.status == c.ReserveStatus.EXISTS).sum())
         full = bool((reserved.status == c.ReserveStatus.NO_SPACE).any())
@@ -313,8 +332,15 @@ class LocalSession(ControlSession):
         granules = found.granules[:hits].astype(np.uint32)
         now = time.monotonic()
         self._touched(
-            self._touches.add(granules, found.generations[:hits], lookups=lookups, now=now)
+            self._touches.add(
+                granules, found.generations[:hits], lookups=lookups, hits=hits, now=now
+            )
         )
+
+    def _came_upon(self, granules: c.U32, generations: c.U64) -> None:
+        """A put has found these there already."""
+        now = time.monotonic()
+        self._touched(self._touches.add(granules, generations, lookups=0, hits=0, now=now))
 
     def _touched(self, began: bool) -> None:
         """Touches were noted; `began`: they are the first of a batch. Reports what is due."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvstore import commands as c
+from kvstore import limits
 from kvstore.block import header_bytes
 from kvstore.errors import InvalidArgument, LayoutMismatch
 from kvstore.layout import Layout
@@ -123,6 +124,12 @@ def _address_of(name: str, buffer: Bytes1D, nbytes: int, writable: bool) -> int:
 def payload_offset(layout: Layout) -> int:
     """Bytes from a slot's start to the payload."""
     return header_bytes(layout.n_cells)
+
+
+@functools.lru_cache(maxsize=1024)
+def slot_granules(layout: Layout) -> int:
+    """The size of a slot that holds a block with its header."""
+    return -(-(payload_offset(layout) + layout.block_bytes) // limits.GRANULE_BYTES)
 
 
 def bytes_of(array: Bytes1D) -> memoryview:

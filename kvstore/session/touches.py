@@ -23,11 +23,16 @@ class TouchLog:
         self._since: float | None = None
         self.lost = 0
 
-    def add(self, granules: c.U32, generations: c.U64, *, lookups: int, now: float) -> bool:
-        """Notes a read of blocks in chain order; True where a batch begins with it."""
+    def add(
+        self, granules: c.U32, generations: c.U64, *, lookups: int, hits: int, now: float
+    ) -> bool:
+        """Notes a read of blocks in chain order; True where a batch begins with it.
+
+        lookups, hits: how many keys were asked for and found; none by who did not ask for them.
+        """
         with self._lock:
             self._lookups += lookups
-            self._hits += len(granules)
+            self._hits += hits
             began = self._since is None
             self._since = now if began else self._since
             if self._blocks + len(granules) > limits.MAX_TOUCHES_KEPT:

@@ -45,14 +45,13 @@ class Blocks:
         self._free = np.arange(max_blocks - 1, -1, -1, dtype=np.uint32)
         self.n_free = max_blocks
 
-    def take(self, granules: Granules, namespace: int) -> IdArray:
+    def take(self, granules: Granules) -> IdArray:
         """Ids for slots that are to be written; at most `n_free` of them."""
         n = len(granules)
         ids = self._free[self.n_free - n : self.n_free][::-1].copy()
         self.n_free -= n
         self.state[ids] = BlockState.PENDING
         self.granule[ids] = granules
-        self.namespace[ids] = namespace
         return ids
 
     def give_back(self, ids: IdArray) -> None:
@@ -62,9 +61,10 @@ class Blocks:
         self._free[self.n_free : self.n_free + len(ids)] = ids
         self.n_free += len(ids)
 
-    def appear(self, ids: IdArray) -> None:
-        """Pending blocks are in the index from now on."""
+    def appear(self, ids: IdArray, namespace: int) -> None:
+        """Pending blocks are in the index, under a namespace, from now on."""
         self.state[ids] = BlockState.LIVE
+        self.namespace[ids] = namespace
         self.children[ids] = 0
         self._parent[ids] = NO_BLOCK
         self._at_granule[self.granule[ids]] = ids

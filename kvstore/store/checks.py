@@ -25,8 +25,24 @@ def check_put(put_id: bytes, hashes: c.U8) -> None:
     check_hashes(hashes)
 
 
+def check_commit(command: c.Commit, n_cells: int) -> None:
+    """A `Commit` of blocks of so many cells, but for whose its slots are."""
+    _check_chain(command)
+    n = len(command.hashes)
+    if command.granules.shape != (n,):
+        raise InvalidArgument("granules", "expected one for each hash")
+    if command.checksums.shape != (n, n_cells):
+        raise LayoutMismatch("checksums", f"expected ({n}, {n_cells}), one for each cell")
+    if not 0 <= command.more <= limits.MAX_KEYS_PER_CALL:
+        raise InvalidArgument("more", f"0 to {limits.MAX_KEYS_PER_CALL} slots, please")
+
+
 def check_reserve(command: c.Reserve) -> None:
     """A `Reserve`, but for its cells."""
+    _check_chain(command)
+
+
+def _check_chain(command: c.Reserve | c.Commit) -> None:
     check_put(command.put_id, command.hashes)
     if len(command.parent) not in (0, limits.KEY_BYTES):
         raise InvalidArgument("parent", f"expected {limits.KEY_BYTES} bytes or none")

@@ -9,16 +9,14 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import pack_many
 from kvstore.errors import InvalidArgument, LayoutMismatch, ResourceExhausted
 from kvstore.store.blocks import IdArray
 from kvstore.store.checks import cell_mask, check_hashes, check_put, check_reserve
 from kvstore.store.deadlines import Due
 from kvstore.store.namespaces import Namespace
+from kvstore.store.publish import NO_PARENT, NO_ROW, Whole, publish
 from kvstore.store.puts import Connection, GrantedBlocks, Pending, Puts, bits
-from kvstore.store.shelf import DRAM_TIER, Shelf
-
-NO_PARENT = bytes(limits.KEY_BYTES)  # what a header says where no parent is known
+from kvstore.store.shelf import Shelf
 
 
 class Intake:
@@ -107,7 +105,7 @@ class Intake:
         if n <= 0:
             return []
         granules = self._shelf.room.allocate(namespace.slot_bytes, n, evict=self._shelf.evict)
-        ids = self._shelf.blocks.take(granules, namespace.id)
+        ids = self._shelf.blocks.take(granules)
         self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written
         everything = (1 << namespace.layout.n_cells) - 1
         begun = [
@@ -190,77 +188,26 @@ class Intake:
         self._shelf.deadlines.set(Due.PARTS, ids, self._shelf.now_ms + limits.MAX_PARTS_WAIT_MS)
 
     def _publish(self, namespace: Namespace, complete: list[Pending]) -> npt.NDArray[np.bool_]:
-        """Writes the headers, then makes the blocks visible: never the other way round.
-
-        Returns which of them found a place in the index: bool (n,).
-        """
+        """Makes whole blocks visible; bool (n,): which found a place in the index."""
         self.puts.finish(complete)
-        granules = np.array([p.granule for p in complete], np.uint32)
-        hashes = np.frombuffer(b"".join(p.key for p in complete), np.uint8).reshape(-1, 32)
-        self._write_headers(namespace, complete, hashes, granules)
-        self._shelf.lose(self._shelf.catalog.make_room(len(complete)))
-        ids = np.array([p.block for p in complete], np.uint32)
-        self._shelf.memory.generations[granules] += np.uint64(1)  # even: stable
-        shown = self._shelf.catalog.insert(
-            hashes,
-            namespace=namespace.id,
-            length=namespace.layout.block_bytes,
-            tier=DRAM_TIER,
-            ids=ids,
-            granules=granules,
-            generations=self._shelf.memory.generations[granules],
-        )
-        self._shelf.counters.dropped += int((~shown).sum())
-        self._shelf.free(ids[~shown])  # the probe bound was reached: blocks not stored, legally
-        ids = ids[shown]
-        self._shelf.blocks.appear(ids)
-        namespace.blocks += len(ids)
-        visible = [p for p, ok in zip(complete, shown.tolist(), strict=True) if ok]
-        self._link(namespace, visible, ids)
-        self._shelf.policy.admit(ids, hashes[shown, :8].copy().view(np.uint64).ravel())
-        self._shelf.counters.stored += len(ids)
-        for ttl_ms in {p.ttl_ms for p in visible if p.ttl_ms}:
-            mortal = np.array([p.block for p in visible if p.ttl_ms == ttl_ms], np.uint32)
-            self._shelf.deadlines.set(Due.EXPIRY, mortal, self._shelf.now_ms + ttl_ms)
-        return shown
-
-    def _link(self, namespace: Namespace, complete: list[Pending], ids: IdArray) -> None:
-        """Counts each block as its parent's child, so that chains are evicted from the tail.
-
-        A parent comes before its child: else blocks could hold each other (or one itself) in the
-        store for ever, where a caller's own keys make no true chain.
-        """
-        order = {p.key: n for n, p in enumerate(complete)}
-        chained = [
-            (p, i)
-            for n, (p, i) in enumerate(zip(complete, ids, strict=True))
-            if p.parent and order.get(p.parent, -1) < n
-        ]
-        if not chained:
-            return
-        parents = np.frombuffer(b"".join(p.parent for p, _ in chained), np.uint8).reshape(-1, 32)
-        found = self._shelf.catalog.find(namespace.id, parents)
-        known = found >= 0
-        children = np.array([i for _, i in chained], np.uint32)
-        self._shelf.blocks.link(children[known], found[known].astype(np.uint32))
-
-    def _write_headers(
-        self, namespace: Namespace, complete: list[Pending], hashes: c.U8, granules: c.U32
-    ) -> None:
+        rows = {p.key: row for row, p in enumerate(complete)}
+        before = [rows.get(p.parent, NO_ROW) for p in complete]
         parents = b"".join(p.parent or NO_PARENT for p in complete)
-        headers = pack_many(
-            namespace=namespace.id,
-            keys=hashes,
-            put_ids=[p.put_id for p in complete],
-            length=namespace.layout.block_bytes,
+        whole = Whole(
+            keys=np.frombuffer(b"".join(p.key for p in complete), np.uint8).reshape(-1, 32),
+            put_ids=b"".join(p.put_id for p in complete),
+            ids=np.array([p.block for p in complete], np.uint32),
+            granules=np.array([p.granule for p in complete], np.uint32),
             checksums=np.array([p.checksums for p in complete], np.uint64),
             parents=np.frombuffer(parents, np.uint8).reshape(-1, limits.KEY_BYTES),
             positions=np.array([p.position for p in complete], np.int32),
+            ttl_ms=np.array([p.ttl_ms for p in complete], np.int64),
+            before=np.array([b if b < row else NO_ROW for row, b in enumerate(before)], np.int64),
         )
-        rows = self._shelf.memory.pool[: self._shelf.room.slabs.total_bytes].reshape(
-            -1, limits.GRANULE_BYTES
-        )
-        rows[granules, : headers.shape[1]] = headers
+        shown = publish(self._shelf, namespace, whole)
+        self._shelf.counters.dropped += int((~shown).sum())
+        self._shelf.free(whole.ids[~shown])  # the probe bound was reached: not stored, legally
+        return shown
 
     def abort(self, number: int, who: Connection, command: c.Abort) -> c.Count:
         """The connection gives its puts up, for all ranks."""

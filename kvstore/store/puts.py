@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,19 +64,34 @@ class Pending:
         return put_id == self.put_id and not mask & others and mask & self.missing == mask
 
 
+class Slot(NamedTuple):
+    """An empty slot of somebody's stock: the block id that goes with it, and its size."""
+
+    block: int
+    nbytes: int
+
+
 @dataclass(slots=True, eq=False)
 class Connection:
-    """What one client holds. `granted_bytes`: of slots that it may write."""
+    """What one client holds. `put_bytes`: of slots of puts that it has begun; `stock`: slots
+    without a key, by granule, `stock_bytes` of them."""
 
     puts: dict[PutKey, Pending] = field(default_factory=dict)
     leases: dict[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
     leased_blocks: int = 0
-    granted_bytes: int = 0
+    put_bytes: int = 0
+    stock: dict[int, Slot] = field(default_factory=dict)
+    stock_bytes: int = 0
+
+    @property
+    def granted_bytes(self) -> int:
+        """Of slots that it may write."""
+        return self.put_bytes + self.stock_bytes
 
     @property
     def holds_nothing(self) -> bool:
         """Whether no memory depends on this client."""
-        return not self.puts and not self.leases
+        return not self.puts and not self.leases and not self.stock
 
 
 class Puts:
@@ -112,7 +128,7 @@ class Puts:
     def join(self, pending: Pending, number: int, who: Connection, mask: int) -> None:
         """A connection will write these cells."""
         if number not in pending.writers:
-            who.granted_bytes += pending.slot_bytes
+            who.put_bytes += pending.slot_bytes
         pending.writers[number] = pending.writers.get(number, 0) | mask
         who.puts[pending.namespace, pending.key, pending.put_id] = pending
 
@@ -133,7 +149,7 @@ class Puts:
         was dropped, so that the slot is free."""
         del pending.writers[number]
         del who.puts[pending.namespace, pending.key, pending.put_id]
-        who.granted_bytes -= pending.slot_bytes
+        who.put_bytes -= pending.slot_bytes
         if not pending.dropped or pending.writers:
             return False
         self.quarantined -= 1

@@ -8,6 +8,8 @@ only what is in flight (pending puts, leases, deadlines) is an object.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from kvstore.store.memory import StoreMemory
 from kvstore.store.namespaces import Namespace
 from kvstore.store.puts import Connection, GrantedBlocks
 from kvstore.store.shelf import DRAM_TIER, Shelf
+from kvstore.store.stock import Stock
+
+Handler = Callable[[int, Connection, Any], c.Result]
 
 
 class Store:
@@ -50,6 +55,8 @@ class Store:
             now_ms=now_ms,
         )
         self._intake = Intake(self._shelf)
+        self._stock = Stock(self._shelf, self._intake.puts)
+        self._handlers = self._make_handlers()
         self._connections: dict[int, Connection] = {}
         self._next_connection = self._next_lease = 1
 
@@ -101,6 +108,7 @@ class Store:
         self._intake.drop(held)
         if not writes:
             self._intake.let_go(held, connection, who)
+            self._stock.take_all(who)
         if who.holds_nothing:
             del self._connections[connection]
         return who.holds_nothing
@@ -113,6 +121,7 @@ class Store:
         held = list(who.puts.values())
         self._intake.drop(held)
         self._intake.let_go(held, connection, who)
+        self._stock.take_all(who)
         for ids in who.leases.values():
             self._shelf.free(self._shelf.blocks.release(ids))
 
@@ -124,32 +133,27 @@ class Store:
         What is due by `now_ms` must have been done by `tick`.
         """
         self._shelf.now_ms = max(self._shelf.now_ms, now_ms)
-        who = self._connections[connection]
-        match command:
-            case c.OpenNamespace():
-                return self._open(command)
-            case c.Reserve():
-                return self._intake.reserve(connection, who, command)
-            case c.Seal():
-                return self._intake.seal(connection, who, command)
-            case c.Abort():
-                return self._intake.abort(connection, who, command)
-            case c.Lease():
-                return self._lease(who, command)
-            case c.Release():
-                return self._release(who, command)
-            case c.Touch():
-                return self._touch(command)
-            case c.Drop():
-                return self._drop(command)
-            case c.Hint():
-                return self._hint(command)
-            case c.Explain():
-                return self._explain(command)
-            case c.Stat():
-                return self.stats()
-            case c.Describe():
-                return self._describe()
+        return self._handlers[type(command)](connection, self._connections[connection], command)
+
+    def _make_handlers(self) -> dict[type, Handler]:
+        intake, stock = self._intake, self._stock
+        return {
+            c.OpenNamespace: lambda _number, _who, command: self._open(command),
+            c.Reserve: intake.reserve,
+            c.Seal: intake.seal,
+            c.Abort: intake.abort,
+            c.Grant: lambda _number, who, command: stock.grant(who, command),
+            c.Commit: lambda _number, who, command: stock.commit(who, command),
+            c.GiveBack: lambda _number, who, command: stock.give_back(who, command),
+            c.Lease: lambda _number, who, command: self._lease(who, command),
+            c.Release: lambda _number, who, command: self._release(who, command),
+            c.Touch: lambda _number, _who, command: self._touch(command),
+            c.Drop: lambda _number, _who, command: self._drop(command),
+            c.Hint: lambda _number, _who, command: self._hint(command),
+            c.Explain: lambda _number, _who, command: self._explain(command),
+            c.Stat: lambda _number, _who, _command: self.stats(),
+            c.Describe: lambda _number, _who, _command: self._describe(),
+        }
 
     def stats(self) -> c.Stats:
         """The counters as they are now."""
@@ -343,7 +347,10 @@ class Store:
         held = {p for who in self._connections.values() for p in who.puts.values()}
         held |= set(self._intake.puts)
         assert len(held) - len(self._intake.puts) == self._intake.puts.quarantined
-        assert blocks.count(BlockState.PENDING) == len(held)
+        stock = [slot for who in self._connections.values() for slot in who.stock.items()]
+        assert blocks.count(BlockState.PENDING) == len(held) + len(stock)
+        assert all(blocks.granule[slot.block] == granule for granule, slot in stock)
+        assert self._stock.nbytes == sum(slot.nbytes for _, slot in stock)
         taken = np.flatnonzero(blocks.state != BlockState.FREE)
         slots = blocks.granule[taken]
         assert len(np.unique(slots)) == len(slots), "one slot, two owners"
@@ -353,7 +360,8 @@ class Store:
         leases = np.zeros_like(blocks.leases)
         for who in self._connections.values():
             assert who.leased_blocks == sum(len(ids) for ids in who.leases.values())
-            assert who.granted_bytes == sum(p.slot_bytes for p in who.puts.values())
+            assert who.put_bytes == sum(p.slot_bytes for p in who.puts.values())
+            assert who.stock_bytes == sum(slot.nbytes for slot in who.stock.values())
             for ids in who.leases.values():
                 np.add.at(leases, ids, 1)
         assert (leases == blocks.leases).all()

@@ -249,7 +249,7 @@ def test_many_headers_at_once_are_those_of_one_at_a_time(n_cells: int) -> None:
     packed = pack_many(
         namespace=7,
         keys=keys,
-        put_ids=put_ids,
+        put_ids=b"".join(put_ids),
         length=999,
         checksums=sums,
         parents=parents,

@@ -1,0 +1,187 @@
+"""Puts of whole blocks over mapped memory, in slots that were granted ahead: one call each.
+
+Ours: which slots are written when. A slot is written only between its grant and the call that
+shows its block; after a failure it is written again only where that call was never sent or was
+refused, which is why slots outlive no connection.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.errors import ResourceExhausted
+from kvstore.session.base import PutResult
+from kvstore.session.control import Deadline
+from kvstore.session.link import Link, Memory, copy_all_in
+from kvstore.session.parts import slot_granules
+from kvstore.session.requests import PutRequest
+
+_FEWEST_AHEAD = 8  # slots to ask for ahead, so that small puts seldom ask
+Before = Callable[[], None]
+
+
+class SlotStock:
+    """Empty slots of one connection that no put is writing; thread-safe. The store knows them too.
+
+    By size in granules; each slot is its first granule.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slots: dict[int, list[int]] = {}
+
+    def count(self, size: int) -> int:
+        """How many there are."""
+        return len(self._slots.get(size, ()))
+
+    def take(self, size: int, n: int) -> list[int]:
+        """Up to n slots."""
+        with self._lock:
+            slots = self._slots.get(size, [])
+            keep = max(0, len(slots) - n)
+            taken = slots[keep:]
+            del slots[keep:]
+            return taken
+
+    def put(self, size: int, slots: Sequence[int]) -> None:
+        """Slots that nobody writes."""
+        with self._lock:
+            self._slots.setdefault(size, []).extend(slots)
+
+    def take_all(self) -> list[int]:
+        """Every slot, of any size."""
+        with self._lock:
+            taken = [slot for slots in self._slots.values() for slot in slots]
+            self._slots.clear()
+            return taken
+
+
+class Writer:
+    """The puts of one connection.
+
+    ahead: whether to hold empty slots for later puts, which saves them a call. note: is told of
+    stored blocks that a put has come upon, by granules and generations.
+    """
+
+    def __init__(self, link: Link, *, ahead: bool, note: Callable[[c.U32, c.U64], None]) -> None:
+        self._link, self._ahead, self._note = link, ahead, note
+        self.stock = SlotStock()
+
+    def put(self, put: PutRequest, number: int, deadline: Deadline, before: Before) -> PutResult:
+        """Stores whole blocks in the namespace `number`; one call, and one more where the stock is
+        too small. before: called before what may make the store evict.
+
+        `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
+        """
+        memory, n = self._link.memory(deadline.left_s), len(put.chain)
+        known = memory.index.lookup(number, put.chain)
+        absent = np.flatnonzero(~known.found)
+        if len(absent) < n:
+            known = known.only_found()
+            self._note(known.granules.astype(np.uint32), known.generations)
+        if not len(absent):
+            return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
+        size = slot_granules(put.namespace.layout)
+        slots = self._slots(size, number, len(absent), deadline, before)
+        try:
+            status, more = self._commit(
+                put, number, memory, absent=absent, slots=slots, deadline=deadline, before=before
+            )
+        except BaseException:
+            self.stock.put(size, slots)
+            raise
+        stored = status == c.CommitStatus.STORED
+        used = absent[: len(slots)] - absent[0]
+        self.stock.put(size, [*np.array(slots)[~stored[used]].tolist(), *more.tolist()])
+        n_stored = int(stored.sum())
+        existed = n - len(status) + int((status == c.CommitStatus.EXISTS).sum())
+        full = bool((status == c.CommitStatus.NO_SPACE).any())
+        return PutResult(
+            stored=n_stored,
+            existed=existed,
+            waiting=0,
+            not_stored=n - n_stored - existed,
+            retry_after_ms=limits.RETRY_AFTER_MS if full else 0,
+        )
+
+    def _slots(
+        self, size: int, number: int, n: int, deadline: Deadline, before: Before
+    ) -> list[int]:
+        """Slots for n blocks, fewer where the pool is full; `ResourceExhausted` for none."""
+        slots = self.stock.take(size, n)
+        if len(slots) == n:
+            return slots
+        before()
+        try:
+            asked = c.Grant(namespace=number, blocks=n - len(slots))
+            granted = self._link.call(asked, deadline.left_s)
+        except ResourceExhausted:
+            if not slots:
+                raise
+            return slots
+        except BaseException:
+            self.stock.put(size, slots)
+            raise
+        assert isinstance(granted, c.Granted)
+        slots += granted.granules.tolist()
+        return slots
+
+    def _commit(
+        self,
+        put: PutRequest,
+        number: int,
+        memory: Memory,
+        *,
+        absent: npt.NDArray[np.intp],
+        slots: list[int],
+        deadline: Deadline,
+        before: Before,
+    ) -> tuple[c.U8, c.U32]:
+        """Writes the first of the absent blocks, as many as there are slots, and has them shown.
+
+        Returns the `CommitStatus` of the blocks from the first absent one on, and new slots.
+        """
+        first, written = int(absent[0]), absent[: len(slots)]
+        hashes = put.chain[first:]
+        granules = np.full(len(hashes), c.NO_SLOT, np.uint32)
+        granules[written - first] = slots
+        sums = np.zeros((len(hashes), put.namespace.layout.n_cells), np.uint64)
+        sums[written - first] = copy_all_in(
+            memory,
+            put.namespace.layout,
+            put.part,
+            sources=[put.addresses[i] for i in written.tolist()],
+            slots=slots,
+            end_s=deadline.end_s,
+        )
+        more = self._wanted(slot_granules(put.namespace.layout), len(slots))
+        if more:
+            before()
+        commit = c.Commit(
+            namespace=number,
+            put_id=put.put_id,
+            hashes=hashes,
+            granules=granules,
+            checksums=sums,
+            parent=put.chain[first - 1].tobytes() if first else put.parent,
+            position=put.position + first if put.position >= 0 else -1,
+            ttl_ms=put.ttl_ms,
+            more=more,
+        )
+        committed = self._link.call(commit, deadline.left_s)
+        assert isinstance(committed, c.Committed)
+        return committed.status, committed.granules
+
+    def _wanted(self, size: int, n: int) -> int:
+        """How many slots to ask for, so that the next put of n blocks finds them here."""
+        if not self._ahead:
+            return 0
+        left = self.stock.count(size)
+        most = limits.MAX_AHEAD_BYTES // (size * limits.GRANULE_BYTES)
+        return max(0, min(max(n, _FEWEST_AHEAD), most) - left) if left < n else 0

@@ -1,0 +1,115 @@
+"""The last step of every put: headers, then the index, then all that keeps a block where it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import limits
+from kvstore.block import pack_many
+from kvstore.commands import U8, U32, U64
+from kvstore.store.blocks import IdArray
+from kvstore.store.deadlines import Due
+from kvstore.store.namespaces import Namespace
+from kvstore.store.shelf import DRAM_TIER, Shelf
+
+NO_PARENT = bytes(limits.KEY_BYTES)  # what a header says where no parent is known
+NO_ROW = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Whole:
+    """n blocks of one namespace whose bytes are all in their slots, and which nobody sees yet.
+
+    keys and parents: (n, 32), a parent of zeros where it is unknown. put_ids: n times 16 bytes.
+    checksums: (n, cells). positions: int32 (n,), -1 where unknown. ttl_ms: int64 (n,), 0 for ever.
+    before: int64 (n,), the row of the block's parent where it comes earlier among these, `NO_ROW`
+    else.
+    """
+
+    keys: U8
+    put_ids: bytes
+    ids: IdArray
+    granules: U32
+    checksums: U64
+    parents: U8
+    positions: npt.NDArray[np.int32]
+    ttl_ms: npt.NDArray[np.int64]
+    before: npt.NDArray[np.int64]
+
+
+def publish(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.bool_]:
+    """Writes the headers, then makes the blocks visible: never the other way round.
+
+    Returns which of them found a place in the index: bool (n,). The others, which were there
+    already or met a full index, are as before but for their headers.
+    """
+    _write_headers(shelf, namespace, whole)
+    shelf.lose(shelf.catalog.make_room(len(whole.ids)))
+    parents = _stored_parents(shelf, namespace, whole)
+    generations = shelf.memory.generations
+    generations[whole.granules] += np.uint64(1)  # even: stable
+    shown = shelf.catalog.insert(
+        whole.keys,
+        namespace=namespace.id,
+        length=namespace.layout.block_bytes,
+        tier=DRAM_TIER,
+        ids=whole.ids,
+        granules=whole.granules,
+        generations=generations[whole.granules],
+    )
+    ids, keys = whole.ids, whole.keys
+    if not shown.all():
+        generations[whole.granules[~shown]] += np.uint64(1)  # odd: nobody's to read
+        ids, keys = ids[shown], keys[shown]
+    shelf.blocks.appear(ids, namespace.id)
+    namespace.blocks += len(ids)
+    _link(shelf, whole, shown, parents)
+    shelf.policy.admit(ids, keys[:, :8].copy().view(np.uint64).ravel())
+    shelf.counters.stored += len(ids)
+    if whole.ttl_ms.any():
+        ttl_ms = whole.ttl_ms[shown]
+        for each in np.unique(ttl_ms[ttl_ms > 0]).tolist():
+            shelf.deadlines.set(Due.EXPIRY, ids[ttl_ms == each], shelf.now_ms + each)
+    return shown
+
+
+def _stored_parents(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.int64]:
+    """Block ids (n,) of parents that are stored already, -1 for none. Looked for before the blocks
+    themselves are stored: a parent comes before its child, else blocks could hold each other (or
+    one itself) in the store for ever, where a caller's own keys make no true chain."""
+    parents = np.full(len(whole.ids), -1, np.int64)
+    asked = np.flatnonzero((whole.before == NO_ROW) & whole.parents.any(axis=1))
+    if len(asked):
+        parents[asked] = shelf.catalog.find(namespace.id, whole.parents[asked])
+    return parents
+
+
+def _link(
+    shelf: Shelf, whole: Whole, shown: npt.NDArray[np.bool_], parents: npt.NDArray[np.int64]
+) -> None:
+    """Counts each block as its parent's child, so that chains are evicted from the tail."""
+    inside = np.flatnonzero(whole.before != NO_ROW)
+    if len(inside):
+        rows = whole.before[inside]
+        parents[inside] = np.where(shown[rows], whole.ids[rows], -1)
+    linked = shown & (parents >= 0)
+    if linked.any():
+        shelf.blocks.link(whole.ids[linked], parents[linked].astype(np.uint32))
+
+
+def _write_headers(shelf: Shelf, namespace: Namespace, whole: Whole) -> None:
+    headers = pack_many(
+        namespace=namespace.id,
+        keys=whole.keys,
+        put_ids=whole.put_ids,
+        length=namespace.layout.block_bytes,
+        checksums=whole.checksums,
+        parents=whole.parents,
+        positions=whole.positions,
+    )
+    pool = shelf.memory.pool[: shelf.room.slabs.total_bytes]
+    rows = pool.reshape(-1, limits.GRANULE_BYTES)
+    rows[whole.granules, : headers.shape[1]] = headers

@@ -1,0 +1,185 @@
+"""Empty slots that clients hold ahead of need, so that a put of whole blocks is one command."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.errors import InvalidArgument, LayoutMismatch, PermissionDenied, ResourceExhausted
+from kvstore.store.blocks import IdArray
+from kvstore.store.checks import check_commit
+from kvstore.store.namespaces import Namespace
+from kvstore.store.publish import NO_ROW, Whole, publish
+from kvstore.store.puts import Connection, Puts, Slot
+from kvstore.store.shelf import Shelf
+
+_NOTHING = np.empty(0, np.uint32)
+_NO_KEY = np.zeros((1, limits.KEY_BYTES), np.uint8)
+
+
+class Stock:
+    """The slots that connections hold and have named no key for. `who` is what one holds.
+
+    A slot leaves the stock when a block in it was stored, or it is given back, or its holder's
+    process dies: until then that process may be writing to it.
+    """
+
+    def __init__(self, shelf: Shelf, puts: Puts) -> None:
+        self._shelf, self._puts = shelf, puts
+        self.nbytes = 0
+
+    def grant(self, who: Connection, command: c.Grant) -> c.Granted:
+        """Slots for as many blocks as there is room for; `ResourceExhausted` for none."""
+        namespace = self._shelf.namespaces.get(command.namespace)
+        if not 0 < command.blocks <= limits.MAX_KEYS_PER_CALL:
+            raise InvalidArgument("blocks", f"1 to {limits.MAX_KEYS_PER_CALL}, please")
+        most = int(self._shelf.room.slabs.total_bytes * limits.MAX_GRANTED_SHARE)
+        room = most - who.granted_bytes
+        n = min(command.blocks, max(1, room // namespace.slot_bytes) if room > 0 else 0)
+        granules = self._take(who, namespace, n)
+        self._shelf.counters.refused += command.blocks - len(granules)
+        if not len(granules):
+            raise ResourceExhausted(
+                "no room: the pool is full of blocks in use, or this client holds too many slots",
+                retry_after_ms=limits.RETRY_AFTER_MS,
+            )
+        return c.Granted(granules=granules)
+
+    def commit(self, who: Connection, command: c.Commit) -> c.Committed:
+        """Shows the blocks that the connection has written; those that were there already, or
+        that another put is writing, leave their slots in its stock."""
+        namespace = self._shelf.namespaces.get(command.namespace)
+        check_commit(command, namespace.layout.n_cells)
+        slots = self._slots(who, namespace, command.granules)
+        status = np.full(len(slots), c.CommitStatus.NO_SPACE, np.uint8)
+        ours = self._not_under_way(namespace, command, slots, status)
+        if len(ours):
+            self._publish(who, namespace, command, slots=slots, ours=ours, status=status)
+        self._look_again(namespace, command, status)
+        more = self._ahead(who, namespace, command.more) if command.more else _NOTHING
+        return c.Committed(status=status, granules=more)
+
+    def give_back(self, who: Connection, command: c.GiveBack) -> c.Count:
+        """The connection will not write to these slots of its stock."""
+        held = command.granules.tolist()
+        if any(granule not in who.stock for granule in held) or len(set(held)) != len(held):
+            raise PermissionDenied("a slot is not in this connection's stock, or is named twice")
+        self._shelf.free(self._remove(who, held))
+        return c.Count(blocks=len(held))
+
+    def take_all(self, who: Connection) -> None:
+        """The holder cannot write any more."""
+        self._shelf.free(self._remove(who, list(who.stock)))
+
+    # -- inside ------------------------------------------------------------------------
+
+    def _slots(self, who: Connection, namespace: Namespace, granules: c.U32) -> list[Slot | None]:
+        """What is held at each granule, None where none is named. `PermissionDenied` for a slot
+        that is not held, `LayoutMismatch` for one of another size."""
+        named = granules.tolist()
+        slots = [who.stock.get(granule) for granule in named]
+        known = [slot for slot in slots if slot is not None]
+        if len(known) != sum(granule != c.NO_SLOT for granule in named):
+            raise PermissionDenied("a slot is not in this connection's stock")
+        if len(known) > 1 and len(set(named) - {c.NO_SLOT}) != len(known):
+            raise InvalidArgument("granules", "a slot is named twice")
+        if any(slot.nbytes != namespace.slot_bytes for slot in known):
+            raise LayoutMismatch("granules", f"expected slots of {namespace.slot_bytes} bytes")
+        return slots
+
+    def _not_under_way(
+        self,
+        namespace: Namespace,
+        command: c.Commit,
+        slots: list[Slot | None],
+        status: c.U8,
+    ) -> npt.NDArray[np.int64]:
+        """The numbers of the blocks to store."""
+        ours = [i for i, slot in enumerate(slots) if slot is not None]
+        if len(self._puts):
+            for i in ours:
+                if self._puts.find(namespace.id, command.hashes[i].tobytes()):
+                    status[i] = c.CommitStatus.IN_PROGRESS
+            ours = [i for i in ours if status[i] != c.CommitStatus.IN_PROGRESS]
+        return np.array(ours, np.int64)
+
+    def _publish(
+        self,
+        who: Connection,
+        namespace: Namespace,
+        command: c.Commit,
+        *,
+        slots: list[Slot | None],
+        ours: npt.NDArray[np.int64],
+        status: c.U8,
+    ) -> None:
+        """Stores the blocks numbered `ours`, and says in `status` which found a place."""
+        n = len(slots)
+        parents, positions = np.zeros_like(command.hashes), np.full(n, -1)
+        row_of = np.full(n + 1, NO_ROW, np.int64)  # the last: of what comes before the first
+        if command.position >= 0:
+            if command.parent:
+                parents[0] = np.frombuffer(command.parent, np.uint8)
+            parents[1:] = command.hashes[:-1]
+            positions = command.position + np.arange(n)
+            row_of[ours] = np.arange(len(ours))
+        ids = np.array(
+            [slot.block for slot in (slots[i] for i in ours.tolist()) if slot], np.uint32
+        )
+        whole = Whole(
+            keys=command.hashes[ours],
+            put_ids=command.put_id * len(ours),
+            ids=ids,
+            granules=command.granules[ours],
+            checksums=command.checksums[ours],
+            parents=parents[ours],
+            positions=positions[ours].astype(np.int32),
+            ttl_ms=np.full(len(ours), command.ttl_ms, np.int64),
+            before=row_of[ours - 1],
+        )
+        shown = publish(self._shelf, namespace, whole)
+        status[ours[shown]] = c.CommitStatus.STORED
+        self._remove(who, whole.granules[shown].tolist())
+
+    def _look_again(self, namespace: Namespace, command: c.Commit, status: c.U8) -> None:
+        """Which of those that were not stored are there, and read by that."""
+        unknown = np.flatnonzero(status == c.CommitStatus.NO_SPACE)
+        if not len(unknown):
+            return
+        found = self._shelf.catalog.find(namespace.id, command.hashes[unknown])
+        there = found >= 0
+        self._shelf.policy.touch(found[there].astype(np.uint32))
+        status[unknown[there]] = c.CommitStatus.EXISTS
+        self._shelf.counters.dropped += int((command.granules[unknown[~there]] != c.NO_SLOT).sum())
+
+    def _ahead(self, who: Connection, namespace: Namespace, n: int) -> c.U32:
+        """More slots for later, as long as all that lie idle are a small part of the pool."""
+        total = self._shelf.room.slabs.total_bytes
+        own = min(total // limits.AHEAD_SHARE, limits.MAX_AHEAD_BYTES) - who.stock_bytes
+        room = min(own, total // limits.ALL_AHEAD_SHARE - self.nbytes)
+        n = min(n, max(0, room) // namespace.slot_bytes)
+        return self._take(who, namespace, n) if n else _NOTHING
+
+    def _take(self, who: Connection, namespace: Namespace, n: int) -> c.U32:
+        """Up to n more slots of the pool for the connection's stock."""
+        if n <= 0:
+            return _NOTHING
+        nbytes = namespace.slot_bytes
+        granules = self._shelf.room.allocate(nbytes, n, evict=self._shelf.evict)
+        ids = self._shelf.blocks.take(granules)
+        self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written
+        slots = zip(granules.tolist(), ids.tolist(), strict=True)
+        who.stock.update({granule: Slot(block, nbytes) for granule, block in slots})
+        who.stock_bytes += nbytes * len(ids)
+        self.nbytes += nbytes * len(ids)
+        return granules
+
+    def _remove(self, who: Connection, granules: list[int]) -> IdArray:
+        """These slots are no longer in the stock; returns their blocks' ids."""
+        slots = [who.stock.pop(granule) for granule in granules]
+        nbytes = sum(slot.nbytes for slot in slots)
+        who.stock_bytes -= nbytes
+        self.nbytes -= nbytes
+        return np.array([slot.block for slot in slots], np.uint32)
