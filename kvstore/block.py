@@ -107,20 +107,33 @@ def header_bytes(n_cells: int) -> int:
 
 def pack(header: BlockHeader) -> bytes:
     """The header's bytes, header_bytes(n_cells) of them."""
-    n_cells = len(header.checksums)
-    fixed = _FIXED.pack(
-        MAGIC,
-        VERSION,
-        0,
-        n_cells,
-        header.length,
-        header.namespace,
-        header.key,
-        header.put_id,
-        _NO_PARENT if header.parent is None else header.parent,
-        _NO_POSITION if header.position is None else header.position,
+    return pack_parts(
+        namespace=header.namespace,
+        key=header.key,
+        put_id=header.put_id,
+        length=header.length,
+        checksums=header.checksums,
+        parent=header.parent or _NO_PARENT,
+        position=_NO_POSITION if header.position is None else header.position,
     )
-    summed = fixed + header.checksums.astype("<u8").tobytes()
+
+
+def pack_parts(
+    *,
+    namespace: int,
+    key: bytes,
+    put_id: bytes,
+    length: int,
+    checksums: npt.NDArray[np.uint64],
+    parent: bytes,
+    position: int,
+) -> bytes:
+    """`pack` of a header that is not made first; checks nothing. parent: zeros where unknown."""
+    n_cells = len(checksums)
+    fixed = _FIXED.pack(
+        MAGIC, VERSION, 0, n_cells, length, namespace, key, put_id, parent, position
+    )
+    summed = fixed + checksums.astype("<u8", copy=False).tobytes()
     own = xxhash.xxh3_64_intdigest(summed).to_bytes(_SUM_BYTES, "little")
     return (summed + own).ljust(header_bytes(n_cells), b"\0")
 

@@ -266,7 +266,11 @@ class Stat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Counters since the start, and gauges; bytes and blocks."""
+    """Counters since the start, and gauges; bytes and blocks.
+
+    `used_bytes`: of slots of blocks and of puts under way; `ahead_bytes`: of empty slots that
+    clients hold ahead.
+    """
 
     blocks: int
     pending_blocks: int
@@ -274,6 +278,7 @@ class Stats:
     leased_blocks: int
     pinned_blocks: int
     used_bytes: int
+    ahead_bytes: int
     total_bytes: int
     lookups: int
     hits: int

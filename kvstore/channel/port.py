@@ -17,6 +17,7 @@ from kvstore.channel import wire
 from kvstore.errors import DeadlineExceeded, PermissionDenied, ProtocolError, Unavailable
 
 _WELCOME_FDS = 3
+_READ_BYTES = 64 << 10
 
 
 class ChannelPort:
@@ -29,7 +30,11 @@ class ChannelPort:
         self.fds: list[int] = []
         self._casts: deque[bytes] = deque(maxlen=limits.MAX_CASTS)  # the oldest are lost
         self.interrupted = False  # whether it is over because a call was broken off here
+        self._inbox = b""  # what has arrived of the record after the last
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._readable, self._takes_bytes = select.poll(), select.poll()
+        self._readable.register(self._sock, select.POLLIN)
+        self._takes_bytes.register(self._sock, select.POLLOUT)
         try:
             self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except BaseException:
@@ -175,7 +180,7 @@ class ChannelPort:
         try:
             self._send(b"".join([*casts, frame]), deadline, send_fd)
             for _ in casts:
-                self._receive(deadline, 0)
+                self._receive(deadline, fds_wanted)
             return self._receive(deadline, fds_wanted)
         except TimeoutError:
             self.shut()
@@ -192,55 +197,61 @@ class ChannelPort:
             raise
 
     def _send(self, frame: bytes, deadline: float, send_fd: int | None) -> None:
-        left, fds = memoryview(frame), [] if send_fd is None else [send_fd]
-        while left:
+        fds = [] if send_fd is None else [send_fd]
+        while True:
             try:
-                sent = socket.send_fds(self._sock, [left], fds) if fds else self._sock.send(left)
+                sent = socket.send_fds(self._sock, [frame], fds) if fds else self._sock.send(frame)
             except BlockingIOError:
                 self._wait_for(select.POLLOUT, deadline)
                 continue
-            left, fds = left[sent:], []
+            if sent == len(frame):
+                return
+            frame, fds = frame[sent:], []
 
     def _receive(self, deadline: float, fds_wanted: int) -> Any:
-        head = bytearray(wire.FRAME.size)
-        done = self._take_fds(head, fds_wanted, deadline) if fds_wanted else 0
-        self._read(memoryview(head)[done:], deadline)
-        body = bytearray(wire.body_length(bytes(head)))
-        self._read(memoryview(body), deadline)
-        return wire.decode(bytes(head), bytes(body))
+        """One record; what has come of the next one waits in the inbox."""
+        head = self._take(wire.FRAME.size, deadline, fds_wanted)
+        return wire.decode(head, self._take(wire.body_length(head), deadline, fds_wanted))
 
-    def _take_fds(self, head: bytearray, count: int, deadline: float) -> int:
-        """The start of a record and the descriptors that come with it; how many bytes it was."""
-        self._wait_for(select.POLLIN, deadline)
-        data, fds, _flags, _address = socket.recv_fds(self._sock, len(head), count)
+    def _take(self, n: int, deadline: float, fds_wanted: int) -> bytes:
+        """The next n bytes of the stream."""
+        inbox = self._inbox
+        if len(inbox) < n:
+            whole = bytearray(inbox)
+            while len(whole) < n:
+                whole += self._read(deadline, fds_wanted)
+            inbox = bytes(whole)
+        self._inbox = inbox[n:]
+        return inbox[:n]
+
+    def _read(self, deadline: float, fds_wanted: int) -> bytes:
+        """What has arrived. Where descriptors are wanted they are taken: any other read of bytes
+        that they come with would lose them."""
+        while True:
+            self._wait_for(select.POLLIN, deadline)
+            with contextlib.suppress(BlockingIOError):
+                if fds_wanted:
+                    data, fds, *_ = socket.recv_fds(self._sock, _READ_BYTES, fds_wanted)
+                    self._keep(fds)
+                else:
+                    data = self._sock.recv(_READ_BYTES)
+                break
+        if not data:
+            raise Unavailable("the daemon closed the connection")
+        return data
+
+    def _keep(self, fds: list[int]) -> None:
         self.fds.extend(fds)
         for fd in fds:
             # A program that this process starts must not hold a dead daemon's memory. Not by a
             # flag of the call, which Python 3.11 does not pass on.
             os.set_inheritable(fd, False)
-        if not data:
-            raise Unavailable("the daemon closed the connection")
-        head[: len(data)] = data
-        return len(data)
-
-    def _read(self, view: memoryview, deadline: float) -> None:
-        while view:
-            try:
-                got = self._sock.recv_into(view)
-            except BlockingIOError:
-                self._wait_for(select.POLLIN, deadline)
-                continue
-            if not got:
-                raise Unavailable("the daemon closed the connection")
-            view = view[got:]
 
     def _wait_for(self, events: int, deadline: float) -> None:
         """Sleeps until the socket is ready; TimeoutError at the deadline."""
-        poller = select.poll()
-        try:
-            poller.register(self._sock, events)
-        except ValueError:  # closed just now by another thread
-            raise Unavailable("the connection to the daemon is closed") from None
+        if self.closed:  # just now by another thread
+            raise Unavailable("the connection to the daemon is closed")
+        poller = self._readable if events == select.POLLIN else self._takes_bytes
         left = deadline - time.monotonic()
         if left <= 0 or not poller.poll(math.ceil(left * 1e3)):
             raise TimeoutError

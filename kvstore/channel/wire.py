@@ -9,7 +9,9 @@ Nothing is ever unpickled. Pure: no sockets here.
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
+from collections.abc import Callable
 from typing import Any, get_args
 
 import numpy as np
@@ -20,6 +22,8 @@ WIRE_VERSION = 3
 FRAME = struct.Struct("<IHH")
 _I64 = struct.Struct("<q")
 _U32 = struct.Struct("<I")
+Put = Callable[[Any], bytes]
+Take = Callable[[bytes, int], tuple[Any, int]]
 _DTYPES: list[np.dtype[Any]] = [np.dtype(np.uint8), np.dtype("<u4"), np.dtype("<u8")]
 
 
@@ -106,16 +110,9 @@ _TYPES: dict[int, type] = {
     31: commands.GiveBack,
 }
 _NUMBERS = {kind: number for number, kind in _TYPES.items()}
-_FIELDS = {
-    kind: [
-        (field.name, str(field.type).removeprefix("commands."))
-        for field in dataclasses.fields(kind)
-    ]
-    for kind in _TYPES.values()
-}
 # All other arrays have one dimension.
 _DIMENSIONS = {"hashes": 2, "checksums": 2}
-COMMANDS = get_args(commands.Command)
+COMMANDS = frozenset(get_args(commands.Command))
 
 
 def encode(record: object) -> bytes:
@@ -123,31 +120,33 @@ def encode(record: object) -> bytes:
 
     `InvalidArgument` names a field whose value has no place in a frame.
     """
-    body = b"".join(_put_field(record, name, of) for name, of in _FIELDS[type(record)])
-    if len(body) > limits.MAX_FRAME_BYTES:
+    kind = type(record)
+    parts = [b""]
+    for name, put, _take in _FIELDS[kind]:
+        try:
+            parts.append(put(getattr(record, name)))
+        except (struct.error, UnicodeEncodeError) as error:
+            raise errors.InvalidArgument(name, f"cannot be sent: {error}") from None
+    length = sum(map(len, parts))
+    if length > limits.MAX_FRAME_BYTES:
         raise errors.InvalidArgument("batch", f"a call takes at most {limits.MAX_FRAME_BYTES} B")
-    return FRAME.pack(len(body), _NUMBERS[type(record)], WIRE_VERSION) + body
+    parts[0] = FRAME.pack(length, _NUMBERS[kind], WIRE_VERSION)
+    return b"".join(parts)
 
 
-def body_length(head: bytes) -> int:
+def body_length(head: bytes | bytearray) -> int:
     """The length of the body that follows an 8-byte frame head; `ProtocolError` on garbage."""
-    length, number, version = FRAME.unpack(head)
-    if version != WIRE_VERSION or number not in _TYPES or length > limits.MAX_FRAME_BYTES:
-        raise errors.ProtocolError(
-            f"not a channel record (type {number}, version {version}, {length} bytes)"
-        )
-    return int(length)
+    return _parse(head)[0]
 
 
-def decode(head: bytes, body: bytes) -> Any:
+def decode(head: bytes | bytearray, body: bytes) -> Any:
     """The record of one frame; `ProtocolError` where the bytes do not fit its fields."""
-    body_length(head)
-    kind = _TYPES[FRAME.unpack(head)[1]]
+    kind = _TYPES[_parse(head)[1]]
     values: dict[str, Any] = {}
     offset = 0
     try:
-        for name, of in _FIELDS[kind]:
-            values[name], offset = _take(body, offset, of, _DIMENSIONS.get(name, 1))
+        for name, _put, take in _FIELDS[kind]:
+            values[name], offset = take(body, offset)
     except (struct.error, ValueError, IndexError) as error:
         raise errors.ProtocolError(f"malformed {kind.__name__}: {error}") from None
     if offset != len(body):
@@ -155,48 +154,81 @@ def decode(head: bytes, body: bytes) -> Any:
     return kind(**values)
 
 
-def _put_field(record: object, name: str, of: str) -> bytes:
-    try:
-        return _put(getattr(record, name), of)
-    except (struct.error, UnicodeEncodeError) as error:
-        raise errors.InvalidArgument(name, f"cannot be sent: {error}") from None
+def _parse(head: bytes | bytearray) -> tuple[int, int]:
+    """Length of the body and number of the type."""
+    length, number, version = FRAME.unpack(head)
+    if version != WIRE_VERSION or number not in _TYPES or length > limits.MAX_FRAME_BYTES:
+        raise errors.ProtocolError(
+            f"not a channel record (type {number}, version {version}, {length} bytes)"
+        )
+    return length, number
 
 
-def _put(value: Any, of: str) -> bytes:
-    if of == "int":
-        return _I64.pack(value)
-    if of == "str":
-        value = value.encode()
-    if of in ("str", "bytes"):
-        return _U32.pack(len(value)) + bytes(value)
-    array = np.ascontiguousarray(value, _DTYPES[_CODES[of]])
-    shape = struct.pack(f"<{array.ndim}I", *array.shape)
-    data: bytes = array.tobytes()
-    return bytes((_CODES[of], array.ndim)) + shape + data
+def _put_bytes(value: bytes) -> bytes:
+    return _U32.pack(len(value)) + value
+
+
+def _put_str(value: str) -> bytes:
+    return _put_bytes(value.encode())
+
+
+def _take_int(body: bytes, offset: int) -> tuple[int, int]:
+    return _I64.unpack_from(body, offset)[0], offset + 8
+
+
+def _take_bytes(body: bytes, offset: int) -> tuple[bytes, int]:
+    end = offset + 4 + _U32.unpack_from(body, offset)[0]
+    if end > len(body):
+        raise ValueError("truncated")
+    return body[offset + 4 : end], end
+
+
+def _take_str(body: bytes, offset: int) -> tuple[str, int]:
+    value, end = _take_bytes(body, offset)
+    return value.decode(), end
+
+
+def _array_field(code: int, ndim: int) -> tuple[Put, Take]:
+    """How arrays of the type numbered `code` are written and read."""
+    dtype, head = _DTYPES[code], struct.Struct(f"<{ndim}I")
+
+    def put(value: Any) -> bytes:
+        array = np.ascontiguousarray(value, dtype)
+        its_head = struct.pack(f"<BB{array.ndim}I", code, array.ndim, *array.shape)
+        return its_head + array.tobytes()
+
+    def take(body: bytes, offset: int) -> tuple[Any, int]:
+        if body[offset] != code or body[offset + 1] != ndim:
+            raise ValueError(f"expected an array of {dtype} with {ndim} dimensions")
+        shape = head.unpack_from(body, offset + 2)
+        start = offset + 2 + head.size
+        count = math.prod(shape)
+        end = start + count * dtype.itemsize
+        if end > len(body):
+            raise ValueError("truncated array")
+        array = np.frombuffer(body, dtype, count, start)
+        return (array.reshape(shape) if ndim > 1 else array), end
+
+    return put, take
 
 
 _CODES = {"U8": 0, "U32": 1, "U64": 2}
+_PLAIN: dict[str, tuple[Put, Take]] = {
+    "int": (_I64.pack, _take_int),
+    "bytes": (_put_bytes, _take_bytes),
+    "str": (_put_str, _take_str),
+}
 
 
-def _take(body: bytes, offset: int, of: str, dimensions: int) -> tuple[Any, int]:
-    if of == "int":
-        return _I64.unpack_from(body, offset)[0], offset + 8
-    if of in ("str", "bytes"):
-        end = offset + 4 + _U32.unpack_from(body, offset)[0]
-        if end > len(body):
-            raise ValueError("truncated")
-        value = body[offset + 4 : end]
-        return (value.decode() if of == "str" else value), end
-    code, ndim = body[offset], body[offset + 1]
-    if code != _CODES[of] or ndim != dimensions:
-        raise ValueError(f"expected an array of {of} with {dimensions} dimensions")
-    shape = struct.unpack_from(f"<{ndim}I", body, offset + 2)
-    start = offset + 2 + 4 * ndim
-    count = int(np.prod(shape, dtype=np.int64))
-    if count * _DTYPES[code].itemsize > len(body) - start:
-        raise ValueError("truncated array")
-    array = np.frombuffer(body, _DTYPES[code], count, start).reshape(shape)
-    return array, start + array.nbytes
+def _field(field: dataclasses.Field[Any]) -> tuple[str, Put, Take]:
+    of = str(field.type).removeprefix("commands.")
+    if of in _PLAIN:
+        return field.name, *_PLAIN[of]
+    return field.name, *_array_field(_CODES[of], _DIMENSIONS.get(field.name, 1))
+
+
+# The codec of each record, made once from its own fields.
+_FIELDS = {kind: [_field(f) for f in dataclasses.fields(kind)] for kind in _TYPES.values()}
 
 
 def raise_if_failed(result: Any) -> Any:

@@ -138,6 +138,15 @@ class IndexReader:
                 rows[wrong] = 0
         return Lookup(rows)
 
+    def holds(self, namespace: int, hashes: NDArray[np.uint8]) -> list[bool]:
+        """Which of the keys `lookup` would find."""
+        if len(hashes) > _FEW:
+            found: list[bool] = self.lookup(namespace, hashes).found.tolist()
+            return found
+        check_namespace(namespace)
+        words = key_words(hashes).tolist()
+        return [self._search_one(key, namespace) is not None for key in words]
+
     def match(self, namespace: int, hashes: NDArray[np.uint8]) -> Match:
         """The longest leading run of the keys (n, 32) that is present; errors as `lookup`."""
         return _leading(self.lookup(namespace, hashes).rows)

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
@@ -35,6 +34,9 @@ class SlotStock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._slots: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._slots.values()))
 
     def count(self, size: int) -> int:
         """How many there are."""
@@ -80,34 +82,35 @@ class Writer:
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
         memory, n = self._link.memory(deadline.left_s), len(put.chain)
-        known = memory.index.lookup(number, put.chain)
-        absent = np.flatnonzero(~known.found)
-        if len(absent) < n:
-            known = known.only_found()
+        there = memory.index.holds(number, put.chain)
+        absent: Sequence[int] = range(n)
+        if True in there:
+            known = memory.index.lookup(number, put.chain).only_found()
             self._note(known.granules.astype(np.uint32), known.generations)
-        if not len(absent):
-            return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
+            absent = [i for i, found in enumerate(there) if not found]
+            if not absent:
+                return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = slot_granules(put.namespace.layout)
         slots = self._slots(size, number, len(absent), deadline, before)
         try:
-            status, more = self._commit(
+            committed = self._commit(
                 put, number, memory, absent=absent, slots=slots, deadline=deadline, before=before
             )
         except BaseException:
             self.stock.put(size, slots)
             raise
-        stored = status == c.CommitStatus.STORED
-        used = absent[: len(slots)] - absent[0]
-        self.stock.put(size, [*np.array(slots)[~stored[used]].tolist(), *more.tolist()])
-        n_stored = int(stored.sum())
-        existed = n - len(status) + int((status == c.CommitStatus.EXISTS).sum())
-        full = bool((status == c.CommitStatus.NO_SPACE).any())
+        status = committed.status.tolist()
+        rows = zip(slots, absent, strict=False)
+        left = [slot for slot, i in rows if status[i - absent[0]] != c.CommitStatus.STORED]
+        self.stock.put(size, left + committed.granules.tolist())
+        stored = len(slots) - len(left)
+        existed = n - len(status) + status.count(c.CommitStatus.EXISTS)
         return PutResult(
-            stored=n_stored,
+            stored=stored,
             existed=existed,
             waiting=0,
-            not_stored=n - n_stored - existed,
-            retry_after_ms=limits.RETRY_AFTER_MS if full else 0,
+            not_stored=n - stored - existed,
+            retry_after_ms=limits.RETRY_AFTER_MS if c.CommitStatus.NO_SPACE in status else 0,
         )
 
     def _slots(
@@ -138,29 +141,29 @@ class Writer:
         number: int,
         memory: Memory,
         *,
-        absent: npt.NDArray[np.intp],
+        absent: Sequence[int],
         slots: list[int],
         deadline: Deadline,
         before: Before,
-    ) -> tuple[c.U8, c.U32]:
+    ) -> c.Committed:
         """Writes the first of the absent blocks, as many as there are slots, and has them shown.
 
-        Returns the `CommitStatus` of the blocks from the first absent one on, and new slots.
+        The answer is about the blocks from the first absent one on.
         """
-        first, written = int(absent[0]), absent[: len(slots)]
-        hashes = put.chain[first:]
-        granules = np.full(len(hashes), c.NO_SLOT, np.uint32)
-        granules[written - first] = slots
-        sums = np.zeros((len(hashes), put.namespace.layout.n_cells), np.uint64)
-        sums[written - first] = copy_all_in(
+        layout, first = put.namespace.layout, absent[0]
+        hashes, written = put.chain[first:], absent[: len(slots)]
+        sums = copy_all_in(
             memory,
-            put.namespace.layout,
+            layout,
             put.part,
-            sources=[put.addresses[i] for i in written.tolist()],
+            sources=[put.addresses[i] for i in written],
             slots=slots,
             end_s=deadline.end_s,
         )
-        more = self._wanted(slot_granules(put.namespace.layout), len(slots))
+        granules = np.array(slots, np.uint32)
+        if len(slots) < len(hashes):
+            granules, sums = _spread([i - first for i in written], len(hashes), granules, sums)
+        more = self._wanted(slot_granules(layout), len(slots))
         if more:
             before()
         commit = c.Commit(
@@ -176,7 +179,7 @@ class Writer:
         )
         committed = self._link.call(commit, deadline.left_s)
         assert isinstance(committed, c.Committed)
-        return committed.status, committed.granules
+        return committed
 
     def _wanted(self, size: int, n: int) -> int:
         """How many slots to ask for, so that the next put of n blocks finds them here."""
@@ -185,3 +188,11 @@ class Writer:
         left = self.stock.count(size)
         most = limits.MAX_AHEAD_BYTES // (size * limits.GRANULE_BYTES)
         return max(0, min(max(n, _FEWEST_AHEAD), most) - left) if left < n else 0
+
+
+def _spread(rows: list[int], n: int, slots: c.U32, sums: c.U64) -> tuple[c.U32, c.U64]:
+    """The written blocks' slots and checksums at their rows of n; the others have no slot."""
+    all_slots = np.full(n, c.NO_SLOT, np.uint32)
+    all_sums = np.zeros((n, sums.shape[1]), np.uint64)
+    all_slots[rows], all_sums[rows] = slots, sums
+    return all_slots, all_sums

@@ -69,6 +69,18 @@ class Blocks:
         self._parent[ids] = NO_BLOCK
         self._at_granule[self.granule[ids]] = ids
 
+    def appear_one(self, block: int, namespace: int, parent: int) -> None:
+        """`appear`, and `link` unless the parent is -1, of one block."""
+        self.state[block] = BlockState.LIVE
+        self.namespace[block] = namespace
+        self.children[block] = 0
+        self._at_granule[self.granule[block]] = block
+        self._parent[block] = NO_BLOCK
+        if parent >= 0:
+            self._parent[block] = parent
+            self._parent_birth[block] = self._birth[parent]
+            self.children[parent] += 1
+
     def link(self, children: IdArray, parents: IdArray) -> None:
         """Says which live block comes before which in a chain."""
         self._parent[children] = parents

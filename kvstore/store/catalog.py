@@ -85,6 +85,28 @@ class Catalog:
             tier=tier,
         )
 
+    def insert_one(
+        self,
+        key: bytes,
+        *,
+        namespace: int,
+        length: int,
+        tier: int,
+        block: int,
+        granule: int,
+        generation: int,
+    ) -> bool:
+        """`insert` of one block."""
+        return self._index.insert_one(
+            key,
+            namespace=namespace,
+            length=length,
+            granule=granule,
+            block_id=block,
+            generation=generation,
+            tier=tier,
+        )
+
     def remove(self, ids: IdArray, name: int, why: ExplainStatus, now_ms: int) -> IdArray:
         """Hides blocks that lie under one name, and remembers why.
 

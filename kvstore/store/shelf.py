@@ -51,6 +51,7 @@ class Shelf:
     ) -> None:
         """`InvalidArgument` for a pool, policy, secret or number of blocks out of range."""
         self.memory, self.now_ms = memory, now_ms
+        self.pool_bytes = memoryview(memory.pool)  # type: ignore[arg-type] # as `bytes_of` says
         self.policy = make_policy(policy, max_blocks)
         self.blocks = Blocks(max_blocks, memory.generations.size)
         self.deadlines = Deadlines(max_blocks)

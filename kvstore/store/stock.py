@@ -11,7 +11,7 @@ from kvstore.errors import InvalidArgument, LayoutMismatch, PermissionDenied, Re
 from kvstore.store.blocks import IdArray
 from kvstore.store.checks import check_commit
 from kvstore.store.namespaces import Namespace
-from kvstore.store.publish import NO_ROW, Whole, publish
+from kvstore.store.publish import NO_PARENT, NO_ROW, Whole, WholeBlock, publish, publish_one
 from kvstore.store.puts import Connection, Puts, Slot
 from kvstore.store.shelf import Shelf
 
@@ -53,11 +53,12 @@ class Stock:
         namespace = self._shelf.namespaces.get(command.namespace)
         check_commit(command, namespace.layout.n_cells)
         slots = self._slots(who, namespace, command.granules)
-        status = np.full(len(slots), c.CommitStatus.NO_SPACE, np.uint8)
-        ours = self._not_under_way(namespace, command, slots, status)
-        if len(ours):
-            self._publish(who, namespace, command, slots=slots, ours=ours, status=status)
-        self._look_again(namespace, command, status)
+        if len(slots) == 1:
+            status = np.array([self._store_one(who, namespace, command, slots[0])], np.uint8)
+        else:
+            status = self._store_many(who, namespace, command, slots)
+        if c.CommitStatus.NO_SPACE in status:
+            self._look_again(namespace, command, status)
         more = self._ahead(who, namespace, command.more) if command.more else _NOTHING
         return c.Committed(status=status, granules=more)
 
@@ -89,21 +90,49 @@ class Stock:
             raise LayoutMismatch("granules", f"expected slots of {namespace.slot_bytes} bytes")
         return slots
 
-    def _not_under_way(
+    def _store_one(
+        self, who: Connection, namespace: Namespace, command: c.Commit, slot: Slot | None
+    ) -> c.CommitStatus:
+        """A commit of one block, as most small puts are."""
+        if slot is None:
+            return c.CommitStatus.NO_SPACE
+        key, chained = command.hashes.tobytes(), command.position >= 0
+        if len(self._puts) and self._puts.find(namespace.id, key):
+            return c.CommitStatus.IN_PROGRESS
+        whole = WholeBlock(
+            key=key,
+            put_id=command.put_id,
+            block=slot.block,
+            granule=int(command.granules[0]),
+            checksums=command.checksums[0],
+            parent=(command.parent or NO_PARENT) if chained else NO_PARENT,
+            position=command.position,
+            ttl_ms=command.ttl_ms,
+        )
+        if not publish_one(self._shelf, namespace, whole):
+            return c.CommitStatus.NO_SPACE
+        self._remove(who, [whole.granule])
+        return c.CommitStatus.STORED
+
+    def _store_many(
         self,
+        who: Connection,
         namespace: Namespace,
         command: c.Commit,
         slots: list[Slot | None],
-        status: c.U8,
-    ) -> npt.NDArray[np.int64]:
-        """The numbers of the blocks to store."""
+    ) -> c.U8:
+        """Stores what has a slot and is nobody else's; uint8 (n,) `CommitStatus`."""
+        status = np.full(len(slots), c.CommitStatus.NO_SPACE, np.uint8)
         ours = [i for i, slot in enumerate(slots) if slot is not None]
         if len(self._puts):
             for i in ours:
                 if self._puts.find(namespace.id, command.hashes[i].tobytes()):
                     status[i] = c.CommitStatus.IN_PROGRESS
             ours = [i for i in ours if status[i] != c.CommitStatus.IN_PROGRESS]
-        return np.array(ours, np.int64)
+        if ours:
+            rows = np.array(ours, np.int64)
+            self._publish(who, namespace, command, slots=slots, ours=rows, status=status)
+        return status
 
     def _publish(
         self,

@@ -39,6 +39,8 @@ from kvstore_server.tenants import Tenant, Tenants
 
 _COPY_THREADS = 2  # more do not help: a copy is bound by the memory, not by the cores
 _FULL_PAUSE_S = 0.1
+_GRANTING = frozenset((c.Reserve, c.Grant, c.Commit, c.Lease))
+_WRITTEN = frozenset((c.Seal, c.Grant, c.Commit))  # what a client does that writes the pool itself
 _START_S = 5.0  # how long to wait for another daemon that is just starting in the same folder
 
 log = structlog.get_logger()
@@ -221,8 +223,9 @@ class ChannelServer:
         try:
             with contextlib.suppress(BlockingIOError):
                 work()
-            if not peer.busy:
-                self._loop.want_write(peer.sock.fileno(), peer.has_unsent)
+            if not peer.busy and peer.has_unsent != peer.awaits_room:
+                peer.awaits_room = peer.has_unsent
+                self._loop.want_write(peer.sock.fileno(), peer.awaits_room)
         except ProtocolError as error:
             log.warning("garbage on the socket", pid=peer.process.pid, reason=str(error))
             self._lost(peer)
@@ -267,26 +270,26 @@ class ChannelServer:
             self._loop.call_soon(lambda: self._go_on(peer))
 
     def _answer(self, peer: Peer, record: Any) -> None:
-        match record:
-            case c.Reserve() | c.Lease() if peer.gone:
-                # Nobody would learn what was granted, and it would be held as long as the
-                # process lives: after each call that timed out here, a little more.
-                raise ConnectionResetError
-            case c.Seal() if not peer.tenant.writable:
-                # Whatever its slots held before would be shown under new keys.
-                raise PermissionDenied("who may not write the pool seals what it has staged")
-            case wire.MapIndex():
-                index = peer.tenant.arenas.index
-                assert index
-                peer.send(wire.IndexMapped(index_bytes=index.nbytes), (index.fd,))
-            case wire.Stage():
-                self._stage(peer, record)
-            case wire.SealStaged():
-                self._copy_in(peer, record)
-            case _ if isinstance(record, wire.COMMANDS):
-                peer.send(self._handle(peer, record))
-            case _:
-                raise ProtocolError(f"{type(record).__name__} is no command")
+        kind = type(record)
+        if kind in _GRANTING and peer.gone:
+            # Nobody would learn what was granted, and it would be held as long as the
+            # process lives: after each call that timed out here, a little more.
+            raise ConnectionResetError
+        if kind in _WRITTEN and not peer.tenant.writable:
+            # Whatever its slots held before would be shown under new keys.
+            raise PermissionDenied("who may not write the pool seals what it has staged")
+        if kind in wire.COMMANDS:
+            peer.send(self._handle(peer, record))
+        elif kind is wire.SealStaged:
+            self._copy_in(peer, record)
+        elif kind is wire.Stage:
+            self._stage(peer, record)
+        elif kind is wire.MapIndex:
+            index = peer.tenant.arenas.index
+            assert index
+            peer.send(wire.IndexMapped(index_bytes=index.nbytes), (index.fd,))
+        else:
+            raise ProtocolError(f"{kind.__name__} is no command")
 
     def _handle(self, peer: Peer, command: c.Command) -> c.Result:
         """One command; sees to it that what it made due is done in time."""
@@ -323,7 +326,7 @@ class ChannelServer:
     def _copy_in(self, peer: Peer, record: wire.SealStaged) -> None:
         """Copies in another thread; until it ends nothing else of this peer is served."""
         copy = self._plan(peer, record)
-        peer.busy = True
+        peer.busy, peer.awaits_room = True, False
         self._loop.unwatch(peer.sock.fileno())
 
         def ended(done: Future[c.Seal]) -> None:

@@ -20,7 +20,7 @@ from kvstore_server.tenants import Tenant
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5; Python has no name for it
-_READ_BYTES = 1 << 20
+_READ_BYTES = 64 << 10  # at a time; more would cost fresh pages for each small record
 _MAX_FDS = 4
 _MAX_UNSENT = 16  # answers; who waits for each before the next call leaves one at most
 
@@ -57,7 +57,9 @@ class Peer:
         self.staging: StagingArea | None = None
         self.busy = False
         self.queued = False  # whether its next record has a place in the loop's queue
+        self.awaits_room = False  # whether the loop is asked to say when the socket takes bytes
         self._inbox = bytearray()
+        self._record_bytes: int | None = None  # of the first record, once it is whole
         self._fds: deque[int] = deque()
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
         self._outbox_bytes = 0
@@ -73,6 +75,7 @@ class Peer:
         if len(self._fds) > _MAX_FDS:
             raise ProtocolError("more descriptors than any record takes")
         self._inbox += data
+        self._measure()
 
     @property
     def unread_bytes(self) -> int:
@@ -81,17 +84,19 @@ class Peer:
 
     @property
     def has_record(self) -> bool:
-        """Whether a whole record has arrived; `ProtocolError` on garbage."""
-        return self._record_bytes() is not None
+        """Whether a whole record has arrived."""
+        return self._record_bytes is not None
 
     def next_record(self) -> Any | None:
         """Takes the first whole record that has arrived; `ProtocolError` on garbage."""
-        end = self._record_bytes()
+        end, size = self._record_bytes, wire.FRAME.size
         if end is None:
             return None
-        size = wire.FRAME.size
-        record = wire.decode(bytes(self._inbox[:size]), bytes(self._inbox[size:end]))
+        record = wire.decode(self._inbox[:size], bytes(self._inbox[size:end]))
         del self._inbox[:end]
+        self._record_bytes = None
+        if self._inbox:
+            self._measure()
         return record
 
     @property
@@ -154,10 +159,9 @@ class Peer:
         else:
             self._outbox[0] = (frame[sent:], [])
 
-    def _record_bytes(self) -> int | None:
-        """Bytes of the first record, head included; None while it is not whole."""
+    def _measure(self) -> None:
+        """Notes where the first record ends; `ProtocolError` on garbage."""
         size = wire.FRAME.size
-        if len(self._inbox) < size:
-            return None
-        end = size + wire.body_length(bytes(self._inbox[:size]))
-        return end if len(self._inbox) >= end else None
+        if self._record_bytes is None and len(self._inbox) >= size:
+            end = size + wire.body_length(self._inbox[:size])
+            self._record_bytes = end if len(self._inbox) >= end else None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,16 @@ import pytest
 from faults.workers import content, hashes, layout, says, worker
 
 from daemon import Daemon, daemon
-from kvstore import KVStore, Miss, MissReason, NamespaceHandle
+from kvstore import Hit, KVStore, Miss, MissReason, NamespaceHandle
 from kvstore import commands as c
 from kvstore.channel import port as port_module
 from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, ProtocolError, StaleNamespace, Unavailable
 from kvstore.memory import Arena
+from kvstore.session import writes
 from kvstore.session.channel import ChannelLink, ChannelSession, _ChannelConnection
 from kvstore.session.copies import move
-from kvstore.session.link import Granted, Memory
+from kvstore.session.link import Granted, Memory, copy_all_in
 from kvstore.session.parts import addresses_of, part_of
 
 BLOCK_BYTES = 3840
@@ -193,10 +195,68 @@ def test_a_put_that_runs_out_of_time_in_its_copies_gives_the_slots_back(
 
         session._link.fill = late  # type: ignore[method-assign]
         with pytest.raises(DeadlineExceeded, match="copied in time"):
-            session.put(namespace, hashes(8, seed=4), blocks, timeout_s=4.0)
+            session.put(namespace, hashes(8, seed=4), blocks, cells=[0], timeout_s=4.0)
         session._link.fill = fill  # type: ignore[method-assign]
         until(lambda: session.stats().pending_blocks == 0)
         assert session.put(namespace, hashes(8, seed=4), blocks).stored == 8
+
+
+def test_a_put_of_whole_blocks_that_runs_out_of_time_keeps_its_slots_for_the_next(
+    direct: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [content(key, 1, BLOCK_BYTES) for key in range(8)]
+    with connected(direct) as session:
+        namespace = session.open_namespace("slow whole copies", LAYOUT)
+
+        def late(*a: Any, end_s: float, **rest: Any) -> c.U64:
+            return copy_all_in(*a, end_s=end_s - 2 * WAIT_S, **rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writes, "copy_all_in", late)
+            with pytest.raises(DeadlineExceeded, match="copied in time"):
+                session.put(namespace, hashes(8, seed=4), blocks)
+        assert session.match(namespace, hashes(8, seed=4)).count == 0
+        grants = Counter[str]()
+        real = session._link.call
+
+        def counted(command: c.Command, timeout_s: float) -> c.Result:
+            grants[type(command).__name__] += 1
+            return real(command, timeout_s)
+
+        monkeypatch.setattr(session._link, "call", counted)
+        assert session.put(namespace, hashes(8, seed=4), blocks).stored == 8
+        assert grants == {"Commit": 1}
+
+
+def test_a_put_of_whole_blocks_goes_into_a_namespace_that_was_dropped_meanwhile(
+    direct: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after the drop then, as it may: nobody has had its answer yet."""
+    block, target = [content(1, 1, BLOCK_BYTES)], [np.zeros(BLOCK_BYTES, np.uint8)]
+    with ChannelSession(str(direct.socket)) as session, ChannelSession(str(direct.socket)) as other:
+        namespace = session.open_namespace("dropped before", LAYOUT)
+
+        def dropped_first(*a: Any, **rest: Any) -> c.U64:
+            other.drop_namespace(namespace)
+            monkeypatch.undo()
+            return copy_all_in(*a, **rest)
+
+        monkeypatch.setattr(writes, "copy_all_in", dropped_first)
+        assert session.put(namespace, hashes(1, seed=9), block).stored == 1
+        assert isinstance(session.get_into(namespace, hashes(1, seed=9), target)[0], Hit)
+        assert (target[0] == block[0]).all()
+
+
+def test_a_client_that_closes_gives_its_empty_slots_back(direct: Daemon) -> None:
+    """Its process lives on, so that nothing else could give them back."""
+    with ChannelSession(str(direct.socket)) as watching:
+        before = watching.stats()
+        with ChannelSession(str(direct.socket)) as session:
+            namespace = session.open_namespace("closing", LAYOUT)
+            assert session.put(namespace, hashes(1), [np.zeros(BLOCK_BYTES, np.uint8)]).stored == 1
+            assert len(cast(Any, session._now())._writer.stock) > 0
+        until(lambda: watching.stats().connections == before.connections)
+        until(lambda: watching.stats().ahead_bytes == before.ahead_bytes)
 
 
 def test_giving_slots_back_takes_nothing_from_the_callers_time(direct: Daemon) -> None:
@@ -215,7 +275,7 @@ def test_giving_slots_back_takes_nothing_from_the_callers_time(direct: Daemon) -
         try:
             began = time.monotonic()
             with pytest.raises(DeadlineExceeded):
-                session.put(namespace, hashes(1, seed=5), block)
+                session.put(namespace, hashes(1, seed=5), block, cells=[0])
             assert time.monotonic() - began < WAIT_S / 2
         finally:
             busy.release()
@@ -338,7 +398,7 @@ def test_a_put_into_a_namespace_that_is_dropped_meanwhile_is_not_stored(direct: 
             return cast(c.U8, fill(granted, sources, timeout_s))
 
         link.fill = dropped_first
-        result = session.put(namespace, hashes(1, seed=9), block)
+        result = session.put(namespace, hashes(1, seed=9), block, cells=[0])
         assert (result.stored, result.not_stored) == (0, 1)
         link.fill = fill
         assert session.put(namespace, hashes(1, seed=9), block).stored == 1

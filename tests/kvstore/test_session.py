@@ -36,7 +36,9 @@ def test_what_was_just_read_is_not_what_the_next_put_evicts(store: Session) -> N
         n += 1
     oldest = hashes[1:2]
     assert isinstance(store.get_into(namespace, oldest, target)[0], Hit)
-    store.put(namespace, hashes[n : n + 1], block)
-    assert store.stats().evicted == 2
+    gone = store.stats().evicted
+    while store.stats().evicted == gone:  # a client may hold empty slots for its next puts
+        store.put(namespace, hashes[n : n + 1], block)
+        n += 1
     assert store.match(namespace, oldest).count == 1
     assert store.match(namespace, hashes[2:3]).count == 0

@@ -16,7 +16,8 @@ from kvstore.store import failed
 def example(kind: type, rng: np.random.Generator) -> object:
     """A record with something in each of its fields."""
     values: dict[str, object] = {}
-    for name, of in wire._FIELDS[kind]:
+    for field in dataclasses.fields(kind):
+        name, of = field.name, str(field.type).removeprefix("commands.")
         if of == "int":
             values[name] = int(rng.integers(-(1 << 62), 1 << 62))
         elif of == "str":

@@ -887,6 +887,7 @@ class StatsResponse(_message.Message):
     EXPIRED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     CONNECTIONS_FIELD_NUMBER: _builtins.int
+    AHEAD_BYTES_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     """Blocks that can be found."""
     pending_blocks: _builtins.int
@@ -898,7 +899,7 @@ class StatsResponse(_message.Message):
     pinned_blocks: _builtins.int
     """Blocks that hints pin."""
     used_bytes: _builtins.int
-    """Bytes of the pool in use."""
+    """Bytes of the slots of blocks, and of puts under way."""
     total_bytes: _builtins.int
     """Bytes of the pool."""
     lookups: _builtins.int
@@ -917,6 +918,8 @@ class StatsResponse(_message.Message):
     """Blocks that were not stored, for want of room."""
     connections: _builtins.int
     """Clients on the same host; all users of this protocol together are one."""
+    ahead_bytes: _builtins.int
+    """Bytes of empty slots that clients on the same host hold ahead of their next puts."""
     def __init__(
         self,
         *,
@@ -935,10 +938,11 @@ class StatsResponse(_message.Message):
         expired: _builtins.int = ...,
         refused: _builtins.int = ...,
         connections: _builtins.int = ...,
+        ahead_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "connections", b"connections", "dropped", b"dropped", "evicted", b"evicted", "expired", b"expired", "hits", b"hits", "leased_blocks", b"leased_blocks", "lookups", b"lookups", "pending_blocks", b"pending_blocks", "pinned_blocks", b"pinned_blocks", "quarantined_blocks", b"quarantined_blocks", "refused", b"refused", "stored", b"stored", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_bytes", b"ahead_bytes", "blocks", b"blocks", "connections", b"connections", "dropped", b"dropped", "evicted", b"evicted", "expired", b"expired", "hits", b"hits", "leased_blocks", b"leased_blocks", "lookups", b"lookups", "pending_blocks", b"pending_blocks", "pinned_blocks", b"pinned_blocks", "quarantined_blocks", b"quarantined_blocks", "refused", b"refused", "stored", b"stored", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
