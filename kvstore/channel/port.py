@@ -198,14 +198,12 @@ class ChannelPort:
 
     def _send(self, frame: bytes, deadline: float, send_fd: int | None) -> None:
         fds = [] if send_fd is None else [send_fd]
-        while True:
+        while frame:
             try:
                 sent = socket.send_fds(self._sock, [frame], fds) if fds else self._sock.send(frame)
             except BlockingIOError:
                 self._wait_for(select.POLLOUT, deadline)
                 continue
-            if sent == len(frame):
-                return
             frame, fds = frame[sent:], []
 
     def _receive(self, deadline: float, fds_wanted: int) -> Any:

@@ -39,6 +39,7 @@ from kvstore.index.format import (
 MAX_RETRIES = 64
 # x86 shows stores and takes loads in their order, so that versions alone tell of a torn row.
 _LOADS_IN_ORDER = platform.machine() == "x86_64"
+_NO_ROW = [0] * ROW_WORDS
 _FEW = 4  # keys up to which one after the other is quicker than all at once
 # How many rows are looked at together where a key is not at its home: 1, 2, 4 or 8.
 _FIRST_RUN, _NEXT_RUN = 4, 8
@@ -84,7 +85,7 @@ class Lookup:
     @property
     def tiers(self) -> NDArray[np.uint8]:
         """The blocks' tiers."""
-        return (self.rows[:, W_STAMP] >> np.uint64(56)).astype(np.uint8)
+        return self.rows.view(np.uint8)[:, 8 * W_STAMP + 7]  # a word's highest byte is its last
 
     def only_found(self) -> Lookup:
         """Those that are there."""
@@ -105,6 +106,9 @@ class Match(Lookup):
         return len(self.rows)
 
 
+_NO_MATCH = Match(np.empty((0, ROW_WORDS), np.uint64))
+
+
 class IndexReader:
     """Searches a table that another process may be writing; changes nothing."""
 
@@ -118,16 +122,17 @@ class IndexReader:
         self._firsts, self._checks = flat, flat[W_CHECK:]
         self._words = view.scalar_rows()
         self._versions = view.scalar_versions()
+        self._header = view.header.data
 
     @property
     def retired(self) -> bool:
         """Whether the writer gave this table up."""
-        return bool(int(self.view.header[H_FLAGS]) & FLAG_RETIRED)
+        return bool(self._header[H_FLAGS] & FLAG_RETIRED)
 
     @property
     def namespace_epoch(self) -> int:
         """Grows whenever namespace ids may have become stale."""
-        return int(self.view.header[H_EPOCH])
+        return self._header[H_EPOCH]
 
     def lookup(self, namespace: int, hashes: NDArray[np.uint8]) -> Lookup:
         """The rows of keys (n, 32) uint8; `InvalidArgument` for another array or namespace."""
@@ -158,19 +163,25 @@ class IndexReader:
         """
         if not _LOADS_IN_ORDER:
             return self.match(namespace, hashes)
-        return _leading(self._rows(namespace, hashes))
+        words = key_words(hashes)
+        check_namespace(namespace)
+        if len(words) > _FEW:
+            return _leading(self._search(words, namespace))
+        rows: list[list[int]] = []
+        for key in words.tolist():
+            row = self._find_one(key, namespace)
+            if row is None:
+                break
+            rows.append(row)
+        return Match(np.array(rows, np.uint64)) if rows else _NO_MATCH
 
     def _rows(self, namespace: int, hashes: NDArray[np.uint8]) -> Words:
         words = key_words(hashes)
         check_namespace(namespace)
         if len(words) > _FEW:
             return self._search(words, namespace)
-        rows = np.zeros((len(words), ROW_WORDS), np.uint64)
-        for i, key in enumerate(words.tolist()):
-            row = self._search_one(key, namespace)
-            if row is not None:
-                rows[i] = row
-        return rows
+        rows = [self._search_one(key, namespace) or _NO_ROW for key in words.tolist()]
+        return np.array(rows, np.uint64).reshape(-1, ROW_WORDS)
 
     def _gather(self, slots: NDArray[np.int64]) -> tuple[Words, NDArray[np.bool_]]:
         """Copies of rows (n, 8) and, bool (n,), which of them were not being written."""
@@ -228,13 +239,18 @@ class IndexReader:
         return np.concatenate([keys, *alone])
 
     def _search_one(self, key: list[int], namespace: int) -> list[int] | None:
+        row = self._find_one(key, namespace)
+        return row if row and check_of(row) == row[W_CHECK] else None
+
+    def _find_one(self, key: list[int], namespace: int) -> list[int] | None:
+        """The row of a key, whose check was not looked at."""
         slot = home_of(key[0], namespace, self._mask)
         for _ in range(self._bound):
             row = self._stable_row(slot)
             if row is None or row[W_CHECK] == 0:
                 return None
             if row[:4] == key and row[W_SPACE] >> 32 == namespace:
-                return row if check_of(row) == row[W_CHECK] else None
+                return row
             slot = (slot + 1) & self._mask
         return None
 

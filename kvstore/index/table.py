@@ -37,6 +37,7 @@ from kvstore.index.format import (
 
 _EMPTY = [0] * ROW_WORDS
 _KEY = struct.Struct("<4Q")
+_STEPS = 8  # that rows take together
 _FEW = 4  # keys up to which one after the other is quicker than all at once
 
 
@@ -225,20 +226,29 @@ class IndexTable:
     def _insert_many(
         self, rows: Words, words: Words, namespace: int, done: NDArray[np.bool_]
     ) -> None:
-        """Place rows, setting `done`: those that are first at a free home at once, others singly.
+        """Place rows, setting `done`: all at once, each a step further where its slot is taken.
 
-        Equal keys share a home, so a repeated key never gets into the first group twice.
+        Those that want the same free slot wait for one of them, so that a repeated key meets its
+        first. What is left after some steps goes in singly.
         """
-        homes = homes_of(words, namespace, self._mask)
-        todo = np.flatnonzero(self._find(words, namespace, homes) < 0)
-        if len(todo) <= self._limit - self._entries:
-            _, first = np.unique(homes[todo], return_index=True)
-            chosen = todo[np.sort(first)]
-            chosen = chosen[self.view.rows[homes[chosen], W_CHECK] == 0]
-            self._write_many(homes[chosen], rows[chosen])
-            done[chosen] = True
-            todo = todo[~done[todo]]
-        for i in todo.tolist():
+        pending = np.arange(len(rows))
+        slots = homes_of(words, namespace, self._mask)
+        steps = _STEPS if len(rows) <= self._limit - self._entries else 0
+        for _ in range(steps):
+            if len(pending) <= _FEW:
+                break
+            there = np.take(self.view.rows, slots, axis=0)
+            free = there[:, W_CHECK] == 0
+            on = free | ~same_keys(there, words[pending], namespace)
+            at_free = np.flatnonzero(free)
+            _, first = np.unique(slots[at_free], return_index=True)
+            chosen = at_free[first]
+            self._write_many(slots[chosen], rows[pending[chosen]])
+            done[pending[chosen]] = True
+            on[chosen] = False
+            slots = (slots + ~free)[on] & self._mask
+            pending = pending[on]
+        for i in pending.tolist():
             done[i] = self._insert_one(rows[i].tolist())
 
     def _write_many(self, slots: NDArray[np.int64], rows: Words) -> None:

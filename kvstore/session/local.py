@@ -29,7 +29,7 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.index.reader import Match
+from kvstore.index.reader import Lookup, Match
 from kvstore.session.base import (
     TIERS,
     Bytes1D,
@@ -96,7 +96,7 @@ class LocalSession(ControlSession):
         self, link: Link, *, timeout_s: float, verify_reads: bool = False, ahead: bool = False
     ) -> None:
         super().__init__(link, timeout_s=timeout_s)
-        self._writer = Writer(link, ahead=ahead, note=self._came_upon)
+        self._writer = Writer(link, ahead=ahead)
         # Readers order their loads by what x86 guarantees; elsewhere only a checksum can tell.
         self._verify = verify_reads or platform.machine() != "x86_64"
 
@@ -252,7 +252,7 @@ class LocalSession(ControlSession):
     def _put_whole(self, put: PutRequest, deadline: Deadline) -> PutResult:
         number = self._number(put.namespace, deadline)
         before = functools.partial(self._report_before_eviction, deadline)
-        return self._writer.put(put, number, deadline, before)
+        return self._writer.put(put, number, deadline, before=before, note=self._came_upon)
 
     def _put_part(self, put: PutRequest, deadline: Deadline) -> PutResult:
         """Some cells of blocks, or whole ones where the store copies: two calls."""
@@ -329,18 +329,14 @@ class LocalSession(ControlSession):
         return sound, MissReason.UNAVAILABLE if copied < n else MissReason.NOT_STORED
 
     def _note(self, found: Match, hits: int, lookups: int) -> None:
-        granules = found.granules[:hits].astype(np.uint32)
         now = time.monotonic()
-        self._touched(
-            self._touches.add(
-                granules, found.generations[:hits], lookups=lookups, hits=hits, now=now
-            )
-        )
+        rows = found.rows if hits == found.count else found.rows[:hits]
+        self._touched(self._touches.add(rows, lookups=lookups, hits=hits, now=now))
 
-    def _came_upon(self, granules: c.U32, generations: c.U64) -> None:
+    def _came_upon(self, known: Lookup) -> None:
         """A put has found these there already."""
         now = time.monotonic()
-        self._touched(self._touches.add(granules, generations, lookups=0, hits=0, now=now))
+        self._touched(self._touches.add(known.rows, lookups=0, hits=0, now=now))
 
     def _touched(self, began: bool) -> None:
         """Touches were noted; `began`: they are the first of a batch. Reports what is due."""

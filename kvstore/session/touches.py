@@ -8,6 +8,10 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
+from kvstore.index.format import ROW_WORDS, Words
+from kvstore.index.reader import Lookup
+
+_NOTHING = Lookup(np.empty((0, ROW_WORDS), np.uint64))
 
 
 class TouchLog:
@@ -18,28 +22,28 @@ class TouchLog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._parts: list[tuple[c.U32, c.U64]] = []
+        self._parts: list[Words] = []
         self._blocks = self._lookups = self._hits = 0
         self._since: float | None = None
         self.lost = 0
 
-    def add(
-        self, granules: c.U32, generations: c.U64, *, lookups: int, hits: int, now: float
-    ) -> bool:
-        """Notes a read of blocks in chain order; True where a batch begins with it.
+    def add(self, rows: Words, *, lookups: int, hits: int, now: float) -> bool:
+        """Notes a read of blocks, by their index rows (n, 8), in chain order; True where a batch
+        begins with it.
 
         lookups, hits: how many keys were asked for and found; none by who did not ask for them.
         """
+        n = len(rows)
         with self._lock:
             self._lookups += lookups
             self._hits += hits
             began = self._since is None
             self._since = now if began else self._since
-            if self._blocks + len(granules) > limits.MAX_TOUCHES_KEPT:
-                self.lost += len(granules)
-            elif len(granules):
-                self._parts.append((granules, generations))
-                self._blocks += len(granules)
+            if self._blocks + n > limits.MAX_TOUCHES_KEPT:
+                self.lost += n
+            elif n:
+                self._parts.append(rows)
+                self._blocks += n
             return began
 
     @property
@@ -67,11 +71,10 @@ class TouchLog:
             parts, lookups, hits = self._parts, self._lookups, self._hits
             self._parts, self._blocks, self._lookups, self._hits = [], 0, 0, 0
             self._since = None
-        empty = (np.empty(0, np.uint32), np.empty(0, np.uint64))
-        granules, generations = zip(*parts or [empty], strict=True)
+        rows = Lookup(np.concatenate(parts)) if parts else _NOTHING
         return c.Touch(
-            granules=np.concatenate(granules),
-            generations=np.concatenate(generations),
+            granules=rows.granules.astype(np.uint32),
+            generations=rows.generations,
             lookups=lookups,
             hits=hits,
         )

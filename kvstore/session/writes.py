@@ -14,15 +14,24 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.errors import ResourceExhausted
+from kvstore.errors import (
+    DeadlineExceeded,
+    KVStoreError,
+    ResourceExhausted,
+    StaleNamespace,
+    Unavailable,
+)
+from kvstore.index.reader import Lookup
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
 from kvstore.session.link import Link, Memory, copy_all_in
 from kvstore.session.parts import slot_granules
 from kvstore.session.requests import PutRequest
 
+# After these a commit has shown nothing, or its connection is over. What else a store may answer it
+# should not; then nobody writes to the slots any more.
+_UNCHANGED = (StaleNamespace, DeadlineExceeded, Unavailable)
 _FEWEST_AHEAD = 8  # slots to ask for ahead, so that small puts seldom ask
-Before = Callable[[], None]
 
 
 class SlotStock:
@@ -67,17 +76,25 @@ class SlotStock:
 class Writer:
     """The puts of one connection.
 
-    ahead: whether to hold empty slots for later puts, which saves them a call. note: is told of
-    stored blocks that a put has come upon, by granules and generations.
+    ahead: whether to hold empty slots for later puts, which saves them a call.
     """
 
-    def __init__(self, link: Link, *, ahead: bool, note: Callable[[c.U32, c.U64], None]) -> None:
-        self._link, self._ahead, self._note = link, ahead, note
+    def __init__(self, link: Link, *, ahead: bool) -> None:
+        self._link, self._ahead = link, ahead
         self.stock = SlotStock()
 
-    def put(self, put: PutRequest, number: int, deadline: Deadline, before: Before) -> PutResult:
+    def put(
+        self,
+        put: PutRequest,
+        number: int,
+        deadline: Deadline,
+        *,
+        before: Callable[[], None],
+        note: Callable[[Lookup], None],
+    ) -> PutResult:
         """Stores whole blocks in the namespace `number`; one call, and one more where the stock is
-        too small. before: called before what may make the store evict.
+        too small. before: called before what may make the store evict. note: is told of blocks
+        that are stored already.
 
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
@@ -85,8 +102,7 @@ class Writer:
         there = memory.index.holds(number, put.chain)
         absent: Sequence[int] = range(n)
         if True in there:
-            known = memory.index.lookup(number, put.chain).only_found()
-            self._note(known.granules.astype(np.uint32), known.generations)
+            note(memory.index.lookup(number, put.chain).only_found())
             absent = [i for i, found in enumerate(there) if not found]
             if not absent:
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
@@ -96,8 +112,9 @@ class Writer:
             committed = self._commit(
                 put, number, memory, absent=absent, slots=slots, deadline=deadline, before=before
             )
-        except BaseException:
-            self.stock.put(size, slots)
+        except BaseException as error:
+            if not isinstance(error, KVStoreError) or isinstance(error, _UNCHANGED):
+                self.stock.put(size, slots)
             raise
         status = committed.status.tolist()
         rows = zip(slots, absent, strict=False)
@@ -114,7 +131,7 @@ class Writer:
         )
 
     def _slots(
-        self, size: int, number: int, n: int, deadline: Deadline, before: Before
+        self, size: int, number: int, n: int, deadline: Deadline, before: Callable[[], None]
     ) -> list[int]:
         """Slots for n blocks, fewer where the pool is full; `ResourceExhausted` for none."""
         slots = self.stock.take(size, n)
@@ -144,7 +161,7 @@ class Writer:
         absent: Sequence[int],
         slots: list[int],
         deadline: Deadline,
-        before: Before,
+        before: Callable[[], None],
     ) -> c.Committed:
         """Writes the first of the absent blocks, as many as there are slots, and has them shown.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,23 +63,16 @@ class Pending:
         return put_id == self.put_id and not mask & others and mask & self.missing == mask
 
 
-class Slot(NamedTuple):
-    """An empty slot of somebody's stock: the block id that goes with it, and its size."""
-
-    block: int
-    nbytes: int
-
-
 @dataclass(slots=True, eq=False)
 class Connection:
-    """What one client holds. `put_bytes`: of slots of puts that it has begun; `stock`: slots
-    without a key, by granule, `stock_bytes` of them."""
+    """What one client holds. `put_bytes`: of slots of puts that it has begun; `stock`: block ids of
+    slots without a key, by granule, `stock_bytes` of them."""
 
     puts: dict[PutKey, Pending] = field(default_factory=dict)
     leases: dict[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
     leased_blocks: int = 0
     put_bytes: int = 0
-    stock: dict[int, Slot] = field(default_factory=dict)
+    stock: dict[int, int] = field(default_factory=dict)
     stock_bytes: int = 0
 
     @property

@@ -12,7 +12,7 @@ from kvstore.store.blocks import IdArray
 from kvstore.store.checks import check_commit
 from kvstore.store.namespaces import Namespace
 from kvstore.store.publish import NO_PARENT, NO_ROW, Whole, WholeBlock, publish, publish_one
-from kvstore.store.puts import Connection, Puts, Slot
+from kvstore.store.puts import Connection, Puts
 from kvstore.store.shelf import Shelf
 
 _NOTHING = np.empty(0, np.uint32)
@@ -52,11 +52,11 @@ class Stock:
         that another put is writing, leave their slots in its stock."""
         namespace = self._shelf.namespaces.get(command.namespace)
         check_commit(command, namespace.layout.n_cells)
-        slots = self._slots(who, namespace, command.granules)
-        if len(slots) == 1:
-            status = np.array([self._store_one(who, namespace, command, slots[0])], np.uint8)
+        blocks = self._blocks(who, namespace, command.granules)
+        if len(blocks) == 1:
+            status = np.array([self._store_one(who, namespace, command, blocks[0])], np.uint8)
         else:
-            status = self._store_many(who, namespace, command, slots)
+            status = self._store_many(who, namespace, command, blocks)
         if c.CommitStatus.NO_SPACE in status:
             self._look_again(namespace, command, status)
         more = self._ahead(who, namespace, command.more) if command.more else _NOTHING
@@ -76,25 +76,31 @@ class Stock:
 
     # -- inside ------------------------------------------------------------------------
 
-    def _slots(self, who: Connection, namespace: Namespace, granules: c.U32) -> list[Slot | None]:
-        """What is held at each granule, None where none is named. `PermissionDenied` for a slot
-        that is not held, `LayoutMismatch` for one of another size."""
+    def _blocks(self, who: Connection, namespace: Namespace, granules: c.U32) -> list[int | None]:
+        """The block id of each slot, None where none is named. `PermissionDenied` for a slot that
+        is not held, `LayoutMismatch` for one of another size."""
         named = granules.tolist()
-        slots = [who.stock.get(granule) for granule in named]
-        known = [slot for slot in slots if slot is not None]
-        if len(known) != sum(granule != c.NO_SLOT for granule in named):
+        blocks = [who.stock.get(granule) for granule in named]
+        missing = blocks.count(None)
+        if missing != named.count(c.NO_SLOT):
             raise PermissionDenied("a slot is not in this connection's stock")
-        if len(known) > 1 and len(set(named) - {c.NO_SLOT}) != len(known):
+        if len(set(named)) < len(named) - max(0, missing - 1):
             raise InvalidArgument("granules", "a slot is named twice")
-        if any(slot.nbytes != namespace.slot_bytes for slot in known):
+        held = granules[granules != c.NO_SLOT] if missing else granules
+        if (self._sizes(held) * limits.GRANULE_BYTES != namespace.slot_bytes).any():
             raise LayoutMismatch("granules", f"expected slots of {namespace.slot_bytes} bytes")
-        return slots
+        return blocks
+
+    def _sizes(self, granules: c.U32) -> npt.NDArray[np.int64]:
+        """Granules of each of these slots."""
+        slabs = self._shelf.room.slabs
+        return slabs.slot_sizes(slabs.slabs_of(granules))
 
     def _store_one(
-        self, who: Connection, namespace: Namespace, command: c.Commit, slot: Slot | None
+        self, who: Connection, namespace: Namespace, command: c.Commit, block: int | None
     ) -> c.CommitStatus:
         """A commit of one block, as most small puts are."""
-        if slot is None:
+        if block is None:
             return c.CommitStatus.NO_SPACE
         key, chained = command.hashes.tobytes(), command.position >= 0
         if len(self._puts) and self._puts.find(namespace.id, key):
@@ -102,7 +108,7 @@ class Stock:
         whole = WholeBlock(
             key=key,
             put_id=command.put_id,
-            block=slot.block,
+            block=block,
             granule=int(command.granules[0]),
             checksums=command.checksums[0],
             parent=(command.parent or NO_PARENT) if chained else NO_PARENT,
@@ -119,11 +125,11 @@ class Stock:
         who: Connection,
         namespace: Namespace,
         command: c.Commit,
-        slots: list[Slot | None],
+        blocks: list[int | None],
     ) -> c.U8:
         """Stores what has a slot and is nobody else's; uint8 (n,) `CommitStatus`."""
-        status = np.full(len(slots), c.CommitStatus.NO_SPACE, np.uint8)
-        ours = [i for i, slot in enumerate(slots) if slot is not None]
+        status = np.full(len(blocks), c.CommitStatus.NO_SPACE, np.uint8)
+        ours = [i for i, block in enumerate(blocks) if block is not None]
         if len(self._puts):
             for i in ours:
                 if self._puts.find(namespace.id, command.hashes[i].tobytes()):
@@ -131,7 +137,7 @@ class Stock:
             ours = [i for i in ours if status[i] != c.CommitStatus.IN_PROGRESS]
         if ours:
             rows = np.array(ours, np.int64)
-            self._publish(who, namespace, command, slots=slots, ours=rows, status=status)
+            self._publish(who, namespace, command, blocks=blocks, ours=rows, status=status)
         return status
 
     def _publish(
@@ -140,12 +146,12 @@ class Stock:
         namespace: Namespace,
         command: c.Commit,
         *,
-        slots: list[Slot | None],
+        blocks: list[int | None],
         ours: npt.NDArray[np.int64],
         status: c.U8,
     ) -> None:
         """Stores the blocks numbered `ours`, and says in `status` which found a place."""
-        n = len(slots)
+        n = len(blocks)
         parents, positions = np.zeros_like(command.hashes), np.full(n, -1)
         row_of = np.full(n + 1, NO_ROW, np.int64)  # the last: of what comes before the first
         if command.position >= 0:
@@ -154,13 +160,11 @@ class Stock:
             parents[1:] = command.hashes[:-1]
             positions = command.position + np.arange(n)
             row_of[ours] = np.arange(len(ours))
-        ids = np.array(
-            [slot.block for slot in (slots[i] for i in ours.tolist()) if slot], np.uint32
-        )
+        held = blocks if len(ours) == n else [blocks[i] for i in ours.tolist()]
         whole = Whole(
             keys=command.hashes[ours],
             put_ids=command.put_id * len(ours),
-            ids=ids,
+            ids=np.array(held, np.uint32),
             granules=command.granules[ours],
             checksums=command.checksums[ours],
             parents=parents[ours],
@@ -199,16 +203,16 @@ class Stock:
         granules = self._shelf.room.allocate(nbytes, n, evict=self._shelf.evict)
         ids = self._shelf.blocks.take(granules)
         self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written
-        slots = zip(granules.tolist(), ids.tolist(), strict=True)
-        who.stock.update({granule: Slot(block, nbytes) for granule, block in slots})
+        who.stock.update(zip(granules.tolist(), ids.tolist(), strict=True))
         who.stock_bytes += nbytes * len(ids)
         self.nbytes += nbytes * len(ids)
         return granules
 
     def _remove(self, who: Connection, granules: list[int]) -> IdArray:
         """These slots are no longer in the stock; returns their blocks' ids."""
-        slots = [who.stock.pop(granule) for granule in granules]
-        nbytes = sum(slot.nbytes for slot in slots)
+        blocks = [who.stock.pop(granule) for granule in granules]
+        sizes = self._sizes(np.array(granules, np.uint32))
+        nbytes = int(sizes.sum()) * limits.GRANULE_BYTES
         who.stock_bytes -= nbytes
         self.nbytes -= nbytes
-        return np.array([slot.block for slot in slots], np.uint32)
+        return np.array(blocks, np.uint32)

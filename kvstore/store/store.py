@@ -26,8 +26,6 @@ from kvstore.store.puts import Connection, GrantedBlocks
 from kvstore.store.shelf import DRAM_TIER, Shelf
 from kvstore.store.stock import Stock
 
-Handler = Callable[[int, Connection, Any], c.Result]
-
 
 class Store:
     """Every public method leaves `check()` true. Times are Unix milliseconds, never going back."""
@@ -56,7 +54,6 @@ class Store:
         )
         self._intake = Intake(self._shelf)
         self._stock = Stock(self._shelf, self._intake.puts)
-        self._handlers = self._make_handlers()
         self._connections: dict[int, Connection] = {}
         self._next_connection = self._next_lease = 1
 
@@ -133,27 +130,8 @@ class Store:
         What is due by `now_ms` must have been done by `tick`.
         """
         self._shelf.now_ms = max(self._shelf.now_ms, now_ms)
-        return self._handlers[type(command)](connection, self._connections[connection], command)
-
-    def _make_handlers(self) -> dict[type, Handler]:
-        intake, stock = self._intake, self._stock
-        return {
-            c.OpenNamespace: lambda _number, _who, command: self._open(command),
-            c.Reserve: intake.reserve,
-            c.Seal: intake.seal,
-            c.Abort: intake.abort,
-            c.Grant: lambda _number, who, command: stock.grant(who, command),
-            c.Commit: lambda _number, who, command: stock.commit(who, command),
-            c.GiveBack: lambda _number, who, command: stock.give_back(who, command),
-            c.Lease: lambda _number, who, command: self._lease(who, command),
-            c.Release: lambda _number, who, command: self._release(who, command),
-            c.Touch: lambda _number, _who, command: self._touch(command),
-            c.Drop: lambda _number, _who, command: self._drop(command),
-            c.Hint: lambda _number, _who, command: self._hint(command),
-            c.Explain: lambda _number, _who, command: self._explain(command),
-            c.Stat: lambda _number, _who, _command: self.stats(),
-            c.Describe: lambda _number, _who, _command: self._describe(),
-        }
+        who = self._connections[connection]
+        return _HANDLERS[type(command)](self, connection, who, command)
 
     def stats(self) -> c.Stats:
         """The counters as they are now."""
@@ -350,8 +328,8 @@ class Store:
         assert len(held) - len(self._intake.puts) == self._intake.puts.quarantined
         stock = [slot for who in self._connections.values() for slot in who.stock.items()]
         assert blocks.count(BlockState.PENDING) == len(held) + len(stock)
-        assert all(blocks.granule[slot.block] == granule for granule, slot in stock)
-        assert self._stock.nbytes == sum(slot.nbytes for _, slot in stock)
+        assert all(blocks.granule[block] == granule for granule, block in stock)
+        assert self._stock.nbytes == sum(who.stock_bytes for who in self._connections.values())
         taken = np.flatnonzero(blocks.state != BlockState.FREE)
         slots = blocks.granule[taken]
         assert len(np.unique(slots)) == len(slots), "one slot, two owners"
@@ -362,7 +340,7 @@ class Store:
         for who in self._connections.values():
             assert who.leased_blocks == sum(len(ids) for ids in who.leases.values())
             assert who.put_bytes == sum(p.slot_bytes for p in who.puts.values())
-            assert who.stock_bytes == sum(slot.nbytes for slot in who.stock.values())
+            assert who.stock_bytes == sum(map(self._shelf.room.slabs.class_of, who.stock))
             for ids in who.leases.values():
                 np.add.at(leases, ids, 1)
         assert (leases == blocks.leases).all()
@@ -374,6 +352,27 @@ class Store:
         assert waiting == alone, "a put that nobody writes must be over some day"
         for space in self._shelf.namespaces:
             assert space.blocks == len(blocks.live_in(space.id))
+
+
+# By the command's type, which is found at once; a table of the class, because one of each store's
+# own methods would hold the store, and with it its memory, until the next collection.
+_HANDLERS: dict[type, Callable[[Store, int, Connection, Any], c.Result]] = {
+    c.OpenNamespace: lambda store, _number, _who, command: store._open(command),
+    c.Reserve: lambda store, number, who, command: store._intake.reserve(number, who, command),
+    c.Seal: lambda store, number, who, command: store._intake.seal(number, who, command),
+    c.Abort: lambda store, number, who, command: store._intake.abort(number, who, command),
+    c.Grant: lambda store, _number, who, command: store._stock.grant(who, command),
+    c.Commit: lambda store, _number, who, command: store._stock.commit(who, command),
+    c.GiveBack: lambda store, _number, who, command: store._stock.give_back(who, command),
+    c.Lease: lambda store, _number, who, command: store._lease(who, command),
+    c.Release: lambda store, _number, who, command: store._release(who, command),
+    c.Touch: lambda store, _number, _who, command: store._touch(command),
+    c.Drop: lambda store, _number, _who, command: store._drop(command),
+    c.Hint: lambda store, _number, _who, command: store._hint(command),
+    c.Explain: lambda store, _number, _who, command: store._explain(command),
+    c.Stat: lambda store, _number, _who, _command: store.stats(),
+    c.Describe: lambda store, _number, _who, _command: store._describe(),
+}
 
 
 def failed(error: KVStoreError) -> c.Failed:

@@ -222,7 +222,26 @@ def test_ghosts_age_and_leave_on_a_hit() -> None:
     ghosts = GhostTable(1 << 12)
     first = np.arange(1, 5, dtype=np.uint64)
     ghosts.put(first)
-    assert not ghosts.take(first, 0).any()
-    assert ghosts.take(first, 4).all()
-    assert not ghosts.take(first, 4).any()
+    ghosts.trim(3)
+    assert ghosts.take(first).tolist() == [False, True, True, True]
+    assert not ghosts.take(first).any()
     assert len(ghosts) == 0
+
+
+def test_ghosts_that_share_a_bucket_are_forgotten_oldest_first() -> None:
+    ghosts = GhostTable(16)  # four buckets of four
+    many = np.arange(1, 33, dtype=np.uint64)
+    ghosts.put(many[:16])
+    ghosts.put(many[16:])
+    known = ghosts.take(many)
+    assert 4 <= known.sum() <= 16
+    assert known[-4:].all()
+    assert not known[:4].any()
+
+
+def test_ghosts_of_a_table_half_full_are_hardly_forgotten() -> None:
+    ghosts = GhostTable(1 << 12)
+    fingerprints = np.random.default_rng(2).integers(1 << 64, size=1 << 11, dtype=np.uint64)
+    for start in range(0, 1 << 11, 64):
+        ghosts.put(fingerprints[start : start + 64])
+    assert ghosts.take(fingerprints).mean() > 0.9

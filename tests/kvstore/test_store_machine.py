@@ -133,6 +133,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.closed: list[int] = []
         self.puts: dict[Key, Put] = {}
         self.held: dict[tuple[int, Key, bytes], Put] = {}  # what a connection may write
+        self.stock: dict[tuple[int, int], Layout] = {}  # connection, granule -> what it is for
         self.stored: dict[Key, Stored] = {}
         self.leases: list[Lease] = []
         self.layouts: dict[int, Layout] = {}
@@ -324,6 +325,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.reserve((who + 1) % 3, space, numbers, put_id, (1,), -1, -1, 0, seal)
 
     def granted(self, key: Key, put_id: bytes, granule: int, layout: Layout, ttl_ms: int) -> Put:
+        self.is_nobodys(granule, layout)
+        put = Put(key, put_id, granule, layout, ttl_ms, set(range(layout.n_cells)))
+        self.puts[key] = put
+        return put
+
+    def is_nobodys(self, granule: int, layout: Layout) -> None:
+        """A slot that was just granted."""
         assert int(self.generations[granule]) % 2, "a slot that is written has an odd generation"
         taken = {
             g
@@ -331,10 +339,113 @@ class StoreMachine(RuleBasedStateMachine):
             for g in self.slot(put.granule, put.layout)
         }
         taken |= {g for lease in self.leases for b in lease.blocks for g in self.slot(b[2], b[4])}
+        taken |= {g for (_, at), of in self.stock.items() for g in self.slot(at, of)}
         assert not taken & set(self.slot(granule, layout)), "a slot that is somebody else's"
-        put = Put(key, put_id, granule, layout, ttl_ms, set(range(layout.n_cells)))
-        self.puts[key] = put
-        return put
+
+    def add_to_stock(self, me: int, granules: list[int], layout: Layout) -> None:
+        for granule in granules:
+            self.is_nobodys(granule, layout)
+            self.stock[me, granule] = layout
+
+    @rule(who=WHO, space=SPACE, n=st.sampled_from([1, 2, 5]))
+    def grant(self, who: int, space: int, n: int) -> None:
+        with contextlib.suppress(ResourceExhausted):
+            result = self.do(c.Grant(namespace=self.ids[space], blocks=n), who)
+            assert isinstance(result, c.Granted)
+            assert 0 < len(result.granules) <= n
+            self.add_to_stock(self.connections[who], result.granules.tolist(), SPACES[space][1])
+
+    def stock_of(self, me: int, layout: Layout) -> list[int]:
+        """What a connection holds of the size that this layout needs."""
+        size = len(self.slot(0, layout))
+        return [
+            at for (who, at), of in self.stock.items() if (who, len(self.slot(0, of))) == (me, size)
+        ]
+
+    @rule(
+        who=WHO,
+        space=SPACE,
+        numbers=SOME_KEYS,
+        put_id=st.sampled_from(PUT_IDS),
+        position=st.sampled_from([-1, 0, 5]),
+        parent=st.integers(-1, N_KEYS - 1),
+        ttl_ms=st.sampled_from([0, 0, 250]),
+        more=st.sampled_from([0, 0, 3]),
+        omitted=st.sets(st.integers(0, 7), max_size=3),
+        fresh=st.booleans(),
+    )
+    def commit(
+        self,
+        who: int,
+        space: int,
+        numbers: list[int],
+        put_id: bytes,
+        position: int,
+        parent: int,
+        ttl_ms: int,
+        more: int,
+        omitted: set[int],
+        fresh: bool,
+    ) -> None:
+        if fresh:
+            self.grant(who, space, len(numbers))
+        me, namespace, layout = self.connections[who], self.ids[space], SPACES[space][1]
+        slots, places = self.stock_of(me, layout), dict[int, int]()
+        for row in range(len(numbers)):
+            if row not in omitted and slots:
+                places[row] = slots.pop()
+        sums = np.zeros((len(numbers), layout.n_cells), np.uint64)
+        for row, granule in places.items():
+            key = (namespace, KEYS[numbers[row]].tobytes())
+            every = set(range(layout.n_cells))
+            sums[row] = self.write(Put(key, put_id, granule, layout, ttl_ms, every), every)
+        command = c.Commit(
+            namespace=namespace,
+            put_id=put_id,
+            hashes=KEYS[numbers],
+            granules=np.array([places.get(i, c.NO_SLOT) for i in range(len(numbers))], np.uint32),
+            checksums=sums,
+            parent=KEYS[parent].tobytes() if parent >= 0 else b"",
+            position=position,
+            ttl_ms=ttl_ms,
+            more=more,
+        )
+        result = self.do(command, who)
+        assert isinstance(result, c.Committed)
+        self.after_commit(me, command, places, result.status.tolist())
+        self.add_to_stock(me, result.granules.tolist(), layout)
+
+    def after_commit(
+        self, me: int, command: c.Commit, places: dict[int, int], status: list[int]
+    ) -> None:
+        keys = [(command.namespace, row.tobytes()) for row in command.hashes]
+        for row, granule in places.items():
+            if keys[row] in self.puts:
+                assert status[row] == c.CommitStatus.IN_PROGRESS
+            elif keys[row] in self.stored:
+                assert status[row] == c.CommitStatus.EXISTS
+            elif status[row] == c.CommitStatus.STORED:
+                expires_ms = due(self.now_ms, command.ttl_ms) if command.ttl_ms else 0
+                self.stored[keys[row]] = Stored(command.put_id, granule, expires_ms)
+                del self.stock[me, granule]
+            else:
+                assert status[row] == c.CommitStatus.NO_SPACE
+        for row in set(range(len(keys))) - set(places):
+            there = keys[row] in self.stored
+            assert status[row] == (c.CommitStatus.EXISTS if there else c.CommitStatus.NO_SPACE)
+
+    @precondition(lambda self: self.stock)
+    @rule(data=st.data(), how=st.sampled_from(["write", "write", "give back"]))
+    def use_stock(self, data: st.DataObject, how: str) -> None:
+        """Who holds a slot may write to it, also when its connection is closed."""
+        me, granule = data.draw(st.sampled_from(list(self.stock)))
+        if how == "write":
+            start = granule * limits.GRANULE_BYTES
+            self.pool[start : start + len(self.slot(0, self.stock[me, granule])) * 4096] = 0xEE
+        elif me in self.connections:
+            give = c.GiveBack(granules=np.array([granule], np.uint32))
+            assert self.do(give, self.connections.index(me)) == c.Count(blocks=1)
+            del self.stock[me, granule]
 
     def none_was_possible(self, namespace: int, numbers: list[int]) -> None:
         """It is not true that all of the keys are stored or under way."""
@@ -441,6 +552,7 @@ class StoreMachine(RuleBasedStateMachine):
             if holder == me:
                 self.drop_put(put)
         holds = any(h[0] == me for h in self.held) or any(x.connection == me for x in self.leases)
+        holds |= any(holder == me for holder, _ in self.stock)
         assert self.store.disconnect(me) == (not holds)
         if holds:
             self.closed.append(me)
@@ -454,6 +566,7 @@ class StoreMachine(RuleBasedStateMachine):
         for holder, key, put_id in [held for held in self.held if held[0] == me]:
             self.let_go(holder, key, put_id)
         self.leases = [lease for lease in self.leases if lease.connection != me]
+        self.stock = {slot: of for slot, of in self.stock.items() if slot[0] != me}
 
     @rule(who=WHO, space=SPACE, data=st.data())
     def lease(self, who: int, space: int, data: st.DataObject) -> None:
@@ -629,6 +742,8 @@ class StoreMachine(RuleBasedStateMachine):
         used = sum(len(self.slot(granule, layout)) for granule, layout in slots.items())
         stats = self.store.stats()
         assert stats.used_bytes == used * limits.GRANULE_BYTES
+        ahead = sum(len(self.slot(granule, of)) for (_, granule), of in self.stock.items())
+        assert stats.ahead_bytes == ahead * limits.GRANULE_BYTES
         assert stats.pending_blocks == len(self.puts)
         assert stats.quarantined_blocks == len(writing) - len(self.puts)
         assert stats.blocks == len(visible) == len(self.stored)
@@ -650,6 +765,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.check()
         stats = self.store.stats()
         assert (stats.used_bytes, stats.pending_blocks, stats.quarantined_blocks) == (0, 0, 0)
+        assert stats.ahead_bytes == 0
 
 
 def joins(put: Put, put_id: bytes, me: int, cells: set[int]) -> bool:
@@ -672,7 +788,7 @@ def hunt(examples: int, steps: int) -> None:
 
 
 def test_the_store_is_a_dict_with_legal_misses() -> None:
-    hunt(200, 50)
+    hunt(150, 50)
 
 
 @pytest.mark.long
