@@ -379,6 +379,8 @@ def _column(field: str, values: NDArray[np.integer], n: int, most: int) -> Words
         raise InvalidArgument(field, f"shape {array.shape} is not ({n},)")
     if not n:
         return np.empty(0, np.uint64)
+    if array.dtype.kind == "u" and (most + 1) >> (8 * array.itemsize):
+        return array.astype(np.uint64, copy=False)  # nothing of this type is out of range
     if array.dtype.kind not in "iu":
         raise InvalidArgument(field, f"dtype {array.dtype} is no integer type")
     if int(array.min()) < 0 or int(array.max()) > most:

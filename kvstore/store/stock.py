@@ -16,7 +16,9 @@ from kvstore.store.puts import Connection, Puts
 from kvstore.store.shelf import Shelf
 
 _NOTHING = np.empty(0, np.uint32)
-_NO_KEY = np.zeros((1, limits.KEY_BYTES), np.uint8)
+# Plain numbers, because numpy takes long to find out that a member of an enumeration is one.
+_STORED, _EXISTS = int(c.CommitStatus.STORED), int(c.CommitStatus.EXISTS)
+_IN_PROGRESS, _NO_SPACE = int(c.CommitStatus.IN_PROGRESS), int(c.CommitStatus.NO_SPACE)
 
 
 class Stock:
@@ -57,7 +59,7 @@ class Stock:
             status = np.array([self._store_one(who, namespace, command, blocks[0])], np.uint8)
         else:
             status = self._store_many(who, namespace, command, blocks)
-        if c.CommitStatus.NO_SPACE in status:
+        if (status == _NO_SPACE).any():
             self._look_again(namespace, command, status)
         more = self._ahead(who, namespace, command.more) if command.more else _NOTHING
         return c.Committed(status=status, granules=more)
@@ -98,13 +100,13 @@ class Stock:
 
     def _store_one(
         self, who: Connection, namespace: Namespace, command: c.Commit, block: int | None
-    ) -> c.CommitStatus:
-        """A commit of one block, as most small puts are."""
+    ) -> int:
+        """A commit of one block, as most small puts are; returns its `CommitStatus`."""
         if block is None:
-            return c.CommitStatus.NO_SPACE
+            return _NO_SPACE
         key, chained = command.hashes.tobytes(), command.position >= 0
         if len(self._puts) and self._puts.find(namespace.id, key):
-            return c.CommitStatus.IN_PROGRESS
+            return _IN_PROGRESS
         whole = WholeBlock(
             key=key,
             put_id=command.put_id,
@@ -116,9 +118,9 @@ class Stock:
             ttl_ms=command.ttl_ms,
         )
         if not publish_one(self._shelf, namespace, whole):
-            return c.CommitStatus.NO_SPACE
+            return _NO_SPACE
         self._remove(who, [whole.granule])
-        return c.CommitStatus.STORED
+        return _STORED
 
     def _store_many(
         self,
@@ -128,13 +130,13 @@ class Stock:
         blocks: list[int | None],
     ) -> c.U8:
         """Stores what has a slot and is nobody else's; uint8 (n,) `CommitStatus`."""
-        status = np.full(len(blocks), c.CommitStatus.NO_SPACE, np.uint8)
+        status = np.full(len(blocks), _NO_SPACE, np.uint8)
         ours = [i for i, block in enumerate(blocks) if block is not None]
         if len(self._puts):
             for i in ours:
                 if self._puts.find(namespace.id, command.hashes[i].tobytes()):
-                    status[i] = c.CommitStatus.IN_PROGRESS
-            ours = [i for i in ours if status[i] != c.CommitStatus.IN_PROGRESS]
+                    status[i] = _IN_PROGRESS
+            ours = [i for i in ours if status[i] != _IN_PROGRESS]
         if ours:
             rows = np.array(ours, np.int64)
             self._publish(who, namespace, command, blocks=blocks, ours=rows, status=status)
@@ -173,18 +175,18 @@ class Stock:
             before=row_of[ours - 1],
         )
         shown = publish(self._shelf, namespace, whole)
-        status[ours[shown]] = c.CommitStatus.STORED
+        status[ours[shown]] = _STORED
         self._remove(who, whole.granules[shown].tolist())
 
     def _look_again(self, namespace: Namespace, command: c.Commit, status: c.U8) -> None:
         """Which of those that were not stored are there, and read by that."""
-        unknown = np.flatnonzero(status == c.CommitStatus.NO_SPACE)
+        unknown = np.flatnonzero(status == _NO_SPACE)
         if not len(unknown):
             return
         found = self._shelf.catalog.find(namespace.id, command.hashes[unknown])
         there = found >= 0
         self._shelf.policy.touch(found[there].astype(np.uint32))
-        status[unknown[there]] = c.CommitStatus.EXISTS
+        status[unknown[there]] = _EXISTS
         self._shelf.counters.dropped += int((command.granules[unknown[~there]] != c.NO_SLOT).sum())
 
     def _ahead(self, who: Connection, namespace: Namespace, n: int) -> c.U32:
