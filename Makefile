@@ -38,10 +38,11 @@ format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## speed beside the peers and this machine's limits; takes 10 minutes
+bench: $(READY) ## speed beside the peers and this machine's limits; takes 10 to 20 minutes and 18 GB of memory
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	mkdir -p docs/benchmarks
-	$(BIN)/python -m benchmarks.peers --json docs/benchmarks/peers.json --plot docs/benchmarks/peers.png
+	$(BIN)/python -m benchmarks.peers --table docs/benchmarks/peers.md \
+		--json docs/benchmarks/peers.json --plot docs/benchmarks/peers.png
 
 proto: $(READY) ## generate the protocol's code and the asyncio client anew
 	$(BIN)/python proto/generate.py

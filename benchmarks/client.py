@@ -18,7 +18,7 @@ class Client(Protocol):
     def buffers(self, n: int, nbytes: int) -> list[Bytes1D]:
         """n buffers of the kind that this system moves fastest, registered where it asks for it.
 
-        The last call's stay valid until the next one.
+        The last call's stay valid until the next one, so n = 0 gives them back.
         """
 
     def put(self, keys: Keys, sources: Sequence[Bytes1D]) -> int:

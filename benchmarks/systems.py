@@ -8,6 +8,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,29 +17,38 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "benchmarks"
+_JOB_S = 120.0
 
 
 class JobError(RuntimeError):
     """A worker could not do what it was asked."""
 
 
-def environment_for(requirements: Sequence[str]) -> Path:
+def environment_for(requirements: Sequence[str], without_dependencies: Sequence[str] = ()) -> Path:
     """The Python environment with these packages; made and cached at first use.
 
-    A peer's packages never enter the project's environment. RuntimeError where pip fails.
+    Of those `without_dependencies` only the packages themselves are installed, after the others. A
+    peer's packages never enter the project's environment. RuntimeError where pip fails.
     """
     if not requirements:
         return Path(sys.prefix)
-    digest = hashlib.sha256("\n".join(requirements).encode()).hexdigest()[:12]
+    words = [*requirements, *(f"{name} --no-deps" for name in without_dependencies)]
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
     folder = CACHE / f"environment-{digest}"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True, clear=True)
-        command: list[str | Path] = [folder / "bin/pip", "install", "-q", *requirements]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"pip: {done.stderr.strip().splitlines()[-1]}")
+        _install(folder, requirements)
+        if without_dependencies:
+            _install(folder, ["--no-deps", *without_dependencies])
         (folder / "ready").touch()
     return folder
+
+
+def _install(environment: Path, arguments: Sequence[str]) -> None:
+    command: list[str | Path] = [environment / "bin/pip", "install", "-q", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"pip: {done.stderr.strip()[-300:]}")
 
 
 class Worker:
@@ -62,9 +72,21 @@ class Worker:
         """Hands a job over; `finish` waits for it."""
         self._say({"job": job, **arguments})
 
+    def go(self, at: float) -> None:
+        """Lets a job that waits for the other clients go on at a time of the monotonic clock."""
+        self._say({"at": at})
+
     def finish(self) -> dict[str, Any]:
-        """The answer; `JobError` for a failure."""
-        answer = self._hear()
+        """What comes next from a job: its answer, or that it waits for the other clients.
+
+        `JobError` for a failure, or for a client that said nothing for long and was ended.
+        """
+        watch = threading.Timer(_JOB_S, self._process.kill)
+        watch.start()
+        try:
+            answer = self._hear()
+        finally:
+            watch.cancel()
         if "error" in answer:
             raise JobError(f"{self._module}: {answer['error']}")
         return answer
@@ -91,15 +113,16 @@ class Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise JobError(f"the client died: {self._log.read_text(errors='replace')[-300:]}")
+        raise JobError(f"a client ended: {self._log.read_text(errors='replace')[-300:]}")
 
 
 @dataclass(slots=True)
 class System:
-    """A system that runs: its name and its client processes."""
+    """A system that runs: its name, module and version, and its client processes."""
 
     name: str
     module: str
+    version: str
     workers: list[Worker] = field(default_factory=list)
 
 
@@ -107,13 +130,14 @@ class System:
 def running(module_name: str, folder: Path, *, pool_bytes: int, clients: int) -> Iterator[System]:
     """Servers and clients of one system; RuntimeError where it cannot be had here."""
     module = importlib.import_module(module_name)
-    environment = environment_for(module.REQUIREMENTS)
+    without_dependencies = getattr(module, "WITHOUT_DEPENDENCIES", ())
+    environment = environment_for(module.REQUIREMENTS, without_dependencies)
     folder = folder / module_name.rsplit(".", 1)[-1]
     folder.mkdir()
     with contextlib.ExitStack() as stack:
         info = stack.enter_context(module.start(folder, environment, pool_bytes))
-        system = System(module.NAME, module_name)
-        for i in range(clients):
+        system = System(module.NAME, module_name, info["version"])
+        for i in range(clients if getattr(module, "SHARED", True) else 1):
             worker = Worker(module_name, environment, info, folder / f"client-{i}.log")
             stack.callback(worker.close)
             system.workers.append(worker)

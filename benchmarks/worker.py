@@ -31,59 +31,77 @@ def fill(buffer: Bytes1D, seed: int) -> None:
     words += np.uint64(seed << 32)
 
 
+def _meet() -> None:
+    """Tells the harness that this client is ready, and waits until all are to begin."""
+    print(json.dumps({"ready": True}), flush=True)
+    time.sleep(max(0.0, json.loads(sys.stdin.readline())["at"] - time.monotonic()))
+
+
 class Jobs:
     """What the harness can ask for; each method is a job."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, *, chained: bool) -> None:
         self._client = client
-        self._sources: list[Bytes1D] = []
-        self._targets: list[Bytes1D] = []
+        self._chained = chained  # blocks are found only in the order of the put that stored them
 
-    def move(self, *, seed: str, nbytes: int, batch: int, repeats: int) -> dict[str, Any]:
-        """Puts and gets fresh batches; every byte that was got is compared afterwards."""
-        if len(self._sources) != batch or self._sources[0].nbytes != nbytes:
-            both = self._client.buffers(2 * batch, nbytes)
-            self._sources, self._targets = both[:batch], both[batch:]
-            for i, source in enumerate(self._sources):
-                fill(source, i + 1)
+    def move(
+        self, *, seed: str, nbytes: int, batch: int, repeats: int, meet: bool
+    ) -> dict[str, Any]:
+        """Puts and gets fresh batches; every byte that was got is compared afterwards.
+
+        meet: begin each put and each get when the other clients do.
+        """
+        both = self._client.buffers(2 * batch, nbytes)
+        sources, targets = both[:batch], both[batch:]
+        for i, source in enumerate(sources):
+            fill(source, i + 1)
         puts, gets = [], []
         for repeat in range(repeats):
             keys = keys_of(f"{seed}/{repeat}", batch)
-            puts.append(self._timed(self._client.put, keys, self._sources))
-            for target in self._targets:
+            if meet:
+                _meet()
+            puts.append(self._timed(self._client.put, keys, sources))
+            for target in targets:
                 target.fill(0)
-            gets.append(self._timed(self._client.get, keys, self._targets))
-            for source, target in zip(self._sources, self._targets, strict=True):
+            if meet:
+                _meet()
+            gets.append(self._timed(self._client.get, keys, targets))
+            for source, target in zip(sources, targets, strict=True):
                 if not np.array_equal(source, target):
                     raise AssertionError("a get returned other bytes than were put")
             self._client.drop(keys)
+        # The buffers of all systems' clients together may be more than the machine has.
+        del both, sources, targets, source, target
+        self._client.buffers(0, nbytes)
         return {"put": puts, "get": gets}
 
     def load(self, *, seed: str, nbytes: int, n: int, batch: int) -> dict[str, Any]:
         """Stores n blocks of one content, for look-ups."""
-        buffers = self._client.buffers(batch, nbytes)
-        self._sources = []
+        step = n if self._chained else batch
+        buffers = self._client.buffers(step, nbytes)
         keys = keys_of(seed, n)
-        for at in range(0, n, batch):
-            chosen = keys[at : at + batch]
+        for at in range(0, n, step):
+            chosen = keys[at : at + step]
             if self._client.put(chosen, buffers[: len(chosen)]) != len(chosen):
                 raise AssertionError("a block was not stored")
         return {}
 
     def look(self, *, seed: str, n: int, count: int, repeats: int) -> dict[str, Any]:
-        """Looks `count` random ones of the n loaded keys up."""
+        """Looks `count` of the n loaded keys up: random ones, or the chain's first."""
         keys, rng = keys_of(seed, n), np.random.default_rng(count)
         times = []
         for _ in range(repeats):
-            chosen = [keys[i] for i in rng.permutation(n)[:count]]
+            order = range(n) if self._chained else rng.permutation(n).tolist()
+            chosen = [keys[i] for i in order[:count]]
             times.append(self._timed(self._client.exists, chosen))
         return {"look": times}
 
     def unload(self, *, seed: str, n: int, batch: int) -> dict[str, Any]:
         """Forgets what `load` stored."""
         keys = keys_of(seed, n)
-        for at in range(0, n, batch):
-            self._client.drop(keys[at : at + batch])
+        step = n if self._chained else batch
+        for at in range(0, n, step):
+            self._client.drop(keys[at : at + step])
         return {}
 
     @staticmethod
@@ -100,7 +118,7 @@ def main() -> None:
     """Serves jobs until the input ends."""
     module = importlib.import_module(sys.argv[1])
     client = module.Client(json.loads(sys.stdin.readline()))
-    jobs = Jobs(client)
+    jobs = Jobs(client, chained=getattr(module, "CHAINED", False))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)

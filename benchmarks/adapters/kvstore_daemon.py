@@ -22,6 +22,7 @@ def start(
     folder: Path, environment: Path, pool_bytes: int, flags: Sequence[str] = _FLAGS
 ) -> Iterator[dict[str, Any]]:
     """A daemon of its own, with its pool pre-faulted like the peers'."""
+    from kvstore.__about__ import __version__
     from kvstore_client import KVStoreClient
 
     socket, log = folder / "kvstore.sock", folder / "kvstore.log"
@@ -31,12 +32,12 @@ def start(
         "--config",
         folder / "server.toml",
     ]
-    command += ["--socket", socket, "--data-dir", folder / "data", "--dram", str(2 * pool_bytes)]
+    command += ["--socket", socket, "--data-dir", folder / "data", "--dram", str(pool_bytes)]
     with server([*command, *flags], log=log):
         target = f"unix://{socket}"
         with KVStoreClient(target, lazy=True) as client:
             client.info(timeout_s=30.0)
-        yield {"target": target}
+        yield {"target": target, "version": __version__}
 
 
 class Client:

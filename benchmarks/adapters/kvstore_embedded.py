@@ -10,14 +10,17 @@ from typing import Any
 from benchmarks.adapters import kvstore_daemon
 
 NAME = "kvstore, embedded"
+SHARED = False
 REQUIREMENTS = kvstore_daemon.REQUIREMENTS
 
 
 @contextlib.contextmanager
 def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str, Any]]:
     """Nothing to start."""
+    from kvstore.__about__ import __version__
+
     del folder, environment
-    yield {"dram": 2 * pool_bytes}
+    yield {"dram": pool_bytes, "version": __version__}
 
 
 class Client(kvstore_daemon.Client):

@@ -21,8 +21,8 @@ def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str
     """A daemon with its gateway."""
     from kvstore_client import KVStoreClient
 
-    with kvstore_daemon.start(folder, environment, pool_bytes, ()):
+    with kvstore_daemon.start(folder, environment, pool_bytes, ()) as info:
         target = f"grpc+unix://{folder / 'kvstore.grpc.sock'}"
-        with KVStoreClient(target) as client:
+        with KVStoreClient(target, lazy=True) as client:
             client.info(timeout_s=30.0)
-        yield {"target": target}
+        yield {**info, "target": target}

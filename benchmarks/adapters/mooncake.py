@@ -11,74 +11,36 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.adapters import mooncake_server
+from benchmarks.adapters.mooncake_server import BUFFER_BYTES, REQUIREMENTS
 from benchmarks.client import Bytes1D, Keys
-from benchmarks.processes import free_port, server, wait_for_port
+
+__all__ = ["NAME", "REQUIREMENTS", "Client", "start"]
 
 NAME = "Mooncake, shared memory"
-REQUIREMENTS: tuple[str, ...] = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "numpy")
-_CLIENT_BYTES = 1 << 30
+_MEMCPY = {"MC_STORE_MEMCPY": "1"}
+_CLIENT_BYTES = 512 << 20
 
 
 @contextlib.contextmanager
 def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str, Any]]:
-    """Its master with the HTTP metadata server, and a client daemon that owns the segment."""
-    with master(folder, environment) as ports:
-        port, log = free_port(), folder / "mooncake-client.log"
-        package = package_of(environment)
-        command: list[str | Path] = [
-            package / "mooncake_client",
-            "--host=127.0.0.1",
-            f"--port={port}",
-            f"--master_server_address=127.0.0.1:{ports['rpc']}",
-            f"--metadata_server=http://127.0.0.1:{ports['http']}/metadata",
-            f"--global_segment_size={2 * pool_bytes >> 30 or 1} GB",
-            "--threads=2",
-        ]
-        env = {"MC_STORE_MEMCPY": "1", "LD_LIBRARY_PATH": str(package)}
-        with server(command, log=log, env=env) as process:
-            wait_for_port(port, process, log)
-            yield {"address": f"127.0.0.1:{port}"}
-
-
-@contextlib.contextmanager
-def master(folder: Path, environment: Path) -> Iterator[dict[str, int]]:
-    """Its master."""
-    ports = {name: free_port() for name in ("rpc", "http", "metrics")}
-    package, log = package_of(environment), folder / "mooncake-master.log"
-    for binary in ("mooncake_master", "mooncake_client"):
-        (package / binary).chmod(0o755)
-    command: list[str | Path] = [
-        package / "mooncake_master",
-        "--rpc_address=127.0.0.1",
-        f"--rpc_port={ports['rpc']}",
-        "--enable_http_metadata_server=true",
-        "--http_metadata_server_host=127.0.0.1",
-        f"--http_metadata_server_port={ports['http']}",
-        f"--metrics_port={ports['metrics']}",
-    ]
-    with server(command, log=log, env={"LD_LIBRARY_PATH": str(package)}) as process:
-        wait_for_port(ports["http"], process, log)
-        yield ports
-
-
-def package_of(environment: Path) -> Path:
-    """The folder of its binaries and libraries."""
-    return next(environment.glob("lib/python3*/site-packages/mooncake"))
+    """Its servers."""
+    with mooncake_server.start(folder, environment, pool_bytes, _MEMCPY) as info:
+        yield info
 
 
 class Client:
     """A client of the daemon, with buffers from the memory that both have mapped."""
 
     def __init__(self, info: dict[str, Any]) -> None:
-        os.environ["MC_STORE_MEMCPY"] = "1"
+        os.environ.update(_MEMCPY)
         from mooncake.store import MooncakeDistributedStore  # type: ignore[import-not-found]
 
         self._store = MooncakeDistributedStore()
-        if self._store.setup_dummy(_CLIENT_BYTES, 64 << 20, info["address"]):
+        if self._store.setup_dummy(_CLIENT_BYTES + BUFFER_BYTES, BUFFER_BYTES, info["daemon"]):
             raise RuntimeError("Mooncake refused the client")
-        self._base = self._store.alloc_from_mem_pool(_CLIENT_BYTES - (64 << 20))
-        self._nbytes = _CLIENT_BYTES - (64 << 20)
-        if self._store.register_buffer(self._base, self._nbytes):
+        self._base = self._store.alloc_from_mem_pool(_CLIENT_BYTES)
+        if self._store.register_buffer(self._base, _CLIENT_BYTES):
             raise RuntimeError("Mooncake refused the buffer")
 
     def buffers(self, n: int, nbytes: int) -> list[Bytes1D]:

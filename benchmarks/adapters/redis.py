@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str
     options += ["--appendonly", "no", "--maxmemory", str(2 * pool_bytes)]
     with server([binary, *options], log=log) as process:
         wait_for_port(port, process, log)
-        yield {"path": str(path)}
+        version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+        yield {"path": str(path), "version": version.stdout.split()[2].removeprefix("v=")}
 
 
 class Client:
