@@ -13,18 +13,71 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 PIECE_BYTES = 1 << 20
+GROUP_BYTES = 2 << 20  # of small blocks that are copied in one go
 HASHED_PIECE_BYTES = 256 << 10  # small enough for a core's own cache
 ALONE_BYTES = 768 << 10  # up to here waking the other thread takes longer than it saves
 
 Piece = tuple[Any, ...]
+Rows = tuple[int, int, int]  # how many, and the bytes from one to the next at target and source
 
 
 def move(target: int, source: int, nbytes: int) -> None:
     """Copies between two addresses, which must hold that many bytes."""
     ctypes.memmove(target, source, nbytes)
+
+
+def move_rows(target: int, source: int, nbytes: int, rows: Rows) -> None:
+    """Copies rows of `nbytes` in one go: each by itself would ask for the interpreter's lock, which
+    the other thread may hold."""
+    count, target_step, source_step = rows
+    if count == 1:
+        ctypes.memmove(target, source, nbytes)
+    else:
+        np.copyto(
+            _rows_at(target, (count, nbytes), target_step),
+            _rows_at(source, (count, nbytes), source_step),
+        )
+
+
+def row_groups(
+    targets: Sequence[int], sources: Sequence[int], nbytes: int
+) -> list[tuple[int, int, int, Rows]]:
+    """Arguments of `move_rows` that together copy `nbytes` from each source to its target, in
+    order; as many rows at once as lie evenly and make no more than a group."""
+    groups, most = [], max(1, GROUP_BYTES // nbytes)
+    n, first = len(sources), 0
+    while first < n:
+        end, target, source = first + 1, targets[first], sources[first]
+        step = (targets[end] - target, sources[end] - source) if end < n else (0, 0)
+        while end < min(n, first + most) and step == (
+            targets[end] - targets[end - 1],
+            sources[end] - sources[end - 1],
+        ):
+            end += 1
+        groups.append((target, source, nbytes, (end - first, *step)))
+        first = end
+    return groups
+
+
+class _Bytes:
+    """What tells numpy of bytes at an address."""
+
+    __slots__ = ("__array_interface__",)
+
+    def __init__(self, interface: dict[str, object]) -> None:
+        self.__array_interface__ = interface
+
+
+def _rows_at(address: int, shape: tuple[int, int], step: int) -> npt.NDArray[np.uint8]:
+    """Rows of bytes at an address, which must stay mapped."""
+    face = {"version": 3, "data": (address, False), "typestr": "|u1"}
+    rows: npt.NDArray[np.uint8] = np.asarray(_Bytes({**face, "shape": shape, "strides": (step, 1)}))
+    return rows
 
 
 def move_and_hash(target: int, source: int, nbytes: int, arrived: memoryview) -> int:

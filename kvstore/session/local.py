@@ -43,7 +43,7 @@ from kvstore.session.base import (
     PutResult,
 )
 from kvstore.session.control import ControlSession, Deadline
-from kvstore.session.copies import in_parallel, move
+from kvstore.session.copies import in_parallel, move, move_rows, row_groups
 from kvstore.session.link import Granted, Link, Memory
 from kvstore.session.parts import Part
 from kvstore.session.requests import (
@@ -362,16 +362,21 @@ def _copy(
     memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64], end_s: float
 ) -> int:
     """Copies blocks to their targets in order; returns how many were whole by `end_s`."""
-    starts = memory.payload_addresses(request.namespace.layout, granules)
-    runs = request.part.runs
+    starts, part = memory.payload_addresses(request.namespace.layout, granules), request.part
+    targets = request.targets[: len(starts)]
+    if not starts:
+        return 0
+    if len(part.runs) == 1:
+        at, _own, nbytes = part.runs[0]
+        groups = row_groups(targets, [start + at for start in starts], nbytes)
+        done = in_parallel(move_rows, groups, nbytes * len(starts), end_s)
+        return sum(rows[0] for _, _, _, rows in groups[:done])
     pieces = [
         (target + own, start + at, nbytes)
-        for target, start in zip(request.targets, starts, strict=False)
-        for at, own, nbytes in runs
+        for target, start in zip(targets, starts, strict=True)
+        for at, own, nbytes in part.runs
     ]
-    if not pieces:
-        return 0
-    return in_parallel(move, pieces, request.part.nbytes * len(starts), end_s) // len(runs)
+    return in_parallel(move, pieces, part.nbytes * len(starts), end_s) // len(part.runs)
 
 
 def _leading_sound(memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64]) -> int:

@@ -24,7 +24,7 @@ from kvstore.errors import DeadlineExceeded, ProtocolError, StaleNamespace, Unav
 from kvstore.memory import Arena
 from kvstore.session import writes
 from kvstore.session.channel import ChannelLink, ChannelSession, _ChannelConnection
-from kvstore.session.copies import move
+from kvstore.session.copies import Rows, move_rows
 from kvstore.session.link import Granted, Memory, copy_all_in
 from kvstore.session.parts import addresses_of, part_of
 
@@ -294,11 +294,12 @@ def test_a_get_ends_at_its_deadline_with_what_it_has(
         assert session.put(namespace, hashes(4, seed=6), blocks).stored == 4
         real, ahead_s = time.monotonic, [0.0]
 
-        def slow(target: int, source: int, nbytes: int) -> None:
+        def slow(target: int, source: int, nbytes: int, rows: Rows) -> None:
             ahead_s[0] += WAIT_S
-            move(target, source, nbytes)
+            move_rows(target, source, nbytes, rows)
 
-        monkeypatch.setattr("kvstore.session.local.move", slow)
+        monkeypatch.setattr("kvstore.session.copies.GROUP_BYTES", BLOCK_BYTES)
+        monkeypatch.setattr("kvstore.session.local.move_rows", slow)
         monkeypatch.setattr("kvstore.session.control.time.monotonic", lambda: real() + ahead_s[0])
         answers = session.get_into(namespace, hashes(4, seed=6), targets, timeout_s=1.5 * WAIT_S)
     assert [isinstance(answer, Miss) for answer in answers] == [False, False, True, True]

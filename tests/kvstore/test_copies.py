@@ -6,9 +6,16 @@ import math
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from kvstore.session.copies import ALONE_BYTES, in_parallel
+from kvstore.session.copies import (
+    ALONE_BYTES,
+    GROUP_BYTES,
+    in_parallel,
+    move_rows,
+    row_groups,
+)
 
 MUCH = ALONE_BYTES + 1  # so that the other thread takes part
 WAIT_S = 10.0
@@ -49,3 +56,33 @@ def test_an_error_ends_both_threads_before_it_is_raised(fails_here: bool) -> Non
     with pytest.raises(ValueError, match="as planted"):
         in_parallel(work, [(i,) for i in range(1000)], MUCH, math.inf)
     assert len(busy) == 1  # the one that failed; nobody is in the middle of another
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_copied_from_wherever_they_lie_to_wherever_they_go(seed: int) -> None:
+    """Evenly spaced for a while, in either direction, then anywhere: some at once, some alone."""
+    rng = np.random.default_rng(seed)
+    nbytes = int(rng.choice([1, 100, GROUP_BYTES // 4, GROUP_BYTES + 1]))
+    n = int(rng.integers(1, 12))
+    pools = [rng.integers(0, 256, (n, nbytes + 64), np.uint8) for _ in range(2)]
+    places = [np.arange(n), np.arange(n)[::-1], rng.permutation(n)]
+    chosen = [places[i] for i in rng.integers(0, 3, 2)]
+    mixed = [np.concatenate((c[: n // 2], rng.permutation(c[n // 2 :]))) for c in chosen]
+    source, target = (
+        [pool[i, 7 : 7 + nbytes] for i in order] for pool, order in zip(pools, mixed, strict=True)
+    )
+    outside = pools[1].copy()
+    groups = row_groups([t.ctypes.data for t in target], [s.ctypes.data for s in source], nbytes)
+    assert sum(rows[0] for *_, rows in groups) == n
+    for group in groups:
+        assert group[3][0] * nbytes <= max(GROUP_BYTES, nbytes)
+        move_rows(*group)
+    for mine, theirs in zip(target, source, strict=True):
+        assert (mine == theirs).all()
+    assert (pools[1][:, :7] == outside[:, :7]).all()
+    assert (pools[1][:, 7 + nbytes :] == outside[:, 7 + nbytes :]).all()
+
+
+def test_evenly_spaced_blocks_are_one_group() -> None:
+    addresses = list(range(0, 8 * 1000, 1000))
+    assert row_groups(addresses, addresses, 900) == [(0, 0, 900, (8, 1000, 1000))]
