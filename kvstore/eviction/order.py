@@ -23,6 +23,7 @@ NO_IDS: IdArray = np.empty(0, np.uint32)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _WAY_BITS = 2
 _WAYS = 1 << _WAY_BITS
+_EACH_WAY = np.arange(_WAYS, dtype=np.uint32)
 
 
 def scan_budget(n: int) -> int:
@@ -179,6 +180,8 @@ class GhostTable:
 
     def put(self, fingerprints: U64Array) -> None:
         """Remember `fingerprints` (uint64 [n]), oldest first."""
+        if not fingerprints.size:
+            return
         slots = self._slots(fingerprints)
         # Those that share a bucket take its slots in turn.
         by_bucket = np.argsort(slots[:, 0], kind="stable")
@@ -207,4 +210,4 @@ class GhostTable:
     def _slots(self, fingerprints: U64Array) -> IdArray:
         """The slots (uint32 [n, 4]) of a fingerprint's bucket."""
         buckets = ((fingerprints * _MIX) >> self._shift).astype(np.uint32)
-        return (buckets[:, None] << np.uint32(_WAY_BITS)) + np.arange(_WAYS, dtype=np.uint32)
+        return (buckets[:, None] << np.uint32(_WAY_BITS)) + _EACH_WAY

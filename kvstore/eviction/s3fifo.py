@@ -80,6 +80,8 @@ class S3Fifo:
         chanced, used = self._with_chances(n - out.size, budget // 2, evictable)
         out, looked = np.concatenate((out, chanced)), looked + used
         for queue, share in ((self._small, 2), (self._main, 1)):
+            if out.size == n:
+                break
             more, used = take(queue, n - out.size, (budget - looked) // share, evictable)
             if queue is self._small:
                 self._ghost.put(self._fp[more])
@@ -118,7 +120,7 @@ class S3Fifo:
             queue.remove(chosen)
             if from_small:
                 self._ghost.put(self._fp[chosen])
-            moved = self._give_chances(queue, rest, from_small)
+            moved = rest.size > 0 and self._give_chances(queue, rest, from_small)
             idle = 0 if moved or chosen.size else idle + rest.size
             looked += chosen.size + rest.size
             out = np.concatenate((out, chosen))

@@ -244,14 +244,18 @@ class IndexReader:
 
     def _find_one(self, key: list[int], namespace: int) -> list[int] | None:
         """The row of a key, whose check was not looked at."""
-        slot = home_of(key[0], namespace, self._mask)
+        words, versions, mask = self._words, self._versions, self._mask
+        slot = home_of(key[0], namespace, mask)
         for _ in range(self._bound):
-            row = self._stable_row(slot)
+            before, start = versions[slot], slot * ROW_WORDS
+            row: list[int] | None = words[start : start + ROW_WORDS].tolist()
+            if before & 1 or versions[slot] != before:
+                row = self._stable_row(slot)
             if row is None or row[W_CHECK] == 0:
                 return None
-            if row[:4] == key and row[W_SPACE] >> 32 == namespace:
+            if row[0] == key[0] and row[:4] == key and row[W_SPACE] >> 32 == namespace:
                 return row
-            slot = (slot + 1) & self._mask
+            slot = (slot + 1) & mask
         return None
 
     def _stable_row(self, slot: int) -> list[int] | None:
