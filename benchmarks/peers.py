@@ -118,7 +118,7 @@ class Harness:
                 for system in self._running(self._systems):
                     if len(system.workers) < shape.clients:
                         continue
-                    with self._dropping(system, shape.name):
+                    with self._dropping(system, shape.name), system.turn():
                         spans = _together(system, shape, f"{shape.name}/{turn}")
                         for op in ("put", "get") if turn else ():
                             made = Round.of(spans[op], shape.nbytes * shape.batch)

@@ -1,226 +1,211 @@
 """Hit rates of the store's policies on a public trace: `python -m benchmarks.replay TRACE`.
 
-Replays requests block by block through the real `Store` (no bytes move: a block is one granule),
-at several sizes of the pool, for every policy, with and without hints. TRACE: JSON lines with
-`hash_ids`, as in Mooncake's FAST 25 release, plain or packed with xz. Beside it, where it can be
-installed, libCacheSim simulates its own LRU and S3-FIFO over the same accesses.
+The requests go block by block through the real `Store`, at several sizes of the pool, for every
+policy, with and without hints of which sessions are over. Beside it the same accesses go through
+the policies alone, without chains, and through libCacheSim, where it can be installed: there both
+must find the same blocks. TRACE: JSON lines with `hash_ids`, as in Mooncake's FAST 25 release,
+plain or packed with xz.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import lzma
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from benchmarks.systems import environment_for
-from kvstore import commands as c
-from kvstore import limits
-from kvstore.errors import ResourceExhausted
-from kvstore.layout import Layout
-from kvstore.store import Store, StoreMemory
+from benchmarks.replay_policies import Hits, alone, simulated
+from benchmarks.replay_store import MODEL, Found, replay, whole_slabs
+from benchmarks.replay_trace import Chain, attainable, foreseen, over, read_trace
 
-SHARES = (0.01, 0.05, 0.10, 0.25, 0.50)
+SHARES = (0.01, 0.05, 0.10, 0.25)
 POLICIES = ("lru", "arc", "s3fifo")
 HINT_ACCURACY = 0.8
-BLOCK_TOKENS = 512
-SIMULATOR = ("libcachesim==0.3.5",)
-_BLOCK_BYTES = 3840
-_NO_CELLS = np.empty(0, np.uint32)
-_PUT_ID = bytes(16)
-Chain = npt.NDArray[np.int64]
+# How they begin where both find the same: S3-FIFO's ways to fill an empty pool differ.
+COMPARED = (("lru", False), ("s3fifo", True), ("s3fifo", False))
 
 
-def read_trace(path: Path) -> list[Chain]:
-    """The block ids of each request, in order; a last block that is not full is left out."""
-    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as lines:
-        requests = [json.loads(line) for line in lines]
-    return [
-        np.array(r["hash_ids"][: r["input_length"] // BLOCK_TOKENS], np.int64) for r in requests
-    ]
+@dataclass(frozen=True, slots=True)
+class StoreRow:
+    """What the store found with one policy, in pools of several sizes."""
 
-
-def names(chain: Chain) -> npt.NDArray[np.uint8]:
-    """32-byte hashes of block ids."""
-    hashes = np.empty((len(chain), 4), np.uint64)
-    for word in range(4):
-        mixed = (chain.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15 + 2 * word)
-        hashes[:, word] = mixed ^ (mixed >> np.uint64(29))
-    return hashes.view(np.uint8)
-
-
-def returns(requests: Sequence[Chain]) -> npt.NDArray[np.bool_]:
-    """Which requests are continued later: their last block is asked for again."""
-    last_use: dict[int, int] = {}
-    for i, chain in enumerate(requests):
-        last_use.update(dict.fromkeys(chain.tolist(), i))
-    return np.array([len(ch) > 0 and last_use[int(ch[-1])] > i for i, ch in enumerate(requests)])
-
-
-@dataclass(slots=True)
-class Replay:
-    """A store of `blocks` slots that requests go through."""
-
-    blocks: int
     policy: str
+    hinted: bool
+    found: list[Found]
 
-    def run(
-        self, requests: Sequence[Chain], ends: npt.NDArray[np.bool_] | None = None
-    ) -> tuple[int, int]:
-        """Blocks found as leading runs, and blocks looked up. ends: sessions hinted to be over."""
-        store, connection, namespace = self._open()
-        hits = lookups = 0
-        for i, chain in enumerate(requests):
-            if not len(chain):
-                continue
-            hashes = names(chain)
-            command: c.Command = c.Lease(namespace=namespace, hashes=hashes)
-            leased = store.handle(connection, command, 0)
-            assert isinstance(leased, c.Leased)
-            found = len(leased.granules)
-            hits, lookups = hits + found, lookups + len(chain)
-            if leased.lease:
-                store.handle(connection, c.Release(lease=leased.lease), 0)
-            self._put(store, connection, namespace, hashes)
-            if ends is not None and ends[i]:
-                kind = int(c.HintKind.SESSION_ENDS)
-                hint = c.Hint(namespace=namespace, kind=kind, for_ms=0, hashes=hashes)
-                store.handle(connection, hint, 0)
-        return hits, lookups
 
-    def _open(self) -> tuple[Store, int, int]:
-        pool = np.zeros(max(self.blocks * limits.GRANULE_BYTES, limits.MIN_POOL_BYTES), np.uint8)
-        memory = StoreMemory(
-            pool=pool,
-            generations=np.zeros(len(pool) // limits.GRANULE_BYTES, np.uint64),
-            new_index=lambda nbytes: np.zeros(nbytes, np.uint8),
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything measured. `sizes` in blocks; `foreseen` and all hits for each of them."""
+
+    trace: str
+    requests: int
+    lookups: int
+    unique: int
+    block_bytes: int
+    sizes: list[int]
+    attainable: int
+    foreseen: list[int]
+    store: list[StoreRow]
+    alone: list[Hits]
+    simulated: list[Hits]
+    missing: str
+
+
+def measure(name: str, requests: list[Chain], *, seed: int, processes: int) -> Report:
+    """Runs everything, in so many processes."""
+    accesses = np.concatenate(requests)
+    unique = len(np.unique(accesses))
+    sizes = list(dict.fromkeys(whole_slabs(int(share * unique)) for share in SHARES))
+    nobody = np.zeros(len(requests), np.bool_)
+    wrong = np.random.default_rng(seed).random(len(requests)) > HINT_ACCURACY
+    told = {False: nobody, True: over(requests) ^ wrong}
+    kinds = [(policy, hinted) for policy in POLICIES for hinted in told]
+    with ProcessPoolExecutor(processes) as pool:
+        peer = pool.submit(simulated, sizes, accesses)
+        lone = [
+            [pool.submit(alone, policy, size, accesses, full=full) for size in sizes]
+            for policy, full in COMPARED
+        ]
+        stores = [
+            [pool.submit(replay, size, policy, requests, told[hinted]) for size in sizes]
+            for policy, hinted in kinds
+        ]
+        bounds = [pool.submit(foreseen, accesses, size) for size in sizes]
+        peers, missing = _peers(peer)
+        return Report(
+            trace=name,
+            requests=len(requests),
+            lookups=len(accesses),
+            unique=unique,
+            block_bytes=MODEL.block_bytes,
+            sizes=sizes,
+            attainable=attainable(requests),
+            foreseen=[bound.result() for bound in bounds],
+            store=[
+                StoreRow(policy, hinted, [run.result() for run in runs])
+                for (policy, hinted), runs in zip(kinds, stores, strict=True)
+            ],
+            alone=[
+                Hits(policy, full, [run.result() for run in runs])
+                for (policy, full), runs in zip(COMPARED, lone, strict=True)
+            ],
+            simulated=peers,
+            missing=missing,
         )
-        store = Store(
-            memory,
-            secret=bytes(32),
-            instance_id=1,
-            max_blocks=self.blocks,
-            policy=self.policy,
-            now_ms=0,
-        )
-        connection = store.connect()
-        layout = Layout.opaque(model="trace", block_bytes=_BLOCK_BYTES, block_tokens=BLOCK_TOKENS)
-        opened = store.handle(connection, c.OpenNamespace(name="t", layout=layout.encode()), 0)
-        assert isinstance(opened, c.NamespaceOpened)
-        return store, connection, opened.namespace
-
-    @staticmethod
-    def _put(store: Store, connection: int, namespace: int, hashes: npt.NDArray[np.uint8]) -> None:
-        reserve = c.Reserve(
-            namespace=namespace, put_id=_PUT_ID, hashes=hashes, cells=_NO_CELLS, position=0
-        )
-        try:
-            reserved = store.handle(connection, reserve, 0)
-        except ResourceExhausted:
-            return
-        assert isinstance(reserved, c.Reserved)
-        granted = hashes[reserved.status == c.ReserveStatus.GRANTED]
-        if len(granted):
-            sums = np.zeros((len(granted), 1), np.uint64)
-            seal = c.Seal(namespace=namespace, put_id=_PUT_ID, hashes=granted, checksums=sums)
-            store.handle(connection, seal, 0)
 
 
-def attainable(requests: Sequence[Chain]) -> float:
-    """The hit rate of a store without end."""
-    seen: set[int] = set()
-    hits = lookups = 0
-    for chain in requests:
-        ids = chain.tolist()
-        hits += next((i for i, block in enumerate(ids) if block not in seen), len(ids))
-        lookups += len(ids)
-        seen.update(ids)
-    return hits / lookups
-
-
-def simulated(requests: Sequence[Chain], sizes: Sequence[int]) -> dict[str, list[float]]:
-    """libCacheSim's LRU and S3-FIFO over the same accesses; RuntimeError where it is missing."""
-    python = environment_for(SIMULATOR) / "bin/python"
-    accesses = np.concatenate(requests).tolist()
-    done = subprocess.run(
-        [python, "-c", _SIMULATE],
-        input=json.dumps({"accesses": accesses, "sizes": list(sizes)}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    rates: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return rates
-
-
-_SIMULATE = """
-import json, sys
-import libcachesim as lcs
-asked = json.load(sys.stdin)
-rates = {}
-for name, kind in (("lru", lcs.LRU), ("s3fifo", lcs.S3FIFO)):
-    rates[name] = []
-    for size in asked["sizes"]:
-        cache, hits, request = kind(cache_size=size), 0, lcs.Request()
-        request.obj_size = 1
-        for block in asked["accesses"]:
-            request.obj_id = block
-            hits += cache.get(request)
-        rates[name].append(hits / len(asked["accesses"]))
-print(json.dumps(rates))
-"""
-
-
-def rows(requests: Sequence[Chain], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """One row for each policy, with and without hints."""
-    unique = len(np.unique(np.concatenate(requests)))
-    sizes = [max(1, int(share * unique)) for share in SHARES]
-    ends = ~returns(requests)
-    wrong = rng.random(len(ends)) > HINT_ACCURACY
-    for policy in POLICIES:
-        for hinted in (False, True):
-            rates = []
-            for size in sizes:
-                told = (ends ^ wrong) if hinted else None
-                hits, lookups = Replay(size, policy).run(requests, told)
-                rates.append(hits / lookups)
-            label = f"{policy}, hints {HINT_ACCURACY:.0%} right" if hinted else policy
-            yield {"policy": label, "rates": rates}
+def _peers(peer: Future[list[Hits]]) -> tuple[list[Hits], str]:
+    """What the simulator found, or why there is none."""
     try:
-        for name, rates in simulated(requests, sizes).items():
-            yield {"policy": f"libCacheSim {name}, any block counts", "rates": rates}
+        return peer.result(), ""
     except RuntimeError as error:
-        yield {"policy": f"libCacheSim missing: {error}", "rates": []}
+        return [], str(error)
+
+
+def tables(report: Report) -> Iterator[str]:
+    """Lines of Markdown: the store, then the policies alone beside the simulator's."""
+    tib = report.block_bytes / (1 << 40)
+    heads = [f"{size / report.unique:.1%} ({size:,} blocks)" for size in report.sizes]
+    yield (
+        f"{report.requests:,} requests look up {report.lookups:,} blocks, {report.unique:,} of them"
+        f" unique. A store without end finds {report.attainable / report.lookups:.3f} of them."
+    )
+    yield f"Bytes: of blocks of {report.block_bytes >> 20} MiB ({MODEL.model}).\n"
+    yield from _head("the store: hit rate (TiB put, TiB read)", heads)
+    for row in report.store:
+        cells = [
+            f"{found.hits / report.lookups:.3f} ({found.put * tib:.1f}, {found.hits * tib:.1f})"
+            for found in row.found
+        ]
+        label = f"{row.policy}, hints {HINT_ACCURACY:.0%} right" if row.hinted else row.policy
+        yield _line(label, cells)
+    yield _line("who knew the future", [f"{n / report.lookups:.3f}" for n in report.foreseen])
+    yield ""
+    yield from _head("policies alone, block by block: hits", heads)
+    for ours in report.alone:
+        yield from _compared(report, ours)
+    if report.missing:
+        yield f"\nlibCacheSim is missing: {report.missing}"
+
+
+def _compared(report: Report, ours: Hits) -> Iterator[str]:
+    """A policy alone, what chains change, and what the simulator does."""
+    label = f"{ours.policy}, from {'full' if ours.full else 'empty'}"
+    yield _line(label, [f"{n:,}" for n in ours.hits])
+    if not ours.full:
+        store = next(r for r in report.store if r.policy == ours.policy and not r.hinted)
+        more = [found.hits - n for found, n in zip(store.found, ours.hits, strict=True)]
+        yield _line("- the store, leading runs: more by", [f"{n:+,}" for n in more])
+    for peer in report.simulated:
+        if (peer.policy, peer.full) == (ours.policy, ours.full):
+            more = [n - m for n, m in zip(peer.hits, ours.hits, strict=True)]
+            yield _line("- libCacheSim: more by", [f"{n:+,}" for n in more])
+
+
+def _head(title: str, columns: list[str]) -> Iterator[str]:
+    yield _line(title, columns)
+    yield "|---" * (len(columns) + 1) + "|"
+
+
+def _line(label: str, cells: list[str]) -> str:
+    return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Hit rate by the pool's size: a line for each policy, dashed with hints."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    shares = [size / report.unique * 100 for size in report.sizes]
+    for row in report.store:
+        rates = [found.hits / report.lookups for found in row.found]
+        style, colour = ("--" if row.hinted else "-"), f"C{POLICIES.index(row.policy)}"
+        label = f"{row.policy}, hints {HINT_ACCURACY:.0%} right" if row.hinted else row.policy
+        axis.plot(shares, rates, style, color=colour, marker="o", label=label)
+    known = [n / report.lookups for n in report.foreseen]
+    axis.plot(shares, known, color="grey", marker=".", label="who knew the future")
+    axis.axhline(report.attainable / report.lookups, color="black", lw=0.8, ls=":")
+    axis.set_xscale("log")
+    axis.set_xticks(shares, [f"{share:.1f}" for share in shares])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("pool, % of the unique blocks")
+    axis.set_ylabel("hit rate, of all blocks looked up")
+    axis.set_title(f"{report.trace}; dotted: a store without end", fontsize="medium")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--requests", type=int, help="only so many, from the first on")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--plot", type=Path, help="also draw hit rates by size to this file")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0, help="of the hints that are wrong")
     options = parser.parse_args()
-    requests = read_trace(options.trace)
-    print(f"attainable: {attainable(requests):.3f}")
-    print("| policy | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |")
-    print("|---" * (len(SHARES) + 1) + "|", flush=True)
-    done = []
-    for row in rows(requests, np.random.default_rng(options.seed)):
-        print(f"| {row['policy']} | " + " | ".join(f"{r:.3f}" for r in row["rates"]) + " |")
-        sys.stdout.flush()
-        done.append(row)
+    requests = read_trace(options.trace, options.requests)
+    name = options.trace.name.split(".")[0]
+    report = measure(name, requests, seed=options.seed, processes=options.processes)
+    print("\n".join(tables(report)))
     if options.json:
-        options.json.write_text(json.dumps(done, indent=1))
+        values: dict[str, Any] = dataclasses.asdict(report)
+        options.json.write_text(json.dumps(values, indent=1))
+    if options.plot:
+        plot(report, options.plot)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -63,6 +65,7 @@ class Worker:
             stderr=self._output,
             text=True,
             cwd=ROOT,
+            process_group=0,  # so that it can be stopped with the processes that it starts
         )
         self._log, self._module = log, module
         self._say(info)
@@ -96,8 +99,18 @@ class Worker:
         self.begin(job, **arguments)
         return self.finish()
 
+    def stop(self) -> None:
+        """Lets neither the process nor its children run until `resume`."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Ends a `stop`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGCONT)
+
     def close(self) -> None:
         """Ends the process."""
+        self.resume()  # its children end by themselves, for which they have to run
         self._process.kill()
         self._process.communicate()
         self._output.close()
@@ -118,12 +131,32 @@ class Worker:
 
 @dataclass(slots=True)
 class System:
-    """A system that runs: its name, module and version, and its client processes."""
+    """A system that runs: its name, module and version, and its client processes.
+
+    spins: whether they would take the processors from the others when it is not their turn.
+    """
 
     name: str
     module: str
     version: str
+    spins: bool
     workers: list[Worker] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The time in which its clients may run."""
+        for worker in self.workers if self.spins else ():
+            worker.resume()
+        try:
+            yield
+        finally:
+            self.rest()
+
+    def rest(self) -> None:
+        """Keeps clients that spin from running until the next `turn`."""
+        for worker in self.workers if self.spins else ():
+            with contextlib.suppress(ProcessLookupError):
+                worker.stop()
 
 
 @contextlib.contextmanager
@@ -136,9 +169,11 @@ def running(module_name: str, folder: Path, *, pool_bytes: int, clients: int) ->
     folder.mkdir()
     with contextlib.ExitStack() as stack:
         info = stack.enter_context(module.start(folder, environment, pool_bytes))
-        system = System(module.NAME, module_name, info["version"])
+        spins = getattr(module, "SPINS", False)
+        system = System(module.NAME, module_name, info["version"], spins)
         for i in range(clients if getattr(module, "SHARED", True) else 1):
             worker = Worker(module_name, environment, info, folder / f"client-{i}.log")
             stack.callback(worker.close)
             system.workers.append(worker)
+        system.rest()
         yield system

@@ -21,6 +21,7 @@ from benchmarks.client import Bytes1D, Keys
 NAME = "NIXL, UCX"
 VERSION = "1.5.1"
 SHARED = False
+SPINS = True  # its threads in both processes look for work without a pause
 # torch is named beside it, so that it is the build that the other environments have.
 WITHOUT_DEPENDENCIES: tuple[str, ...] = (f"nixl-cu13=={VERSION}",)
 REQUIREMENTS: tuple[str, ...] = ("torch==2.13.0", "numpy")

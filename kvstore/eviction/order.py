@@ -59,7 +59,9 @@ class LazyOrder:
 
     def push_back(self, ids: IdArray) -> None:
         """Put `ids` (uint32 [n]) last, moving those present; of duplicates the last counts."""
-        if not ids.size:
+        if ids.size < 2:
+            if ids.size:
+                self._push_one(int(ids[0]))
             return
         if ids.size > self._max:
             ids = _keep_last(ids)
@@ -72,6 +74,15 @@ class LazyOrder:
         # Of duplicates one entry alone matches its stamp, so each new id is counted once.
         self._count += int(((self._stamp[ids] == at) & ~was_in).sum())
         self._tail += ids.size
+
+    def _push_one(self, block: int) -> None:
+        """`push_back` of one id, which arrays of one would only slow down."""
+        if self._tail == self._log.size:
+            self._compact()
+        self._count += int(self._stamp[block] == 0)
+        self._log[self._tail] = block
+        self._stamp[block] = self._tail
+        self._tail += 1
 
     def remove(self, ids: IdArray) -> None:
         """Take `ids` (uint32 [n]) out; absent ids are ignored."""

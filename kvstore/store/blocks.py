@@ -12,7 +12,6 @@ import numpy.typing as npt
 IdArray = npt.NDArray[np.uint32]
 Granules = npt.NDArray[np.uint32]
 NO_BLOCK = np.uint32(0xFFFFFFFF)
-_GENERATIONS = 32  # how far up a chain it is looked for what cannot go because a tail cannot
 
 
 class BlockState(enum.IntEnum):
@@ -119,15 +118,15 @@ class Blocks:
         after = (at < n) & (at > linked)
         after[after] &= ids[at[after]] == self._parent[ids[linked[after]]]
         child, parent = linked[after], at[after]
-        children, going = self.children[ids], free
-        for _ in range(_GENERATIONS):
-            gone = np.bincount(parent[going[child]], minlength=n)
-            still: npt.NDArray[np.bool_] = free & (children == gone)
-            if (still == going).all():
-                return still
-            going = still
-        childless: npt.NDArray[np.bool_] = free & (children == 0)
-        return childless
+        up = np.arange(n)
+        up[child] = parent
+        stays = ~free | (self.children[ids] != np.bincount(parent, minlength=n))
+        # What stays keeps all that come before it in its chain: twice as far up in each round.
+        for _ in range(n.bit_length()):
+            stays[up[stays]] = True
+            up = up[up]
+        goes: npt.NDArray[np.bool_] = ~stays
+        return goes
 
     def lease(self, ids: IdArray) -> None:
         """One more lease on each live block; an id may come twice."""

@@ -66,7 +66,7 @@ def publish(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.
         ids, keys = ids[shown], keys[shown]
     shelf.blocks.appear(ids, namespace.id)
     namespace.blocks += len(ids)
-    _link(shelf, whole, shown, parents)
+    _link(shelf, namespace, whole, shown, parents)
     shelf.policy.admit(ids, keys[:, :8].copy().view(np.uint64).ravel())
     shelf.counters.stored += len(ids)
     if whole.ttl_ms.any():
@@ -144,13 +144,21 @@ def _stored_parents(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDA
 
 
 def _link(
-    shelf: Shelf, whole: Whole, shown: npt.NDArray[np.bool_], parents: npt.NDArray[np.int64]
+    shelf: Shelf,
+    namespace: Namespace,
+    whole: Whole,
+    shown: npt.NDArray[np.bool_],
+    parents: npt.NDArray[np.int64],
 ) -> None:
     """Counts each block as its parent's child, so that chains are evicted from the tail."""
     inside = np.flatnonzero(whole.before != NO_ROW)
     if len(inside):
         rows = whole.before[inside]
-        parents[inside] = np.where(shown[rows], whole.ids[rows], -1)
+        parents[inside] = whole.ids[rows]
+        others = inside[~shown[rows]]  # whose parents were there already, or found no place
+        if len(others):
+            keys = whole.keys[whole.before[others]]
+            parents[others] = shelf.catalog.find(namespace.id, keys)
     linked = shown & (parents >= 0)
     if linked.any():
         shelf.blocks.link(whole.ids[linked], parents[linked].astype(np.uint32))

@@ -54,13 +54,10 @@ class Stock:
         that another put is writing, leave their slots in its stock."""
         namespace = self._shelf.namespaces.get(command.namespace)
         check_commit(command, namespace.layout.n_cells)
-        blocks = self._blocks(who, namespace, command.granules)
-        if len(blocks) == 1:
-            status = np.array([self._store_one(who, namespace, command, blocks[0])], np.uint8)
+        if len(command.granules) == 1:
+            status = np.array([self._store_one(who, namespace, command)], np.uint8)
         else:
-            status = self._store_many(who, namespace, command, blocks)
-        if (status == _NO_SPACE).any():
-            self._look_again(namespace, command, status)
+            status = self._store_many(who, namespace, command)
         more = self._ahead(who, namespace, command.more) if command.more else _NOTHING
         return c.Committed(status=status, granules=more)
 
@@ -98,38 +95,46 @@ class Stock:
         slabs = self._shelf.room.slabs
         return slabs.slot_sizes(slabs.slabs_of(granules))
 
-    def _store_one(
-        self, who: Connection, namespace: Namespace, command: c.Commit, block: int | None
-    ) -> int:
+    def _store_one(self, who: Connection, namespace: Namespace, command: c.Commit) -> int:
         """A commit of one block, as most small puts are; returns its `CommitStatus`."""
+        granule, key = int(command.granules[0]), command.hashes.tobytes()
+        if granule == c.NO_SLOT:
+            return self._look_again(namespace, command.hashes)
+        block = who.stock.get(granule)
         if block is None:
-            return _NO_SPACE
-        key, chained = command.hashes.tobytes(), command.position >= 0
+            raise PermissionDenied("the slot is not in this connection's stock")
+        if self._shelf.room.slabs.class_of(granule) != namespace.slot_bytes:
+            raise LayoutMismatch("granules", f"expected a slot of {namespace.slot_bytes} bytes")
         if len(self._puts) and self._puts.find(namespace.id, key):
             return _IN_PROGRESS
+        chained = command.position >= 0
         whole = WholeBlock(
             key=key,
             put_id=command.put_id,
             block=block,
-            granule=int(command.granules[0]),
+            granule=granule,
             checksums=command.checksums[0],
             parent=(command.parent or NO_PARENT) if chained else NO_PARENT,
             position=command.position,
             ttl_ms=command.ttl_ms,
         )
         if not publish_one(self._shelf, namespace, whole):
-            return _NO_SPACE
-        self._remove(who, [whole.granule])
+            status = self._look_again(namespace, command.hashes)
+            self._shelf.counters.dropped += status == _NO_SPACE
+            return status
+        del who.stock[granule]
+        self._count(who, -namespace.slot_bytes)
         return _STORED
 
-    def _store_many(
-        self,
-        who: Connection,
-        namespace: Namespace,
-        command: c.Commit,
-        blocks: list[int | None],
-    ) -> c.U8:
+    def _look_again(self, namespace: Namespace, key: c.U8) -> int:
+        """Whether a block (1, 32) that was not stored is there, and read by that."""
+        found = self._shelf.catalog.find(namespace.id, key)
+        self._shelf.policy.touch(found[found >= 0].astype(np.uint32))
+        return _EXISTS if found[0] >= 0 else _NO_SPACE
+
+    def _store_many(self, who: Connection, namespace: Namespace, command: c.Commit) -> c.U8:
         """Stores what has a slot and is nobody else's; uint8 (n,) `CommitStatus`."""
+        blocks = self._blocks(who, namespace, command.granules)
         status = np.full(len(blocks), _NO_SPACE, np.uint8)
         ours = [i for i, block in enumerate(blocks) if block is not None]
         if len(self._puts):
@@ -140,6 +145,14 @@ class Stock:
         if ours:
             rows = np.array(ours, np.int64)
             self._publish(who, namespace, command, blocks=blocks, ours=rows, status=status)
+        unknown = np.flatnonzero(status == _NO_SPACE)
+        if len(unknown):
+            found = self._shelf.catalog.find(namespace.id, command.hashes[unknown])
+            there = found >= 0
+            self._shelf.policy.touch(found[there].astype(np.uint32))
+            status[unknown[there]] = _EXISTS
+            lost = command.granules[unknown[~there]] != c.NO_SLOT
+            self._shelf.counters.dropped += int(lost.sum())
         return status
 
     def _publish(
@@ -178,17 +191,6 @@ class Stock:
         status[ours[shown]] = _STORED
         self._remove(who, whole.granules[shown].tolist())
 
-    def _look_again(self, namespace: Namespace, command: c.Commit, status: c.U8) -> None:
-        """Which of those that were not stored are there, and read by that."""
-        unknown = np.flatnonzero(status == _NO_SPACE)
-        if not len(unknown):
-            return
-        found = self._shelf.catalog.find(namespace.id, command.hashes[unknown])
-        there = found >= 0
-        self._shelf.policy.touch(found[there].astype(np.uint32))
-        status[unknown[there]] = _EXISTS
-        self._shelf.counters.dropped += int((command.granules[unknown[~there]] != c.NO_SLOT).sum())
-
     def _ahead(self, who: Connection, namespace: Namespace, n: int) -> c.U32:
         """More slots for later, as long as all that lie idle are a small part of the pool."""
         total = self._shelf.room.slabs.total_bytes
@@ -206,15 +208,16 @@ class Stock:
         ids = self._shelf.blocks.take(granules)
         self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written
         who.stock.update(zip(granules.tolist(), ids.tolist(), strict=True))
-        who.stock_bytes += nbytes * len(ids)
-        self.nbytes += nbytes * len(ids)
+        self._count(who, nbytes * len(ids))
         return granules
+
+    def _count(self, who: Connection, more: int) -> None:
+        who.stock_bytes += more
+        self.nbytes += more
 
     def _remove(self, who: Connection, granules: list[int]) -> IdArray:
         """These slots are no longer in the stock; returns their blocks' ids."""
         blocks = [who.stock.pop(granule) for granule in granules]
         sizes = self._sizes(np.array(granules, np.uint32))
-        nbytes = int(sizes.sum()) * limits.GRANULE_BYTES
-        who.stock_bytes -= nbytes
-        self.nbytes -= nbytes
+        self._count(who, -int(sizes.sum()) * limits.GRANULE_BYTES)
         return np.array(blocks, np.uint32)

@@ -80,7 +80,7 @@ class FailingWorker:
 
 def test_a_system_that_fails_takes_no_further_part_and_is_reported() -> None:
     results = Results()
-    system = System("peer", "benchmarks.adapters.redis", "1", [FailingWorker()])  # type: ignore
+    system = System("peer", "benchmarks.adapters.redis", "1", False, [FailingWorker()])  # type: ignore
     Harness([system], results, rounds=1).measure_looks()
     assert "the peer says no" in results.missing["peer"]
     assert not results.systems

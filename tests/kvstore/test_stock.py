@@ -131,6 +131,16 @@ def test_a_committed_chain_is_evicted_from_its_tail(together: bool) -> None:
     assert 0 < sum(kept) < 8
 
 
+def test_a_block_is_linked_to_a_parent_that_was_there_already() -> None:
+    rig = Rig(max_blocks=16)
+    committed(rig, keys(1), granted(rig, 1), position=1)
+    answer = committed(rig, keys(0, 1, 2), granted(rig, 3), position=0)
+    assert answer.status.tolist() == [0, c.CommitStatus.EXISTS, 0]
+    found = rig.store._shelf.catalog.find(rig.ns, keys(0, 1, 2))
+    # The block that was there first does not know what comes before it.
+    assert rig.store._shelf.blocks.children[found].tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("policy", ["lru", "arc", "s3fifo"])
 def test_a_block_that_names_itself_its_parent_can_still_be_evicted(policy: str) -> None:
     rig = Rig(policy=policy)
