@@ -38,11 +38,17 @@ format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## speed beside the peers and this machine's limits; takes 10 to 20 minutes and 18 GB of memory
+bench: $(READY) ## speed beside the peers and this machine's limits; takes 20 minutes and 18 GB of memory
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	mkdir -p docs/benchmarks
 	$(BIN)/python -m benchmarks.peers --table docs/benchmarks/peers.md \
 		--json docs/benchmarks/peers.json --plot docs/benchmarks/peers.png
+	$(BIN)/python -m benchmarks.growth --json docs/benchmarks/growth.json \
+		--plot docs/benchmarks/growth.png > docs/benchmarks/growth.md
+	$(BIN)/python -m benchmarks.load --json docs/benchmarks/load.json > docs/benchmarks/load.md
+	@# TRACE: requests as in Mooncake's FAST 25 release, for hit rates; 5 minutes more.
+	$(if $(TRACE),$(BIN)/python -m benchmarks.replay $(TRACE) --json docs/benchmarks/replay.json \
+		--plot docs/benchmarks/replay.png > docs/benchmarks/replay.md)
 
 proto: $(READY) ## generate the protocol's code and the asyncio client anew
 	$(BIN)/python proto/generate.py
