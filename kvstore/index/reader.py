@@ -272,4 +272,5 @@ class IndexReader:
 def _leading(rows: Words) -> Match:
     """The run of rows before the first that is missing."""
     there = rows[:, W_CHECK] != 0
-    return Match(rows if there.all() else rows[: int(there.argmin())])
+    # A copy of a part: who keeps the match would else keep the rows of all that was asked.
+    return Match(rows if there.all() else rows[: int(there.argmin())].copy())

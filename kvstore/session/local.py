@@ -330,7 +330,7 @@ class LocalSession(ControlSession):
 
     def _note(self, found: Match, hits: int, lookups: int) -> None:
         now = time.monotonic()
-        rows = found.rows if hits == found.count else found.rows[:hits]
+        rows = found.rows if hits == found.count else found.rows[:hits].copy()
         self._touched(self._touches.add(rows, lookups=lookups, hits=hits, now=now))
 
     def _came_upon(self, known: Lookup) -> None:

@@ -206,6 +206,18 @@ def test_match_stops_at_the_first_miss() -> None:
     assert reader.match(5, keys[:1]).count == 1
 
 
+@pytest.mark.parametrize("n", [3, 500])
+def test_a_short_match_does_not_hold_the_rows_of_all_that_was_asked(n: int) -> None:
+    """Sessions keep what they found until they report it."""
+    table, reader, _ = make(1024)
+    keys = keys_of(n)
+    assert put(table, keys[:1], np.arange(1), 1).all()
+    for found in (reader.match(1, keys), reader.glance(1, keys)):
+        assert found.count == 1
+        base = found.rows if found.rows.base is None else found.rows.base
+        assert base.nbytes == found.rows.nbytes
+
+
 def test_load_and_probe_bounds() -> None:
     table, _, _ = make(64, max_blocks=100)
     assert put(table, keys_of(40), np.arange(40)).sum() == 32
