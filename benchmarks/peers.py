@@ -234,7 +234,7 @@ def main() -> None:
         "results": results.rows(ours, peers),
     }
     if options.json:
-        options.json.write_text(json.dumps(document, indent=1))
+        options.json.write_text(json.dumps(document))
     if options.plot:
         report.plot(document, options.plot)
     table = report.table(document)

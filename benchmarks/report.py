@@ -89,7 +89,10 @@ def _row(key: Key, name: str, rounds: list[Round]) -> dict[str, Any]:
         "rate": statistics.median(one.rate for one in rounds),
         "p50_us": 1e6 * statistics.median(seconds),
         "p99_us": 1e6 * seconds[math.ceil(0.99 * len(seconds)) - 1],
-        "rounds": [{"rates": one.rates, "seconds": one.seconds} for one in rounds],
+        "rounds": [
+            {"rate": one.rate, "calls_us": [round(1e6 * second) for second in one.seconds]}
+            for one in rounds
+        ],
     }
 
 

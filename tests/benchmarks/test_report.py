@@ -71,4 +71,4 @@ def test_the_table_says_what_is_missing_and_why() -> None:
 
 def test_every_round_is_in_the_rows() -> None:
     rows = results(ours=[1, 2], peer=[1, 1], copies=[1, 1]).rows("ours", ["peer"])
-    assert [one["seconds"] for one in rows[0]["rounds"]] == [[1], [2]]
+    assert [one["calls_us"] for one in rows[0]["rounds"]] == [[1_000_000], [2_000_000]]
