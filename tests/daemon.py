@@ -14,6 +14,8 @@ from pathlib import Path
 from kvstore.channel.paths import grpc_socket
 
 _END_S = 30.0
+# An engine's environment has no daemon in it: its tests are told where there is one.
+_PYTHON = os.environ.get("SERVER_PYTHON", sys.executable)
 
 
 class Daemon:
@@ -40,7 +42,7 @@ class Daemon:
         self._drain: threading.Thread | None = None
         config = folder / "server.toml"
         config.touch()
-        command = [sys.executable, "-m", "kvstore_server.cli", "--socket", str(self.socket)]
+        command = [_PYTHON, "-m", "kvstore_server.cli", "--socket", str(self.socket)]
         command += ["--data-dir", str(self.data_dir), *([] if grpc else ["--no-grpc"])]
         self.process = subprocess.Popen(
             [*command, *flags],

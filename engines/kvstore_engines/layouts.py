@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from kvstore import Attention, Layout
-from kvstore_engines.checkpoint import fingerprint
 from kvstore_engines.config import load_config
+from kvstore_engines.weights import fingerprint
 
 
 def layout_of(checkpoint: Path, block_tokens: int, dtype: torch.dtype) -> Layout:

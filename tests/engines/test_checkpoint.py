@@ -12,10 +12,11 @@ transformers = pytest.importorskip("transformers")
 
 from engines.tiny import PROMPTS, reference, save_tiny  # noqa: E402
 
-from kvstore_engines.checkpoint import fingerprint, load_checkpoint  # noqa: E402
+from kvstore_engines.checkpoint import load_checkpoint  # noqa: E402
 from kvstore_engines.config import load_config  # noqa: E402
 from kvstore_engines.engine import Engine  # noqa: E402
 from kvstore_engines.fields import CheckpointError  # noqa: E402
+from kvstore_engines.weights import fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.engines
 

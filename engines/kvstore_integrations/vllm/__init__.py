@@ -1,0 +1,1 @@
+"""vLLM: a tier below its host memory (`tier.py`), and a connector of its own (`connector.py`)."""
