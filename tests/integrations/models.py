@@ -1,4 +1,4 @@
-"""A tiny Llama of random weights that real engines load: fast, and any wrong KV changes its tokens."""
+"""A tiny Llama of random weights that real engines load: any wrong KV changes its tokens."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from integrations.pool import one_bit_off, spoil
 
 from daemon import Daemon, daemon
 from kvstore import HintKind
@@ -251,7 +252,11 @@ def test_corrupted_bytes_are_a_miss(server: Daemon, engine: Engine, other: Engin
     keys = keys_of("a", 3)
     bytes_put = fill(engine, [0, 1, 2], 1)
     engine.run("store", request_of(keys), keys, [0, 1, 2])
-    _spoil(server, bytes_put[1])
+
+    def second(block: np.ndarray) -> np.ndarray:
+        return one_bit_off(block) if np.array_equal(block, bytes_put[1]) else block
+
+    assert spoil(server, second) == 3
     request = request_of(keys)
     copied = other.run("load", request, keys, [0, 1, 2])
     assert copied.keys == {keys[0], keys[2]}
@@ -326,20 +331,3 @@ def test_keys_of_another_hash_are_not_cached_and_said_once(
     assert [record.message for record in caplog.records] == [
         "nothing is cached: block hashes of 16 bytes; set --prefix-caching-hash-algo to sha256_cbor"
     ]
-
-
-def _spoil(server: Daemon, block: np.ndarray) -> None:
-    """Flips a bit of the block in the daemon's pool."""
-    pool = _pool_of(server)
-    where = pool.read_bytes().find(block.tobytes())
-    assert where > 0
-    with pool.open("r+b", buffering=0) as memory:
-        memory.seek(where + 100)
-        memory.write(bytes([int(block[100]) ^ 1]))
-
-
-def _pool_of(server: Daemon) -> Path:
-    for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
-        if "memfd:kvstore-pool" in str(link.readlink()):
-            return link
-    raise AssertionError("the daemon has no pool")

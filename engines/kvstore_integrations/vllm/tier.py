@@ -21,6 +21,7 @@ from vllm.v1.kv_offload.base import (
     OffloadingEvent,
     OffloadingSpec,
     OffloadKey,
+    OffloadPolicy,
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
@@ -43,10 +44,12 @@ _RESULTS = {
 
 
 class TierSettings(StoreSettings):
-    """most_stores: jobs that may wait to be stored; the next are dropped. enable_kv_events: tell
-    what was stored, where vLLM publishes events."""
+    """most_stores: jobs that may wait to be stored; the next are dropped. offer_again: also put
+    what vLLM holds already, which costs a look-up and brings back what the store has lost.
+    enable_kv_events: tell what was stored, where vLLM publishes events."""
 
     most_stores: int = Field(default=64, ge=1)
+    offer_again: bool = True
     enable_kv_events: bool = False
 
 
@@ -70,6 +73,9 @@ class KVStoreTier(SecondaryTierManager):
         read = TierSettings.read(settings, f"secondary tier {tier_type}")
         self.locality = Locality.LOCAL
         self._tenant = read.tenant
+        self._policy = OffloadPolicy.CHUNK_LEVEL
+        if read.offer_again:
+            self._policy = OffloadPolicy.REQUEST_LEVEL
         rows = np.asarray(primary_kv_view).view(np.uint8)
         identities = _identities(offloading_spec, read)
         self._client = read.connect()
@@ -94,7 +100,7 @@ class KVStoreTier(SecondaryTierManager):
         options = RequestOptions.read(req_context.kv_transfer_params, tenant=self._tenant)
         keys = req_context._offload_key_positions
         req_context.set_state(Request(options=options, keys=keys))
-        return RequestOffloadingContext()
+        return RequestOffloadingContext(self._policy)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         """See `SecondaryTierManager`."""

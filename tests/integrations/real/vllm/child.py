@@ -1,9 +1,9 @@
 """One vLLM in a process of its own, driven line by line: `python child.py` with JSON on stdin.
 
 The first line holds the arguments of `vllm.LLM`; it answers when the engine is there, or with the
-error. Each further line is a list of requests {"prompt": token ids, "tokens": how many to generate,
+error. A further line is a list of requests {"prompt": token ids, "tokens": how many to generate,
 "params": kv_transfer_params}, served together, answered with each one's tokens and how many of its
-prompt's tokens came from a cache.
+prompt's tokens came from a cache; or "metrics", answered with the counters and gauges by name.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def main() -> None:
     answer({"ready": True})
     for line in sys.stdin:
         requests = json.loads(line)
+        if requests == "metrics":
+            metrics = engine.get_metrics()
+            answer({one.name: one.value for one in metrics if hasattr(one, "value")})
+            continue
         prompts: Any = [{"prompt_token_ids": one["prompt"]} for one in requests]
         sampling = [
             vllm.SamplingParams(

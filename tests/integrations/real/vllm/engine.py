@@ -85,6 +85,12 @@ class Engine:
         self.begin(*prompts, tokens=tokens, **params)
         return self.finish()
 
+    def metrics(self) -> dict[str, float]:
+        """vLLM's counters and gauges (with `disable_log_stats=False`)."""
+        self._say("metrics")
+        found: dict[str, float] = self._hear(_ANSWER_S)
+        return found
+
     def close(self) -> None:
         """Ends it, by itself if it can."""
         assert self._process.stdin
@@ -113,7 +119,7 @@ class Engine:
         finally:
             watch.cancel()
         answer = json.loads(line) if line else {"error": f"it ended: {self.log[-2000:]}"}
-        if isinstance(answer, dict) and "error" in answer:
+        if isinstance(answer, dict) and isinstance(answer.get("error"), str):
             raise EngineError(answer["error"])
         return answer
 
