@@ -37,17 +37,12 @@ class Found(enum.Enum):
 
 
 @dataclass(slots=True)
-class _Run:
-    """What is known of one group's chain: rows [first, end) are stored, `end` was not in `step`.
+class _Chain:
+    """One group's chunks of a request, in order. low: the first of them that was asked for."""
 
-    failed: rows from here on did not load, and are not promised again to this request.
-    """
-
-    chain: U8  # (n, 32)
-    first: int = 0
-    end: int = 0
-    step: int = -1
-    failed: int = limits.MAX_POSITION
+    keys: list[bytes]
+    hashes: U8  # (n, 32)
+    low: int = limits.MAX_POSITION
 
 
 @dataclass(slots=True)
@@ -55,12 +50,15 @@ class Request:
     """One request.
 
     options: None for a request that is not cached. keys: its chunks' keys in the order of its
-    tokens, groups mixed; it grows with the request.
+    tokens, groups mixed, with the position at which each ends; it grows with the request.
     """
 
     options: RequestOptions | None
-    keys: Mapping[bytes, int]  # to the position at which the chunk ends, in tokens
-    runs: dict[bytes, _Run] = field(default_factory=dict)  # by group
+    keys: Mapping[bytes, int]
+    chains: dict[bytes, _Chain] = field(default_factory=dict)  # by group
+    hits: set[bytes] = field(default_factory=set)  # known to be stored
+    missed: dict[bytes, int] = field(default_factory=dict)  # to the step in which it was not
+    failed: set[bytes] = field(default_factory=set)  # did not load, and is not promised again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,24 +123,20 @@ class ChunkCache:
         The first look-up of a run asks for all of the request's later chunks too, in one pass over
         the shared index; the scheduler's next ones are answered from that.
         """
-        if request.options is None:
+        if key in request.hits:
+            return Found.HIT
+        if request.options is None or key in request.failed:
             return Found.MISS
-        position = request.keys.get(key)
-        if position is None or not self._is_ours(key):
+        if request.missed.get(key) == self._step or key not in request.keys:
             return Found.MISS
-        group = self._groups[key[limits.KEY_BYTES :]]
-        row = position // group.tokens - 1
-        run = request.runs.get(key[limits.KEY_BYTES :])
-        if run is not None:
-            if run.first <= row < run.end:
-                return Found.HIT if row < run.failed else Found.MISS
-            if row >= run.failed or (row == run.end and run.step == self._step):
-                return Found.MISS
-        space = group.spaces.get(request.options.tenant)
+        if not self._is_ours(key):
+            return Found.MISS
+        spaces = self._groups[key[limits.KEY_BYTES :]].spaces
+        space = spaces.get(request.options.tenant)
         if space is None:
-            opening = group.spaces.is_opening(request.options.tenant)
-            return Found.LATER if opening else Found.MISS
-        return self._probe(request, run, key, row, space)
+            return Found.LATER if spaces.is_opening(request.options.tenant) else Found.MISS
+        self._probe(request, key, space)
+        return Found.HIT if key in request.hits else Found.MISS
 
     def load(
         self, number: int, request: Request, keys: Sequence[bytes], rows: npt.NDArray[np.integer]
@@ -174,12 +168,10 @@ class ChunkCache:
         done = self._jobs.finished()
         for number, copied in done:
             request, keys = self._loads.pop(number, (None, []))
-            if request is None or copied.complete:
-                continue
-            for key in keys:
-                run = request.runs.get(key[limits.KEY_BYTES :])
-                if run is not None and key not in copied.keys:
-                    run.failed = min(run.failed, self._row(request, key))
+            if request is not None and not copied.complete:
+                lost = set(keys) - copied.keys
+                request.failed |= lost
+                request.hits -= lost
         return done
 
     def end(self, request: Request) -> None:
@@ -189,9 +181,9 @@ class ChunkCache:
         options, hint = request.options, request.options.hint
         for number, group in self._groups.items():
             handle = group.spaces.get(options.tenant)
-            chain = self._chain(request, number)
-            if handle is not None and len(chain):
-                self._jobs.aside(functools.partial(self._session.hint, handle, chain, hint))
+            hashes = self._chain(request, number).hashes
+            if handle is not None and len(hashes):
+                self._jobs.aside(functools.partial(self._session.hint, handle, hashes, hint))
 
     def drain(self) -> None:
         """Waits until no copy is under way."""
@@ -220,35 +212,36 @@ class ChunkCache:
     def _row(self, request: Request, key: bytes) -> int:
         return request.keys[key] // self._groups[key[limits.KEY_BYTES :]].tokens - 1
 
-    def _chain(self, request: Request, group: bytes) -> U8:
-        """The hashes (n, 32) of the group's chunks, in order."""
-        keys = [key for key in request.keys if key.endswith(group) and len(key) == _KEY_BYTES]
-        flat = np.frombuffer(b"".join(keys), np.uint8)
-        return np.ascontiguousarray(flat.reshape(-1, _KEY_BYTES)[:, : limits.KEY_BYTES])
+    def _chain(self, request: Request, group: bytes) -> _Chain:
+        """The group's chunks as far as they are known now."""
+        known = request.chains.get(group)
+        keys: list[bytes] = list(request.keys)
+        if len(self._groups) > 1:
+            keys = [key for key in keys if key.endswith(group)]
+        if known is not None and len(known.keys) == len(keys):
+            return known
+        rows = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES)
+        hashes = np.ascontiguousarray(rows[:, : limits.KEY_BYTES])
+        low = known.low if known is not None else limits.MAX_POSITION
+        chain = request.chains[group] = _Chain(keys, hashes, low)
+        return chain
 
-    def _probe(
-        self, request: Request, run: _Run | None, key: bytes, row: int, space: NamespaceHandle
-    ) -> Found:
-        group = key[limits.KEY_BYTES :]
-        if run is None or row >= len(run.chain):
-            before = run
-            run = request.runs[group] = _Run(self._chain(request, group))
-            if before is not None:
-                run.first, run.end, run.failed = before.first, before.end, before.failed
-        digest = key[: limits.KEY_BYTES]
-        if row >= len(run.chain) or run.chain[row].tobytes() != digest:
-            return self._probe_alone(digest, space)
-        # A window's chunks are asked for from its end: then the ones behind are known already.
-        if run.end and row < run.first:
-            return self._probe_alone(digest, space)
-        count = self._session.match(space, run.chain[row:][: limits.MAX_KEYS_PER_CALL]).count
-        if row != run.end:
-            run.first = row
-        run.end, run.step = row + count, self._step
-        return Found.HIT if count else Found.MISS
-
-    def _probe_alone(self, digest: bytes, space: NamespaceHandle) -> Found:
-        return Found.HIT if self._session.match(space, [digest]).count else Found.MISS
+    def _probe(self, request: Request, key: bytes, space: NamespaceHandle) -> None:
+        """Asks the store for the chunk and those behind it, and notes what it says."""
+        chain, row = self._chain(request, key[limits.KEY_BYTES :]), self._row(request, key)
+        keys = [key]
+        if row < len(chain.keys) and chain.keys[row] == key:
+            # A window's chunks are asked for from its end: then those behind are known already.
+            last = row + 1 if row < chain.low < limits.MAX_POSITION else len(chain.keys)
+            keys = chain.keys[row : min(last, row + limits.MAX_KEYS_PER_CALL)]
+            chain.low = min(chain.low, row)
+            found = self._session.match(space, chain.hashes[row : row + len(keys)]).count
+        else:
+            found = self._session.match(space, [key[: limits.KEY_BYTES]]).count
+        request.hits.update(keys[:found])
+        request.hits -= request.failed
+        if found < len(keys):
+            request.missed[keys[found]] = self._step
 
     def _parts(
         self, request: Request, keys: Sequence[bytes], rows: npt.NDArray[np.integer]
@@ -267,15 +260,14 @@ class ChunkCache:
             space = self._groups[group].spaces.get(request.options.tenant)
             if space is None:
                 return []
-            run = request.runs.get(group)
-            chain = run.chain if run is not None else self._chain(request, group)
+            hashes = self._chain(request, group).hashes
             for _, position, key in chunk:
                 last = parts[-1] if parts else None
                 if last and last.space is space and 0 <= last.position + len(last.keys) == position:
                     last.keys.append(key)
                     last.rows.append(self._rows[row_of[key]])
                     continue
-                parent = chain[position - 1].tobytes() if 0 < position <= len(chain) else b""
+                parent = hashes[position - 1].tobytes() if 0 < position <= len(hashes) else b""
                 parts.append(_Part(space, position, parent, [key], [self._rows[row_of[key]]]))
         return parts
 
