@@ -1,0 +1,270 @@
+"""Time to first token of vLLM with and without us, on a CPU: `python -m benchmarks.first_token`.
+
+For each way to keep KV one engine stores the beginnings of all prompts and ends; then a fresh
+engine of each way serves the same prompts, in turns, so that a drifting machine hurts all alike.
+Every first token is compared with that of vLLM alone. vLLM's prefix cache is off, so that what is
+found was stored by another process. Copies between vLLM's KV memory and its host memory need a GPU;
+on a CPU the offloading connector gets a stand-in for them, for its own file tier and for ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import limits
+from benchmarks.daemon import daemon
+from kvstore_engines.smollm2 import ensure_smollm2
+
+ROOT = Path(__file__).parents[1]
+STAND_IN = ROOT / "tests" / "integrations" / "real" / "vllm"
+BLOCK = 32
+LENGTH = 20 * BLOCK + 1  # a prompt: 20 blocks, and a token that is always computed
+SHARES = (0.0, 0.5, 0.9)
+VOCABULARY = 49_152
+POOL_BYTES = 2 << 30
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "block_size": BLOCK,
+    "enable_prefix_caching": False,
+    "skip_tokenizer_init": True,
+    "seed": 0,
+    "prefix_caching_hash_algo": "sha256_cbor",
+}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "PYTHONPATH": str(STAND_IN),
+}
+
+
+class EngineError(RuntimeError):
+    """An engine did not start, or ended."""
+
+
+class Engine:
+    """One vLLM, from begin to end of a `with`."""
+
+    def __init__(self, python: Path, log: Path, arguments: dict[str, Any]) -> None:
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [python, "-P", Path(__file__).with_name("first_token_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self._path = log
+        self._ask({**ARGUMENTS, **arguments})
+
+    def serve(self, prompt: list[int]) -> dict[str, Any]:
+        """See `first_token_worker`."""
+        return self._ask(prompt)
+
+    def close(self) -> None:
+        """Ends it by itself, so that what it was storing is stored."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+    def _ask(self, message: Any) -> dict[str, Any]:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps(message), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "it ended"}
+        if "error" in answer:
+            raise EngineError(f"{answer['error']}: {self._path.read_text(errors='replace')[-800:]}")
+        return answer
+
+
+def ways(folder: Path, target: str) -> dict[str, dict[str, Any]]:
+    """Arguments of each engine."""
+    return {
+        "vLLM alone": {},
+        "kvstore, connector": _transfer(
+            "KVStoreConnector",
+            {"target": target, "tenant": "connector"},
+            kv_connector_module_path="kvstore_integrations.vllm.connector",
+        ),
+        "kvstore, tier": _tiered(
+            {
+                "type": "KVStoreTier",
+                "module_path": "kvstore_integrations.vllm.tier",
+                "target": target,
+                "tenant": "tier",
+            }
+        ),
+        "vLLM's file tier": _tiered({"type": "fs", "root_dir": str(folder / "files")}),
+    }
+
+
+def _transfer(name: str, extra: dict[str, Any], **more: Any) -> dict[str, Any]:
+    config = {
+        "kv_connector": name,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+    return {"kv_transfer_config": {**config, **more}}
+
+
+def _tiered(tier: dict[str, Any]) -> dict[str, Any]:
+    extra = {
+        "spec_name": "CpuTieringSpec",
+        "spec_module_path": "cpu_spec",
+        "cpu_bytes_to_use": 512 << 20,
+        "secondary_tiers": [tier],
+    }
+    return _transfer("OffloadingConnector", extra)
+
+
+@dataclass
+class Served:
+    """What one way's engines answered to prompts of one share."""
+
+    seconds: list[float] = field(default_factory=list)
+    against_plain: list[float] = field(default_factory=list)  # the same prompt's ratio
+    cached: int = 0
+    shared: int = 0
+    wrong: int = 0
+
+
+def prompts(rounds: int, repeats: int) -> list[tuple[float, int, list[int]]]:
+    """(share, tokens of whole blocks that were stored before, prompt), in the order of serving."""
+    made, rng = [], random.Random(7)
+    for _ in range(rounds):
+        for share in SHARES:
+            for _ in range(repeats):
+                prompt = [rng.randrange(VOCABULARY) for _ in range(LENGTH)]
+                made.append((share, int(share * LENGTH) // BLOCK * BLOCK, prompt))
+    return made
+
+
+def measure(
+    python: Path, folder: Path, model: Path, rounds: int, repeats: int
+) -> dict[str, dict[float, Served]]:
+    """Serves all prompts in all ways."""
+    found: dict[str, dict[float, Served]] = defaultdict(lambda: defaultdict(Served))
+    work = prompts(rounds, repeats)
+    with daemon(folder / "daemon", POOL_BYTES, "--no-grpc") as server:
+        server.connect().close()
+        configurations = {
+            name: {"model": str(model), **arguments}
+            for name, arguments in ways(folder, server.target).items()
+        }
+        for name, arguments in configurations.items():
+            if name == "vLLM alone":
+                continue
+            _say(f"storing: {name}")
+            with _engine(python, folder / f"{name}.store.log", arguments) as engine:
+                for _, shared, prompt in work:
+                    if shared:
+                        engine.serve(prompt[: shared + 1])
+                engine.serve(prompts(1, 1)[0][2][: BLOCK + 1])  # a step in which stores end
+        with contextlib.ExitStack() as stack:
+            engines = {}
+            for name, arguments in configurations.items():
+                _say(f"starting: {name}")
+                made = _engine(python, folder / f"{name}.log", arguments)
+                engines[name] = stack.enter_context(made)
+            for engine in engines.values():
+                engine.serve(list(range(LENGTH)))  # warms up
+            _say("serving")
+            for number, (share, shared, prompt) in enumerate(work):
+                order = list(engines)
+                turn = number % len(order)
+                answers = {
+                    name: engines[name].serve(prompt) for name in order[turn:] + order[:turn]
+                }
+                plain = answers["vLLM alone"]
+                for name, answer in answers.items():
+                    served = found[name][share]
+                    served.seconds.append(answer["seconds"])
+                    served.against_plain.append(answer["seconds"] / plain["seconds"])
+                    served.cached += answer["cached"]
+                    served.shared += shared
+                    served.wrong += answer["token"] != plain["token"]
+    return found
+
+
+@contextlib.contextmanager
+def _engine(python: Path, log: Path, arguments: dict[str, Any]) -> Iterator[Engine]:
+    engine = Engine(python, log, arguments)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def table(found: dict[str, dict[float, Served]]) -> str:
+    """Markdown."""
+    facts = ", ".join(f"{name} {value}" for name, value in limits.facts().items())
+    lines = [f"Machine: {facts}.", ""]
+    lines += [
+        f"SmolLM2-135M in fp32, prompts of {LENGTH} tokens. Time to first token: median ms, and "
+        "the median of the ratios to vLLM alone, prompt by prompt. Hits: tokens that came from a "
+        "cache, of those in shared whole blocks.",
+        "",
+        "| shared beginning | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
+        "|---" * (len(SHARES) + 1) + "|",
+    ]
+    for name, by_share in found.items():
+        cells = []
+        for share in SHARES:
+            served = by_share[share]
+            cell = f"{1e3 * statistics.median(served.seconds):.0f}"
+            cell += f" ({statistics.median(served.against_plain):.3f})"
+            if served.shared:
+                cell += f", hits {served.cached / served.shared:.0%}"
+            cells.append(cell + (f", {served.wrong} WRONG" if served.wrong else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The command; exits with 1 where a token is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="prompts of each share in a round")
+    options = parser.parse_args()
+    model = ensure_smollm2().resolve()
+    with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as name:
+        found = measure(options.python, Path(name), model, options.rounds, options.repeats)
+    if options.json:
+        document = {
+            name: {str(share): vars(served) for share, served in by_share.items()}
+            for name, by_share in found.items()
+        }
+        options.json.write_text(json.dumps(document))
+    print(table(found))
+    sys.exit(any(served.wrong for by in found.values() for served in by.values()))
+
+
+if __name__ == "__main__":
+    main()
