@@ -9,6 +9,7 @@ is not.
 from __future__ import annotations
 
 import platform
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from kvstore.index.format import (
     H_EPOCH,
     H_FLAGS,
     MASK56,
+    ROW_BYTES,
     ROW_WORDS,
     W_CHECK,
     W_PLACE,
@@ -35,11 +37,17 @@ from kvstore.index.format import (
     probe_bound,
     same_keys,
 )
+from kvstore.limits import KEY_BYTES
 
 MAX_RETRIES = 64
 # x86 shows stores and takes loads in their order, so that versions alone tell of a torn row.
 _LOADS_IN_ORDER = platform.machine() == "x86_64"
-_NO_ROW = [0] * ROW_WORDS
+_NO_ROW = bytes(ROW_BYTES)
+_SPACE = slice(8 * W_SPACE + 4, 8 * W_SPACE + 8)  # the namespace's number in a row
+_NO_CHECK = bytes(8)  # at the end of a row
+_U8 = np.dtype(np.uint8)
+_FIRST = struct.Struct("<Q")
+_ROW = struct.Struct(f"<{ROW_WORDS}Q")
 _FEW = 4  # keys up to which one after the other is quicker than all at once
 # How many rows are looked at together where a key is not at its home: 1, 2, 4 or 8.
 _FIRST_RUN, _NEXT_RUN = 4, 8
@@ -120,7 +128,7 @@ class IndexReader:
         # The rows' first and last words, both at a row's number times its words.
         flat = view.rows.reshape(-1)
         self._firsts, self._checks = flat, flat[W_CHECK:]
-        self._words = view.scalar_rows()
+        self._bytes = view.scalar_rows().cast("B")
         self._versions = view.scalar_versions()
         self._header = view.header.data
 
@@ -149,8 +157,7 @@ class IndexReader:
             found: list[bool] = self.lookup(namespace, hashes).found.tolist()
             return found
         check_namespace(namespace)
-        words = key_words(hashes).tolist()
-        return [self._search_one(key, namespace) is not None for key in words]
+        return [self._search_one(key, namespace) is not None for key in _keys(hashes)]
 
     def match(self, namespace: int, hashes: NDArray[np.uint8]) -> Match:
         """The longest leading run of the keys (n, 32) that is present; errors as `lookup`."""
@@ -163,25 +170,23 @@ class IndexReader:
         """
         if not _LOADS_IN_ORDER:
             return self.match(namespace, hashes)
-        words = key_words(hashes)
         check_namespace(namespace)
-        if len(words) > _FEW:
-            return _leading(self._search(words, namespace))
-        rows: list[int] = []  # end to end, which numpy takes in faster than a list of lists
-        for key in words.tolist():
+        if len(hashes) > _FEW:
+            return _leading(self._search(key_words(hashes), namespace))
+        found = b""
+        for key in _keys(hashes):
             row = self._find_one(key, namespace)
             if row is None:
                 break
-            rows += row
-        return Match(np.array(rows, np.uint64).reshape(-1, ROW_WORDS)) if rows else _NO_MATCH
+            found += row
+        return Match(_rows_of(found)) if found else _NO_MATCH
 
     def _rows(self, namespace: int, hashes: NDArray[np.uint8]) -> Words:
-        words = key_words(hashes)
         check_namespace(namespace)
-        if len(words) > _FEW:
-            return self._search(words, namespace)
-        rows = [self._search_one(key, namespace) or _NO_ROW for key in words.tolist()]
-        return np.array(rows, np.uint64).reshape(-1, ROW_WORDS)
+        if len(hashes) > _FEW:
+            return self._search(key_words(hashes), namespace)
+        rows = [self._search_one(key, namespace) or _NO_ROW for key in _keys(hashes)]
+        return _rows_of(b"".join(rows))
 
     def _gather(self, slots: NDArray[np.int64]) -> tuple[Words, NDArray[np.bool_]]:
         """Copies of rows (n, 8) and, bool (n,), which of them were not being written."""
@@ -201,9 +206,9 @@ class IndexReader:
             rows[left] = 0
             alone = [left[torn], self._search_on(rows, words, namespace, left[~(free | torn)])]
             for i in np.concatenate(alone).tolist():
-                row = self._search_one(words[i].tolist(), namespace)
+                row = self._search_one(words[i].tobytes(), namespace)
                 if row is not None:
-                    rows[i] = row
+                    rows[i] = _ROW.unpack(row)
         return rows
 
     def _search_on(
@@ -238,35 +243,56 @@ class IndexReader:
             begin, width = begin + width, _NEXT_RUN
         return np.concatenate([keys, *alone])
 
-    def _search_one(self, key: list[int], namespace: int) -> list[int] | None:
+    def _search_one(self, key: bytes, namespace: int) -> bytes | None:
         row = self._find_one(key, namespace)
-        return row if row and check_of(row) == row[W_CHECK] else None
+        if row is None:
+            return None
+        words = _ROW.unpack(row)
+        return row if check_of(words) == words[W_CHECK] else None
 
-    def _find_one(self, key: list[int], namespace: int) -> list[int] | None:
+    def _find_one(self, key: bytes, namespace: int) -> bytes | None:
         """The row of a key, whose check was not looked at."""
-        words, versions, mask = self._words, self._versions, self._mask
-        slot = home_of(key[0], namespace, mask)
+        memory, versions, mask = self._bytes, self._versions, self._mask
+        space = namespace.to_bytes(4, "little")
+        slot = home_of(_FIRST.unpack_from(key)[0], namespace, mask)
         for _ in range(self._bound):
-            before, start = versions[slot], slot * ROW_WORDS
-            row: list[int] | None = words[start : start + ROW_WORDS].tolist()
+            before, start = versions[slot], slot * ROW_BYTES
+            row: bytes | None = memory[start : start + ROW_BYTES].tobytes()
             if before & 1 or versions[slot] != before:
                 row = self._stable_row(slot)
-            if row is None or row[W_CHECK] == 0:
+            if row is None:
                 return None
-            if row[0] == key[0] and row[:4] == key and row[W_SPACE] >> 32 == namespace:
+            if row.endswith(_NO_CHECK):
+                return None
+            if row.startswith(key) and row[_SPACE] == space:
                 return row
             slot = (slot + 1) & mask
         return None
 
-    def _stable_row(self, slot: int) -> list[int] | None:
+    def _stable_row(self, slot: int) -> bytes | None:
         """A copy of one row, or None if the writer was at it in every try."""
-        versions, start = self._versions, slot * ROW_WORDS
+        versions, start = self._versions, slot * ROW_BYTES
         for _ in range(MAX_RETRIES):
             before = versions[slot]
-            row: list[int] = self._words[start : start + ROW_WORDS].tolist()
+            row = self._bytes[start : start + ROW_BYTES].tobytes()
             if not before & 1 and versions[slot] == before:
                 return row
         return None
+
+
+def _keys(hashes: NDArray[np.uint8]) -> list[bytes]:
+    """Key hashes (n, 32), one by one; errors as `key_words`."""
+    if type(hashes) is not np.ndarray or hashes.dtype != _U8 or hashes.shape[1:] != (KEY_BYTES,):
+        key_words(hashes)  # raises
+    flat = hashes.tobytes()
+    if len(flat) == KEY_BYTES:
+        return [flat]
+    return [flat[at : at + KEY_BYTES] for at in range(0, len(flat), KEY_BYTES)]
+
+
+def _rows_of(flat: bytes) -> Words:
+    """Rows (n, 8), read-only, from their bytes."""
+    return np.frombuffer(flat, np.uint64).reshape(-1, ROW_WORDS)
 
 
 def _leading(rows: Words) -> Match:
