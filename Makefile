@@ -32,7 +32,7 @@ test-long: $(READY) ## the long hunts: millions of reads, deep random histories,
 test-vllm test-sglang test-lmcache: $(READY) ## a real engine on our store, in its own environment
 	SERVER_PYTHON=$(abspath $(BIN))/python \
 		$$($(BIN)/python tests/integrations/environment.py $(@:test-%=%))/bin/python -m pytest \
-		-c tests/integrations/real/pytest.ini tests/integrations/real/$(@:test-%=%)
+		-c tests/integrations/real/pytest.ini --rootdir=tests tests/integrations/real/$(@:test-%=%)
 
 lint: $(READY) ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .

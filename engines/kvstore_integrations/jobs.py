@@ -70,9 +70,9 @@ class Jobs(Generic[R]):
             except queue.Empty:
                 return results
 
-    def drain(self) -> None:
-        """Waits until all jobs are over; their results can be fetched then."""
-        wait(self._under_way)
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Waits until all jobs are over, or for so long; their results can be fetched then."""
+        wait(self._under_way, timeout_s)
         self._forget_done()
 
     def close(self) -> None:

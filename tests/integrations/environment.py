@@ -19,8 +19,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "integrations"
 VLLM = "0.32.0"
+LMCACHE = "0.5.6"
+SGLANG = "0.5.23"
 # The project's own needs that no engine brings.
 _OURS = ("grpcio>=1.85,<2", "sortedcontainers>=2.4,<3", "tenacity>=9,<10", "xxhash>=4,<5")
+_LMCACHE_NEEDS = (
+    *("aiofile", "aiofiles", "caio", "redis", "opentelemetry-exporter-prometheus==0.66b2"),
+)
+_SGLANG_NEEDS = (
+    *("orjson", "zstandard", "distro", "easydict", "gguf==0.19.0", "kernels==0.14.1", "py-spy"),
+    *("apache-tvm-ffi==0.1.11", "nvidia-ml-py", "openai-harmony==0.0.4", "lxml"),
+    *("blobfile==3.0.0", "pycryptodomex", "outlines==0.1.11", "diskcache"),
+    *("soundfile==0.13.1", "torch_memory_saver"),
+    *("ipython", "traitlets", "decorator", "jedi", "parso", "matplotlib-inline", "pexpect"),
+    *("ptyprocess", "prompt_toolkit", "wcwidth", "stack_data", "executing", "asttokens"),
+    *("pure_eval", "datasets", "pyarrow", "pandas", "scipy", "python-dateutil", "pytz", "six"),
+    *("tzdata", "multiprocess", "torchvision==0.28.0"),
+)
 _TESTS = ("pytest>=9.2", "pytest-timeout>=2.4")
 
 
@@ -45,6 +60,16 @@ def _name_vllm(site: Path) -> None:
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
 
 
+def _let_torchvision_load(site: Path) -> None:
+    """SGLang imports torchvision, whose package is a build for GPUs: here its operators' names must
+    be made up, and nobody calls them."""
+    file = site / "torchvision" / "__init__.py"
+    names = 'for _name in ("nms", "qnms"):'
+    form = '"(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"'
+    define = f'    torch.library.define(f"torchvision::{{_name}}", {form})'
+    file.write_text(f"import torch\n{names}\n{define}\n{file.read_text()}")
+
+
 RECIPES = {
     "vllm": Recipe(
         steps=(
@@ -55,6 +80,18 @@ RECIPES = {
             ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),
         ),
         finish=(_name_vllm,),
+    ),
+    "lmcache": Recipe(
+        on="vllm",
+        # Its metadata asks for CUDA packages and for older releases of what vLLM brings, so what
+        # it really imports is named here.
+        steps=(("install", "--no-deps", f"lmcache=={LMCACHE}", *_LMCACHE_NEEDS),),
+    ),
+    "sglang": Recipe(
+        on="vllm",
+        # Its metadata asks for a newer torch with CUDA, so what it imports on a CPU is named here.
+        steps=(("install", "--no-deps", f"sglang=={SGLANG}", *_SGLANG_NEEDS),),
+        finish=(_let_torchvision_load,),
     ),
 }
 
