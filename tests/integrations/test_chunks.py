@@ -260,6 +260,9 @@ def test_corrupted_bytes_are_a_miss(server: Daemon, engine: Engine, other: Engin
     request = request_of(keys)
     copied = other.run("load", request, keys, [0, 1, 2])
     assert copied.keys == {keys[0], keys[2]}
+    assert engine.run("store", request_of(keys), keys, [0, 1, 2]).complete  # stored anew
+    assert other.run("load", request_of(keys), keys, [0, 1, 2]).complete
+    assert np.array_equal(other.rows[1], bytes_put[1])
 
 
 def test_a_dead_store_costs_misses_and_comes_back(tmp_path: Path) -> None:

@@ -450,6 +450,25 @@ def test_a_task_that_raises_counts_as_missing(
     ] * 3
 
 
+def test_a_look_up_that_raises_leaves_nothing_locked(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [*keys_of("a", 3), *keys_of("a", 5, kv_rank=1)]
+    server.store([*keys[:3], *keys[3:5], *keys[6:]])
+    match, asked = server.spy.client.match, []
+
+    def breaks_behind_the_gap(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args)
+        if len(asked) > 2:
+            raise OSError("no memory")
+        return match(*args, **kwargs)
+
+    monkeypatch.setattr(server.spy.client, "match", breaks_behind_the_gap)
+    assert server.found(keys) == [False] * 8
+    assert server.spy.count("view") == 2
+    assert server.tier.locked == 0
+
+
 @pytest.mark.parametrize(
     ("keys", "layout", "message"),
     [

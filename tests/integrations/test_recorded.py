@@ -1,4 +1,4 @@
-"""Calls that vLLM 0.32 made of our tier in a real run, made again of its core over a real daemon."""
+"""Calls that vLLM 0.32 made of our tier in a real run, made again of its core."""
 
 from __future__ import annotations
 

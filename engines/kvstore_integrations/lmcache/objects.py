@@ -106,9 +106,13 @@ class Objects:
         if space is None:
             return found
         chain = _chain(names)
-        for run in self._runs(space, chain):
-            for at in self._hold(space, chain, names, run):
-                found[at] = True
+        try:
+            for run in self._runs(space, chain):
+                for at in self._hold(space, chain, names, run):
+                    found[at] = True
+        except BaseException:  # nobody will learn of these locks
+            self.unlock(name for name, hit in zip(names, found, strict=True) if hit)
+            raise
         return found
 
     def unlock(self, names: Iterable[bytes]) -> None:

@@ -124,10 +124,14 @@ class ObjectTier:
 
     def _look_up(self, items: Sequence[Item]) -> list[bool]:
         found = [False] * len(items)
-        for kind, places in self._runs(items):
-            hits = self._objects.lock(kind, [items[i].name for i in places])
-            for i, hit in zip(places, hits, strict=True):
-                found[i] = hit
+        try:
+            for kind, places in self._runs(items):
+                hits = self._objects.lock(kind, [items[i].name for i in places])
+                for i, hit in zip(places, hits, strict=True):
+                    found[i] = hit
+        except BaseException:  # nobody will learn of these locks
+            self._objects.unlock(item.name for item, hit in zip(items, found, strict=True) if hit)
+            raise
         return found
 
     def _load(self, items: Sequence[Item], rows: Sequence[U8]) -> list[bool]:

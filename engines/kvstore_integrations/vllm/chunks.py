@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvstore import Hit, NamespaceHandle, Session, limits
+from kvstore import Hit, Miss, MissReason, NamespaceHandle, Session, limits
 from kvstore_integrations.jobs import Jobs
 from kvstore_integrations.options import RequestOptions
 from kvstore_integrations.spaces import Spaces
@@ -280,6 +280,9 @@ class ChunkCache:
                 hits = sum(isinstance(answer, Hit) for answer in answers)
                 loaded.update(part.keys[at : at + hits])
                 at += hits + 1
+                if Miss(MissReason.CORRUPTED) in answers[hits : hits + 1]:
+                    # Else it would be promised, and taken for stored, for ever.
+                    self._session.drop(part.space, [part.hashes[at - 1]])
         return self._copied(begin, loaded, asked, stored=False)
 
     def _put(self, parts: Iterable[_Part], asked: int, ttl_s: float | None) -> Copied:
