@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from integrations.spy import Spy
 
 from kvstore_client import KVStoreClient
 from kvstore_integrations.lmcache.names import Kind, item_of, kind_of, object_name
@@ -60,25 +61,6 @@ def bytes_of(key: Key, layout: Layout) -> np.ndarray:
     seed = int.from_bytes(object_name(key)[:8], "big")
     size = layout.kind(key.model_name).nbytes
     return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
-
-
-class Spy:
-    """A client that notes its calls."""
-
-    def __init__(self, client: KVStoreClient) -> None:
-        self.client, self.calls = client, []
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.client, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args, kwargs))
-            return method(*args, **kwargs)
-
-        return call
-
-    def count(self, name: str) -> int:
-        return sum(called == name for called, _, _ in self.calls)
 
 
 class Server:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from integrations.pool import one_bit_off, spoil
+from integrations.spy import Spy
 
 from daemon import Daemon, daemon
 from kvstore import HintKind
@@ -22,25 +23,6 @@ from kvstore_integrations.vllm.chunks import ChunkCache, Found, Group, Request
 
 BYTES, TOKENS, ROWS = 8192, 32, 64
 WAIT_S = 20.0
-
-
-class Spy:
-    """A client that notes its calls."""
-
-    def __init__(self, client: KVStoreClient) -> None:
-        self.client, self.calls = client, []
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.client, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args, kwargs))
-            return method(*args, **kwargs)
-
-        return call
-
-    def count(self, name: str) -> int:
-        return sum(called == name for called, _, _ in self.calls)
 
 
 class Engine:

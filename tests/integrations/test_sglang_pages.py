@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from integrations.pool import one_bit_off, spoil
 from integrations.sglang_pool import HostPool
+from integrations.spy import Spy
 
 from daemon import Daemon, daemon
 from kvstore import ExplainStatus, limits
@@ -34,25 +35,6 @@ POOLS = {
     "values narrower than keys": HostPool(16 * 64, v_head_dim=32),
     "large pages": HostPool(64 * 8, page_size=64, layer_num=32, layout="layer_first"),
 }
-
-
-class Spy:
-    """A client that notes its calls."""
-
-    def __init__(self, client: KVStoreClient) -> None:
-        self.client, self.calls = client, []
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.client, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args, kwargs))
-            return method(*args, **kwargs)
-
-        return call
-
-    def of(self, name: str) -> list[Any]:
-        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
 
 
 class Engine:
