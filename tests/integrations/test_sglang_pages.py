@@ -52,8 +52,8 @@ class Engine:
         ttl_s: float | None = None,
     ) -> None:
         self.pool = dataclasses.replace(pool)  # memory of its own
-        self.spy = Spy(KVStoreClient(target, verify_reads=True, lazy=lazy, timeout_s=WAIT_S))
         form = PageForm(tokens=pool.page_size, pieces=pool.pieces)
+        self.spy = Spy(KVStoreClient(target, verify_reads=True, lazy=lazy, timeout_s=WAIT_S))
         self.spaces = Spaces(
             self.spy.client,
             Identity("test", model, facts or {}),
@@ -372,5 +372,10 @@ def test_what_was_copied_is_told_once(engines: Any) -> None:
 
 
 def test_pages_that_no_store_takes_fail_at_start(server: Daemon) -> None:
-    with pytest.raises(ConfigurationError, match="Choose other blocks"):
-        Engine(server.target, HostPool(64, page_size=64, layer_num=1024, head_num=16))
+    pool = HostPool(64, page_size=64, layer_num=1024, head_num=16)
+    form, identity = PageForm(tokens=64, pieces=pool.pieces), Identity("test", "m@1", {})
+    with (
+        KVStoreClient(server.target) as client,
+        pytest.raises(ConfigurationError, match="Choose other blocks"),
+    ):
+        Spaces(client, identity, block_bytes=form.block_bytes, block_tokens=form.tokens)

@@ -66,7 +66,11 @@ class Shelves:
         """Opens the kind's namespace, waiting for it. Errors: those of the client, and
         `ConfigurationError` where such objects can never be stored."""
         space = self._space(kind)
-        space.open_now(self._tenant)
+        try:
+            space.open_now(self._tenant)
+        except BaseException:
+            space.close()
+            raise
         done: Future[Spaces | None] = Future()
         done.set_result(space)
         with self._lock:
