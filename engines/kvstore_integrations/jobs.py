@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -61,14 +62,14 @@ class Jobs(Generic[R]):
         if self._room.acquire(blocking=False):
             self._under_way.add(self._stores.submit(self._aside, work))
 
-    def finished(self) -> list[tuple[int, R]]:
-        """The results since the last call, by the jobs' numbers. Never waits."""
+    def finished(self, wait_s: float = 0.0) -> list[tuple[int, R]]:
+        """The results since the last call, by the jobs' numbers; waits so long for the first."""
         results = []
-        while True:
-            try:
+        with contextlib.suppress(queue.Empty):
+            results.append(self._finished.get(wait_s > 0.0, wait_s))
+            while True:
                 results.append(self._finished.get_nowait())
-            except queue.Empty:
-                return results
+        return results
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Waits until all jobs are over, or for so long; their results can be fetched then."""

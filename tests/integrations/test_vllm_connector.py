@@ -61,13 +61,14 @@ def made(server: Daemon, request: pytest.FixtureRequest) -> Iterator[Made]:
 
 
 class Spy:
-    """A client that notes its calls of `put`, and holds them back while it is told to."""
+    """A client that notes its calls of `put`, and holds calls back while it is told to."""
 
     def __init__(self, target: str) -> None:
         self.client = KVStoreClient(target, verify_reads=True, timeout_s=WAIT_S)
         self.puts: list[dict[str, Any]] = []
-        self.puts_go = threading.Event()
+        self.puts_go, self.gets_go = threading.Event(), threading.Event()
         self.puts_go.set()
+        self.gets_go.set()
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.client, name)
@@ -76,6 +77,8 @@ class Spy:
             if name == "put":
                 self.puts.append(kwargs)
                 assert self.puts_go.wait(WAIT_S)
+            if name == "get_into":
+                assert self.gets_go.wait(WAIT_S)
             return method(*args, **kwargs)
 
         return call
@@ -359,6 +362,35 @@ def test_a_save_that_finds_no_memory_is_counted_and_comes_with_the_next_block(
     request.grow(*range(TOKENS))
     engine.compute(request, len(request.tokens))
     assert stored(engine, request) == [room + 4]
+    engine.close()
+
+
+def test_an_engine_with_nothing_to_compute_waits_a_moment_for_a_load(
+    server: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would ask again at once, and keep the interpreter's lock from the copy."""
+    spy = Spy(server.target)
+    engine = Engine(server.target, "idle", client=spy).open()
+    request = prompt(1, 6 * TOKENS + 1)
+    engine.serve(request)
+    again = Request(request.tokens)
+    engine.scheduling.add(again, None)
+    found = engine.scheduling.match(again.request_id, 0)
+    engine.place(again)
+    engine.scheduling.allocated(again.request_id, engine.tables[again.request_id], found or 0)
+    plan, worker = engine.scheduling.step({}, engine.tables.get), engine.ranks[0].worker
+    assert plan.idle
+    assert not engine.scheduling.step({again.request_id: 1}, engine.tables.get).idle
+    spy.gets_go.clear()
+    worker.begin_loads(plan.loads)
+    assert not worker.ended(idle=True).requests  # a moment, and not until it is over
+    monkeypatch.setattr("kvstore_integrations.vllm.worker._IDLE_S", WAIT_S)
+    assert not worker.ended().requests
+    spy.gets_go.set()
+    assert worker.ended(idle=True).requests == {again.request_id}
+    begin = time.monotonic()
+    assert not worker.ended(idle=True).requests  # nothing is under way
+    assert time.monotonic() - begin < WAIT_S
     engine.close()
 
 

@@ -277,7 +277,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> KVConnectorTransferResults:
         """See `KVConnectorBase_V1`. With several cache groups vLLM takes a failed load as a whole
         only; with one it keeps the blocks before the first that was lost."""
-        self._ended = self._copies.ended()
+        self._ended = self._copies.ended(idle=self._plan.idle)
         return KVConnectorTransferResults(
             finished_recving=self._ended.requests,
             failed_recving=self._ended.failed if len(self._groups) > 1 else set(),

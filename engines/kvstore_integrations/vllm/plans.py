@@ -64,11 +64,12 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a worker has to do in one step."""
+    """What a worker has to do in one step. idle: the step computes nothing."""
 
     loads: Sequence[Load] = ()
     saves: Sequence[Save] = ()
     ends: Sequence[End] = ()
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)

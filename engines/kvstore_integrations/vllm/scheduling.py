@@ -192,7 +192,7 @@ class Scheduling:
                 save = self._save(request, tokens, blocks_of)
                 if save:
                     saves.append(save)
-        plan = Plan(self._new_loads, saves, self._ends)
+        plan = Plan(self._new_loads, saves, self._ends, idle=not scheduled)
         self._new_loads, self._ends = [], []
         return plan
 

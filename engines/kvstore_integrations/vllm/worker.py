@@ -32,6 +32,7 @@ _MOST_AT_ONCE = 32 << 20  # bytes of a save: its memory comes back when it is ov
 _MOST_SAVES = 4096  # that wait; their memory runs out before
 _MOST_KEPT = 1024  # open namespaces
 _END_S = 5.0
+_IDLE_S = 0.001  # as long as vLLM's own pause between steps that compute nothing
 log = logging.getLogger(__name__)
 
 
@@ -129,6 +130,7 @@ class BlockWorker:
         self._opening = threading.Lock()
         self._counts = Counts()
         self._dropped: dict[tuple[str, int], int] = {}
+        self._loading = 0
         self._ended = Ended()
 
     def begin_loads(self, loads: Iterable[Load]) -> None:
@@ -137,6 +139,7 @@ class BlockWorker:
             blocks = [block for part in load.parts for block in part.blocks]
             failed = _Done(Counts(lost_blocks=len(blocks)), load.request, blocks)
             work = functools.partial(self._load, load, self._mover.mark())
+            self._loading += 1
             self._jobs.load(next(self._numbers), work, failed=failed)
 
     def save(self, saves: Iterable[Save]) -> None:
@@ -161,9 +164,13 @@ class BlockWorker:
                     work = functools.partial(self._hint, end.space, group, chain, end.hint)
                     self._jobs.aside(work)
 
-    def ended(self) -> Ended:
-        """The loads that are over since the last call."""
-        self._collect()
+    def ended(self, *, idle: bool = False) -> Ended:
+        """The loads that are over since the last call.
+
+        idle: the engine has nothing to compute, and waits a moment for a load if one is under way.
+        An engine that asks again at once would keep the interpreter's lock from the copies.
+        """
+        self._collect(_IDLE_S if idle and self._loading and not self._ended.requests else 0.0)
         ended, self._ended = self._ended, Ended()
         return ended
 
@@ -210,12 +217,13 @@ class BlockWorker:
             self._jobs.store(next(self._numbers), work, failed=failed)
             at += len(rows)
 
-    def _collect(self) -> None:
-        for _, done in self._jobs.finished():
+    def _collect(self, wait_s: float = 0.0) -> None:
+        for _, done in self._jobs.finished(wait_s):
             self._counts.add(done.counts)
             if done.ticket >= 0:
                 self._ring.give_back(done.ticket)
             if done.request:
+                self._loading -= 1
                 self._ended.requests.add(done.request)
                 self._ended.lost_blocks.update(done.lost)
                 if done.lost:
