@@ -27,7 +27,7 @@ _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PREFAULT_BYTES = 64 << 20  # between two looks at whether to stop
 _MPOL_BIND = 2
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # since Linux 5.14; Python has no names
-_POPULATE_BYTES = 16 << 20
+_POPULATE_BYTES = 1 << 20  # at a time: meanwhile the process can map nothing else
 # mbind has no wrapper in the C library; these are its numbers in the kernel's tables.
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 

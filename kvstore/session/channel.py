@@ -36,7 +36,7 @@ class ChannelLink:
         self._lock = threading.Lock()
         self._arenas: list[Arena] = []
         self._stop = threading.Event()
-        self._populating: threading.Thread | None = None
+        self._populating: list[threading.Thread] = []
         self._port = ChannelPort(path, timeout_s)
         self._staging: Staging | None = None
         self._memory: Memory | None = None
@@ -48,7 +48,10 @@ class ChannelLink:
                 raise ProtocolError(f"the daemon's memory is not as it says: {error}") from None
             raise
         self._guard = ForkGuard(self._port.abandon)
-        self._populating = self._populate()
+        pool, generations, index = self._arenas
+        welcome = self._port.welcome
+        whole = welcome.prefaulted and welcome.pool_bytes <= limits.MAX_POPULATED_BYTES
+        self._populate(index, generations, *([pool] if whole else []))
 
     @property
     def writes_pool(self) -> bool:
@@ -110,8 +113,8 @@ class ChannelLink:
     def close(self) -> None:
         """See `Link.close`; views that are still held keep the memory until they go."""
         self.shut()  # ends what other threads wait for under the lock
-        if self._populating:
-            self._populating.join(_CLOSE_S)
+        for thread in self._populating:
+            thread.join(_CLOSE_S)
         # Bounded, because who holds it may wait for us, in the handler of a signal.
         held = self._lock.acquire(timeout=_CLOSE_S)
         try:
@@ -122,19 +125,16 @@ class ChannelLink:
 
     # -- inside ------------------------------------------------------------------------
 
-    def _populate(self) -> threading.Thread | None:
-        """Maps the pool's pages in the background: else each first touch of one is a fault."""
-        welcome = self._port.welcome
-        if not welcome.prefaulted or welcome.pool_bytes > limits.MAX_POPULATED_BYTES:
-            return None
-        thread = threading.Thread(
-            target=self._arenas[0].populate,
-            args=(self._stop,),
-            name="kvstore-populate",
-            daemon=True,
-        )
+    def _populate(self, *arenas: Arena) -> None:
+        """Maps their pages in the background: else each first touch of one is a fault."""
+
+        def populate() -> None:
+            for arena in arenas:
+                arena.populate(self._stop)
+
+        thread = threading.Thread(target=populate, name="kvstore-populate", daemon=True)
+        self._populating = [other for other in self._populating if other.is_alive()] + [thread]
         thread.start()
-        return thread
 
     @contextlib.contextmanager
     def _locked(self, deadline: Deadline) -> Iterator[None]:
@@ -193,6 +193,7 @@ class ChannelLink:
                 index=IndexReader(IndexView.open(arena.array)),
                 instance=memory.instance,
             )
+            self._populate(arena)
             return self._memory
 
     def _new_staging(self, block_bytes: int, deadline: Deadline) -> Staging:
