@@ -54,6 +54,7 @@ class ExplainStatus(enum.IntEnum):
     DROPPED = 4
     EXPIRED = 5
     OTHER_LAYOUT = 6  # this namespace's name holds the key under another layout
+    CORRUPTED = 7  # its bytes on NVMe were not what was stored, or could not be read
 
 
 class HintKind(enum.IntEnum):
@@ -202,6 +203,35 @@ class Leased:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """Asks for those of `hashes`, in chain order, that are on a slower tier to come into memory.
+
+    Answered by the `Count` of leading ones that are there: as soon as there are more than at
+    first, or no more will come, or after `wait_ms`; the others go on coming. 0: at once.
+    """
+
+    namespace: int
+    hashes: U8
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persist:
+    """Asks for `hashes` to be made durable; answered when they are, or after `wait_ms`."""
+
+    namespace: int
+    hashes: U8
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persisted:
+    """`durable` (uint8): 1 for each block that survives a power cut."""
+
+    durable: U8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
     """Ends one lease of this connection."""
 
@@ -210,12 +240,14 @@ class Release:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Touch:
-    """Reports reads that made no call, in chain order, and the look-ups they came from."""
+    """Reads that made no call, in chain order, and the look-ups they came from; of the hits,
+    `cold_hits` were on NVMe."""
 
     granules: U32
     generations: U64
     lookups: int
     hits: int
+    cold_hits: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +301,10 @@ class Stats:
     """Counters since the start, and gauges; bytes and blocks.
 
     `used_bytes`: of slots of blocks and of puts under way; `ahead_bytes`: of empty slots that
-    clients hold ahead.
+    clients hold ahead. `nvme_health`: the worst volume's `kvstore.nvme.volume.Health`, 3 without
+    any; `nvme_ready`: 1 once all is found that lies there. `nvme_blocks`: with a place there, in
+    memory or not; `nvme_written_bytes`: all that was written, of which `nvme_payload_bytes` in
+    slots; `nvme_again_blocks`: written a second time, because their segment made room.
     """
 
     blocks: int
@@ -288,6 +323,22 @@ class Stats:
     expired: int
     refused: int
     connections: int
+    cold_hits: int
+    nvme_blocks: int
+    nvme_used_bytes: int
+    nvme_total_bytes: int
+    nvme_health: int
+    nvme_ready: int
+    nvme_queued_bytes: int
+    nvme_written_blocks: int
+    nvme_written_bytes: int
+    nvme_payload_bytes: int
+    nvme_again_blocks: int
+    nvme_refused_blocks: int
+    nvme_scrubbed_blocks: int
+    promoted: int
+    demoted: int
+    corrupted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,6 +390,8 @@ Command = (
     | GiveBack
     | Abort
     | Lease
+    | Fetch
+    | Persist
     | Release
     | Touch
     | Drop
@@ -354,6 +407,7 @@ Result = (
     | Granted
     | Committed
     | Leased
+    | Persisted
     | Explained
     | Stats
     | Description

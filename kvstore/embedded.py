@@ -4,56 +4,124 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.__about__ import __version__
 from kvstore.clock import Clock
-from kvstore.errors import Unavailable
+from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arenas, HugePages, Placement
+from kvstore.nvme.opening import Location, Opened, open_all
+from kvstore.nvme.runner import Runner
 from kvstore.session.fork import ForkGuard
 from kvstore.session.link import Granted, Memory, fill_directly
 from kvstore.session.local import LocalSession
-from kvstore.store import Store
+from kvstore.store import Deferred, NvmePolicy, Store
+
+VOLUME_NAME = "blocks.kvs"
 
 
-def default_max_blocks(pool_bytes: int) -> int:
-    """How many blocks a pool of this size is made for: the smallest slots, up to a million."""
-    return min(1 << 20, max(64, pool_bytes // limits.GRANULE_BYTES))
+def default_max_blocks(pool_bytes: int, nvme_bytes: int = 0) -> int:
+    """How many blocks a pool of this size is made for: the smallest slots, up to a million; and
+    on NVMe as many of 16 KiB, up to four million."""
+    in_memory = min(1 << 20, max(64, pool_bytes // limits.GRANULE_BYTES))
+    return in_memory + min(1 << 22, nvme_bytes // (16 << 10))
 
 
 class _StoreLink:
-    """Hands commands to a store of this process under a lock; the store keeps time by them."""
+    """Hands commands to a store of this process under a lock; the store keeps time by them, and
+    where it has disks by a thread."""
 
-    def __init__(self, store: Store, arenas: Arenas, clock: Clock, instance: int) -> None:
+    def __init__(
+        self, store: Store, arenas: Arenas, clock: Clock, instance: int, opened: Opened
+    ) -> None:
         self._store, self._arenas, self._clock = store, arenas, clock
         self._instance = instance
         self._connection = store.connect()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
         self._guard = ForkGuard()
         self._memory: Memory | None = self._map()
+        self._answers: dict[int, c.Result] = {}
+        self._runner: Runner | None = None
+        self._ticker: threading.Thread | None = None
+        if opened.volumes:
+            self._runner = Runner(
+                store,
+                opened,
+                arenas.pool.array,
+                soon=self._soon,
+                now_ms=clock.now_ms,
+                after=self._settle,
+            )
+            self._runner.start()
+            self._ticker = threading.Thread(target=self._keep_time, name="kvstore-time")
+            self._ticker.start()
 
     writes_pool = True
 
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
-        """See `Link.call`; there is nothing to wait for."""
-        del timeout_s
+        """See `Link.call`; waits only for disks."""
         self._guard.check()
-        with self._lock:
+        with self._changed:
             if self._memory is None:
                 raise Unavailable("the store is closed")
-            now_ms = self._clock.now_ms()
-            due_ms = self._store.next_due_ms
-            if due_ms is not None and due_ms <= now_ms:
-                self._store.tick(now_ms)
+            now_ms = self._tick()
             try:
-                return self._store.handle(self._connection, command, now_ms)
+                result = self._store.handle(self._connection, command, now_ms)
             finally:  # also where it was refused after it had moved the index
-                if self._memory.index.retired:
-                    self._memory = self._map()
+                self._settle()
+            if isinstance(result, Deferred):
+                return self._await(result.ticket, timeout_s)
+            return result
+
+    def _await(self, ticket: int, timeout_s: float) -> c.Result:
+        """The answer that was promised; `DeadlineExceeded` where it does not come."""
+        self._changed.wait_for(lambda: ticket in self._answers or self._memory is None, timeout_s)
+        answer = self._answers.pop(ticket, None)
+        if answer is None:
+            raise (
+                Unavailable("the store is closed")
+                if self._memory is None
+                else DeadlineExceeded("NVMe did not answer in time")
+            )
+        return answer
+
+    def _tick(self) -> int:
+        now_ms = self._clock.now_ms()
+        due_ms = self._store.next_due_ms
+        if due_ms is not None and due_ms <= now_ms:
+            self._store.tick(now_ms)
+        return now_ms
+
+    def _settle(self) -> None:
+        """After each change of the store."""
+        if self._memory and self._memory.index.retired:
+            self._memory = self._map()
+        if self._runner:
+            self._runner.pump()
+            self._answers.update(self._store.nvme.tickets.take())
+            self._changed.notify_all()
+
+    def _soon(self, work: Callable[[], None]) -> None:
+        """Called by the threads that read and write disks."""
+        with self._changed:
+            if self._memory is not None:
+                work()
+
+    def _keep_time(self) -> None:
+        """The thread: does what is due though nobody calls."""
+        with self._changed:
+            while self._memory is not None:
+                now_ms = self._tick()
+                self._settle()
+                due_ms = self._store.next_due_ms
+                wait_ms = limits.TICK_MS if due_ms is None else max(due_ms - now_ms, 1)
+                self._changed.wait(min(wait_ms, limits.TICK_MS) / 1e3)
 
     def cast(self, command: c.Command) -> None:
         """See `Link.cast`."""
@@ -72,13 +140,25 @@ class _StoreLink:
         """See `Link.fill`."""
         return fill_directly(self, self.memory(timeout_s), granted, sources, timeout_s)
 
+    def check(self) -> None:
+        """See `KVStore.check`."""
+        with self._changed:
+            self._store.check()
+
     def close(self) -> None:
         """See `Link.close`."""
         if self._guard.forked:
             return  # the memory is the parent's, and so may be the lock
-        with self._lock:
+        with self._changed:
+            if self._memory is None:
+                return
             self._memory = None
-            self._arenas.close()
+            self._changed.notify_all()
+        if self._ticker:
+            self._ticker.join()
+        if self._runner:
+            self._runner.close()
+        self._arenas.close()
 
     def _map(self) -> Memory:
         assert self._arenas.index
@@ -97,8 +177,10 @@ class KVStore(LocalSession):
     dram: pool size in bytes. secret: 16 to 64 bytes that key the chains (None: random, so
     nothing outside this process can name its blocks). policy: "lru", "arc" or "s3fifo".
     max_blocks: the most blocks (None: as many as may fit, up to a million). huge_pages,
-    numa_node, verify_reads: as `Placement` and `LocalSession` say. `InvalidArgument` names what
-    is wrong.
+    numa_node, verify_reads: as `Placement` and `LocalSession` say. nvme: directories or block
+    devices, with bytes of each, for blocks that leave memory; what they hold is found again by a
+    store with the same `secret`. One that cannot be used is logged, and the store goes on without.
+    nvme_policy: what is written there. `InvalidArgument` names what is wrong.
     """
 
     def __init__(
@@ -111,27 +193,37 @@ class KVStore(LocalSession):
         huge_pages: HugePages = HugePages.AUTO,
         numa_node: int | None = None,
         verify_reads: bool = False,
+        nvme: Mapping[str | Path, int] | None = None,
+        nvme_policy: NvmePolicy | None = None,
     ) -> None:
+        locations = [Location(Path(path), nbytes) for path, nbytes in (nvme or {}).items()]
         placement = Placement(huge_pages=huge_pages, numa_node=numa_node)
         arenas = Arenas(dram, placement, pool_writable=False)
         clock, instance = Clock(), secrets.randbits(63)
+        opened = Opened()
         try:
-            self._store = Store(
+            opened = open_all(locations, name=VOLUME_NAME)
+            policy_of_nvme = nvme_policy or NvmePolicy()
+            store = Store(
                 arenas.store_memory(),
                 secret=secret or secrets.token_bytes(32),
                 instance_id=instance,
-                max_blocks=max_blocks or default_max_blocks(dram),
+                max_blocks=max_blocks or default_max_blocks(dram, opened.nbytes),
                 policy=policy,
                 now_ms=clock.now_ms(),
                 version=__version__,
+                volumes=opened.books(),
+                nvme=replace(policy_of_nvme, broken=bool(opened.problems)),
             )
         except BaseException:
+            opened.close()
             arenas.close()
             raise
-        link = _StoreLink(self._store, arenas, clock, instance)
-        # A call waits for nothing here; its copies take the time that they take.
+        link = _StoreLink(store, arenas, clock, instance, opened)
+        # A call waits for disks alone here; its copies take the time that they take.
+        self._own = link
         super().__init__(link, timeout_s=limits.MAX_DEADLINE_MS / 1e3, verify_reads=verify_reads)
 
     def check(self) -> None:
-        """Walks every invariant of the store; for tests. Nothing else may use it meanwhile."""
-        self._store.check()
+        """Walks every invariant of the store; for tests."""
+        self._own.check()

@@ -78,11 +78,12 @@ class AsyncKVStoreClient:
         hashes: Hashes,
         *,
         hint: Hint | None = None,
+        prefetch: bool = False,
         timeout_s: float | None = None,
     ) -> Matched:
         """See `KVStoreClient.match`."""
         return await self._threads.run(
-            self._client.match, namespace, hashes, hint=hint, timeout_s=timeout_s
+            self._client.match, namespace, hashes, hint=hint, prefetch=prefetch, timeout_s=timeout_s
         )
 
     async def get_into(
@@ -120,6 +121,7 @@ class AsyncKVStoreClient:
         position: int = -1,
         ttl_s: float | None = None,
         hint: Hint | None = None,
+        persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
         """See `KVStoreClient.put`."""
@@ -134,6 +136,7 @@ class AsyncKVStoreClient:
             position=position,
             ttl_s=ttl_s,
             hint=hint,
+            persist=persist,
             timeout_s=timeout_s,
         )
 

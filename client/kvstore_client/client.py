@@ -64,10 +64,16 @@ class KVStoreClient:
         hashes: Hashes,
         *,
         hint: Hint | None = None,
+        prefetch: bool = False,
         timeout_s: float | None = None,
     ) -> Matched:
-        """The longest stored leading part of the chain; nothing where the store is away."""
-        return self._session.match(namespace, hashes, hint=hint, timeout_s=timeout_s)
+        """The longest stored leading part of the chain; nothing where the store is away.
+
+        prefetch: begin to bring what is on NVMe into memory.
+        """
+        return self._session.match(
+            namespace, hashes, hint=hint, prefetch=prefetch, timeout_s=timeout_s
+        )
 
     def get_into(
         self,
@@ -106,6 +112,7 @@ class KVStoreClient:
         position: int = -1,
         ttl_s: float | None = None,
         hint: Hint | None = None,
+        persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
         """Stores blocks, or one rank's cells of them, in order.
@@ -114,7 +121,8 @@ class KVStoreClient:
         ranks of one put share `put_id` (16 bytes). parent: the 32-byte hash before the first
         (empty: unknown or none); position: the first block's index in its chain (-1: unknown).
         Blocks that are there already, or for which there is no room, are counted, not raised;
-        a store that is away or full stores nothing.
+        a store that is away or full stores nothing. persist: wait, until the deadline at most,
+        for the blocks to be synced on NVMe; the result says how many are.
         """
         return self._session.put(
             namespace,
@@ -126,6 +134,7 @@ class KVStoreClient:
             position=position,
             ttl_s=ttl_s,
             hint=hint,
+            persist=persist,
             timeout_s=timeout_s,
         )
 

@@ -80,11 +80,14 @@ class RemoteSession:
         hashes: Hashes,
         *,
         hint: Hint | None = None,
+        prefetch: bool = False,
         timeout_s: float | None = None,
     ) -> Matched:
         """See `Session.match`; one call."""
         deadline, chain = self._deadline(timeout_s), checked_chain(hashes)
-        request = pb.MatchRequest(keys=chain.tobytes(), hint=t.hint_to_wire(hint))
+        request = pb.MatchRequest(
+            keys=chain.tobytes(), hint=t.hint_to_wire(hint), prefetch=prefetch
+        )
 
         def ask(now: pb.NamespaceId) -> Matched:
             request.namespace.CopyFrom(now)
@@ -143,6 +146,7 @@ class RemoteSession:
         position: int = -1,
         ttl_s: float | None = None,
         hint: Hint | None = None,
+        persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
         """See `Session.put`; one call."""
@@ -166,6 +170,7 @@ class RemoteSession:
             position=None if position < 0 else position,
             ttl_ms=put.ttl_ms,
             hint=t.hint_to_wire(hint),
+            persist=persist,
         )
         try:
             return self._put(namespace, header, sources, deadline)

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvstore import commands, errors, limits
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 FRAME = struct.Struct("<IHH")
 _I64 = struct.Struct("<q")
 _U32 = struct.Struct("<I")
@@ -108,6 +108,9 @@ _TYPES: dict[int, type] = {
     29: commands.Commit,
     30: commands.Committed,
     31: commands.GiveBack,
+    32: commands.Fetch,
+    33: commands.Persist,
+    34: commands.Persisted,
 }
 _NUMBERS = {kind: number for number, kind in _TYPES.items()}
 # All other arrays have one dimension.

@@ -27,7 +27,7 @@ Buffer = memoryview | bytearray | NDArray[np.uint8]
 Words = NDArray[np.uint64]
 
 MAGIC = int.from_bytes(b"KVIX", "little")
-VERSION = 2
+VERSION = 3
 PAGE_BYTES = 4096
 ROW_WORDS = 8
 ROW_BYTES = 8 * ROW_WORDS

@@ -164,6 +164,32 @@ class IndexTable:
                 self._entries -= 1
         self.view.header[H_ENTRIES] = self._entries
 
+    def move(
+        self,
+        block_ids: NDArray[np.integer],
+        *,
+        granules: NDArray[np.integer],
+        generations: NDArray[np.integer],
+        tier: int,
+    ) -> None:
+        """Changes where the blocks of these ids (n,), all in the table, lie.
+
+        `InvalidArgument`, with nothing changed, for bad shapes or ranges, or an id without a row.
+        """
+        n = np.asarray(block_ids).size
+        ids = _column("block_ids", block_ids, n, len(self._position) - 1)
+        slots = self._position[ids.astype(np.int64)]
+        if (slots < 0).any():
+            raise InvalidArgument("block_ids", "a block id is not in the table")
+        rows = np.take(self.view.rows, slots, axis=0)
+        rows[:, W_PLACE] = (_column("granules", granules, n, MASK32) << np.uint64(32)) | ids
+        rows[:, W_STAMP] = np.uint64(tier << 56) | _column("generations", generations, n, MASK56)
+        rows[:, W_CHECK] = checks_of(rows)
+        versions = self.view.versions
+        versions[slots] += np.uint32(1)
+        self.view.rows[slots] = rows
+        versions[slots] += np.uint32(1)
+
     def find(self, namespace: int, hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Block ids int64 (n,) of keys (n, 32) uint8; -1 where missing. Changes nothing."""
         words = key_words(hashes)

@@ -33,6 +33,7 @@ class Tier(enum.StrEnum):
 
 # The numbers of the tiers in index rows and on the wire: append, never reorder.
 TIERS = {1: Tier.DRAM, 2: Tier.NVME, 3: Tier.HBM}
+NVME_CODE = 2
 
 
 class MissReason(enum.StrEnum):
@@ -81,6 +82,7 @@ NOTHING_MATCHED = Matched(0, np.empty(0, np.uint8))
 class PutResult:
     """How many blocks of a put are stored now, were there before, wait for ranks, or are not.
 
+    `persisted`: of those that are there, how many survive a power cut, where the put asked for it.
     `retry_after_ms` is not 0 where trying the blocks that are not stored again may help.
     """
 
@@ -89,6 +91,7 @@ class PutResult:
     waiting: int
     not_stored: int
     retry_after_ms: int = 0
+    persisted: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,9 +193,13 @@ class Session(Protocol):
         hashes: Hashes,
         *,
         hint: Hint | None = None,
+        prefetch: bool = False,
         timeout_s: float | None = None,
     ) -> Matched:
-        """The longest stored leading part of the chain; nothing where the store is away."""
+        """The longest stored leading part of the chain; nothing where the store is away.
+
+        prefetch: begin to bring what is on NVMe into memory.
+        """
 
     def get_into(
         self,
@@ -227,6 +234,7 @@ class Session(Protocol):
         position: int = -1,
         ttl_s: float | None = None,
         hint: Hint | None = None,
+        persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
         """Stores blocks, or one rank's cells of them, in order.
@@ -235,7 +243,8 @@ class Session(Protocol):
         ranks of one put share `put_id` (16 bytes). parent: the 32-byte hash before the first
         (empty: unknown or none); position: the first block's index in its chain (-1: unknown).
         Blocks that are there already, or for which there is no room, are counted, not raised;
-        a store that is away or full stores nothing.
+        a store that is away or full stores nothing. persist: wait, until the deadline at most,
+        for the blocks to be synced on NVMe; the result says how many are.
         """
 
     def drop(

@@ -11,6 +11,7 @@ import functools
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -31,6 +32,7 @@ from kvstore.errors import (
 )
 from kvstore.index.reader import Lookup, Match
 from kvstore.session.base import (
+    NVME_CODE,
     TIERS,
     Bytes1D,
     Hashes,
@@ -56,6 +58,8 @@ from kvstore.session.requests import (
 )
 from kvstore.session.writes import Writer
 
+_ANSWER_S = 0.05  # before the deadline: when a call that waits for NVMe is answered
+_MOST_STALLS = 3  # fetches whose blocks are gone again before they are copied
 _HITS = {code: Hit(tier) for code, tier in TIERS.items()}
 
 
@@ -108,9 +112,10 @@ class LocalSession(ControlSession):
         hashes: Hashes,
         *,
         hint: Hint | None = None,
+        prefetch: bool = False,
         timeout_s: float | None = None,
     ) -> Matched:
-        """See `Session.match`; makes no call, unless a hint goes with it."""
+        """See `Session.match`; makes no call, unless a hint goes with it or blocks are fetched."""
         deadline = self._deadline(timeout_s)
         chain = checked_chain(hashes)
         if hint:
@@ -118,7 +123,10 @@ class LocalSession(ControlSession):
         number = self._number(namespace, deadline)
         memory = self._link.memory(deadline.left_s)
         found = memory.index.glance(number, chain)
-        self._note(found, found.count, len(chain))
+        cold = int(np.count_nonzero(found.tiers == NVME_CODE))
+        self._note(found, found.count, len(chain), cold)
+        if prefetch and cold:
+            self._prefetch(number, chain[: found.count], deadline)
         if hint and found.count:
             self._advise(namespace, chain[: found.count], hint, deadline)
         return Matched(found.count, found.tiers)
@@ -132,15 +140,19 @@ class LocalSession(ControlSession):
         cells: Iterable[int] = (),
         timeout_s: float | None = None,
     ) -> list[Hit | Miss]:
-        """See `Session.get_into`; makes no call."""
+        """See `Session.get_into`; makes no call, unless blocks come from NVMe."""
         deadline = self._deadline(timeout_s)
         request = checked_get(namespace, hashes, destinations, cells)
         number = self._number(namespace, deadline)
         memory = self._link.memory(deadline.left_s)
         found = memory.index.match(number, request.chain)
-        hits, reason = self._copy_out(memory, request, found, deadline)
-        self._note(found, hits, len(request.chain))
-        results: list[Hit | Miss] = [_HITS[code] for code in found.tiers[:hits].tolist()]
+        tiers = found.tiers
+        if (tiers == NVME_CODE).any():
+            hits, reason, tiers = self._copy_out_cold(number, request, found, deadline)
+        else:
+            hits, reason = self._copy_out(memory, request, found, deadline)
+            self._note(found, hits, len(request.chain))
+        results: list[Hit | Miss] = [_HITS[code] for code in tiers[:hits].tolist()]
         if hits < len(request.chain):
             results.append(Miss(reason))
             behind = len(request.chain) - len(results)
@@ -155,6 +167,7 @@ class LocalSession(ControlSession):
         chain = checked_chain(hashes)
         # First, because a lease that cannot be shown would stay for as long as the connection.
         memory = self._link.memory(deadline.left_s)
+        self._bring(namespace, chain, memory, deadline)
         leased = self._inside(
             namespace,
             max(deadline.left_s, 1e-3),
@@ -185,6 +198,7 @@ class LocalSession(ControlSession):
         position: int = -1,
         ttl_s: float | None = None,
         hint: Hint | None = None,
+        persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
         """See `Session.put`; one call or two, and one more with a hint."""
@@ -201,6 +215,8 @@ class LocalSession(ControlSession):
             hint=hint,
         )
         result = self._put(put, deadline)
+        if persist and result.stored + result.existed:
+            result = replace(result, persisted=self._persist(namespace, put.chain, deadline))
         if hint:
             self._advise(namespace, put.chain, hint, deadline)
         return result
@@ -228,6 +244,79 @@ class LocalSession(ControlSession):
         """A hint beside a match or a put is advice: where it is not taken, nothing is lost."""
         with contextlib.suppress(ResourceExhausted, StaleNamespace, Unavailable, DeadlineExceeded):
             self.hint(namespace, chain, hint, timeout_s=max(deadline.left_s, 1e-3))
+
+    def _prefetch(self, number: int, chain: c.U8, deadline: Deadline) -> None:
+        """Advice as well."""
+        with contextlib.suppress(StaleNamespace, Unavailable, DeadlineExceeded):
+            self._fetch(number, chain, deadline, wait=False)
+
+    def _fetch(self, number: int, chain: c.U8, deadline: Deadline, *, wait: bool = True) -> int:
+        """How many leading blocks are in memory, once it is more than at first, if it can be."""
+        # So that the answer comes before the call is given up, and the connection with it.
+        wait_ms = max(int(1e3 * (deadline.left_s - _ANSWER_S)), 0) if wait else 0
+        command = c.Fetch(namespace=number, hashes=chain, wait_ms=wait_ms)
+        try:
+            return self._call(command, c.Count, deadline).blocks
+        except StaleNamespace:
+            return 0
+
+    def _persist(self, namespace: NamespaceHandle, chain: c.U8, deadline: Deadline) -> int:
+        """How many of these blocks are durable when the call ends."""
+        wait_ms = max(int(1e3 * (deadline.left_s - _ANSWER_S)), 0)
+        with contextlib.suppress(Unavailable, DeadlineExceeded):
+            persisted = self._inside(
+                namespace,
+                max(deadline.left_s, 1e-3),
+                lambda number: c.Persist(namespace=number, hashes=chain, wait_ms=wait_ms),
+                c.Persisted,
+            )
+            return int(persisted.durable.sum())
+        return 0
+
+    def _bring(
+        self, namespace: NamespaceHandle, chain: c.U8, memory: Memory, deadline: Deadline
+    ) -> None:
+        """Has what is stored of the chain brought into memory, as far as there is room."""
+        number = self._number(namespace, deadline)
+        found = memory.index.match(number, chain)
+        there = _leading(found.tiers != NVME_CODE)
+        while there < found.count and deadline.left_s > 0:
+            now = self._fetch(number, chain[: found.count], deadline)
+            if now <= there:
+                break
+            there = now
+
+    def _copy_out_cold(
+        self, number: int, request: GetRequest, found: Match, deadline: Deadline
+    ) -> tuple[int, MissReason, c.U8]:
+        """`_copy_out` where some blocks are on NVMe: those in memory are copied while the others
+        come. Also returns where each was at first (uint8)."""
+        tiers, n = found.tiers, len(request.chain)
+        done = stalls = 0
+        while True:
+            memory = self._link.memory(deadline.left_s)
+            warm = _leading(found.tiers != NVME_CODE)
+            part = Match(found.rows[:warm])
+            hits, reason = self._copy_out(memory, request.behind(done), part, deadline)
+            cold = int(np.count_nonzero(tiers[done : done + hits] == NVME_CODE))
+            self._note(part, hits, hits, cold)
+            done += hits
+            if hits < warm or warm == found.count:
+                break
+            stalls = 0 if hits else stalls + 1
+            reason = MissReason.UNAVAILABLE
+            if stalls > _MOST_STALLS or not self._fetch(number, request.chain[done:], deadline):
+                break
+            memory = self._link.memory(deadline.left_s)
+            found = memory.index.match(number, request.chain[done:])
+            tiers = np.concatenate(
+                (tiers[: max(done, len(tiers))], found.tiers[len(tiers) - done :])
+            )
+            reason = MissReason.NOT_STORED
+            if not found.count:
+                break
+        self._note(found, 0, n - done)
+        return done, reason, tiers
 
     def _put(self, put: PutRequest, deadline: Deadline) -> PutResult:
         store = self._put_whole if self._is_whole(put) else self._put_part
@@ -328,10 +417,11 @@ class LocalSession(ControlSession):
             return sound, MissReason.OVERWRITTEN
         return sound, MissReason.UNAVAILABLE if copied < n else MissReason.NOT_STORED
 
-    def _note(self, found: Match, hits: int, lookups: int) -> None:
+    def _note(self, found: Match, hits: int, lookups: int, cold: int = 0) -> None:
         now = time.monotonic()
         rows = found.rows if hits == found.count else found.rows[:hits].copy()
-        self._touched(self._touches.add(rows, lookups=lookups, hits=hits, now=now))
+        began = self._touches.add(rows, lookups=lookups, hits=hits, now=now, cold_hits=cold)
+        self._touched(began)
 
     def _came_upon(self, known: Lookup) -> None:
         """A put has found these there already."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,17 @@ class GetRequest:
     part: Part
     destinations: Sequence[Bytes1D]
     targets: list[int]
+
+    def behind(self, n: int) -> GetRequest:
+        """What is left of it when the first `n` blocks are there."""
+        if not n:
+            return self
+        return replace(
+            self,
+            chain=self.chain[n:],
+            destinations=self.destinations[n:],
+            targets=self.targets[n:],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -106,11 +106,14 @@ class ResilientSession:
         hashes: Hashes,
         *,
         hint: Hint | None = None,
+        prefetch: bool = False,
         timeout_s: float | None = None,
     ) -> Matched:
         """See `Session.match`."""
         try:
-            return self._now().match(namespace, hashes, hint=hint, timeout_s=timeout_s)
+            return self._now().match(
+                namespace, hashes, hint=hint, prefetch=prefetch, timeout_s=timeout_s
+            )
         except _AWAY:
             self._check_time(timeout_s)
             checked_chain(hashes)
@@ -150,6 +153,7 @@ class ResilientSession:
         position: int = -1,
         ttl_s: float | None = None,
         hint: Hint | None = None,
+        persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
         """See `Session.put`."""
@@ -165,6 +169,7 @@ class ResilientSession:
                 position=position,
                 ttl_s=ttl_s,
                 hint=hint,
+                persist=persist,
                 timeout_s=timeout_s,
             )
         except _AWAY as error:

@@ -23,20 +23,22 @@ class TouchLog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._parts: list[Words] = []
-        self._blocks = self._lookups = self._hits = 0
+        self._blocks = self._lookups = self._hits = self._cold_hits = 0
         self._since: float | None = None
         self.lost = 0
 
-    def add(self, rows: Words, *, lookups: int, hits: int, now: float) -> bool:
+    def add(self, rows: Words, *, lookups: int, hits: int, now: float, cold_hits: int = 0) -> bool:
         """Notes a read of blocks, by their index rows (n, 8), in chain order; True where a batch
         begins with it.
 
-        lookups, hits: how many keys were asked for and found; none by who did not ask for them.
+        lookups, hits: how many keys were asked for and found, cold_hits of them on NVMe; none by
+        who did not ask for them.
         """
         n = len(rows)
         with self._lock:
             self._lookups += lookups
             self._hits += hits
+            self._cold_hits += cold_hits
             began = self._since is None
             self._since = now if began else self._since
             if self._blocks + n > limits.MAX_TOUCHES_KEPT:
@@ -69,6 +71,7 @@ class TouchLog:
             if self._since is None:
                 return None
             parts, lookups, hits = self._parts, self._lookups, self._hits
+            cold_hits, self._cold_hits = self._cold_hits, 0
             self._parts, self._blocks, self._lookups, self._hits = [], 0, 0, 0
             self._since = None
         rows = Lookup(np.concatenate(parts)) if parts else _NOTHING
@@ -77,4 +80,5 @@ class TouchLog:
             generations=rows.generations,
             lookups=lookups,
             hits=hits,
+            cold_hits=cold_hits,
         )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 IdArray = npt.NDArray[np.uint32]
 Granules = npt.NDArray[np.uint32]
 NO_BLOCK = np.uint32(0xFFFFFFFF)
+NO_GRANULE = np.uint32(0xFFFFFFFF)  # of a block without a slot
 
 
 class BlockState(enum.IntEnum):
@@ -21,13 +22,19 @@ class BlockState(enum.IntEnum):
     PENDING = 1  # reserved: its slot is being written
     LIVE = 2  # in the index
     DOOMED = 3  # out of the index, but leased: its slot comes back with the last lease
+    COLD = 4  # in the index, but only on NVMe: it has no slot
+    COMING = 5  # as COLD, and a slot is being filled from there
+
+
+_IN_INDEX = (BlockState.LIVE, BlockState.COLD, BlockState.COMING)
 
 
 class Blocks:
     """Ids from 0 to `max_blocks`, their slots, chains and leases. Decides nothing.
 
     A child knows its parent by id and birth, so that a parent's going needs no visit to its
-    children: a link to an earlier life of an id counts for nothing.
+    children: a link to an earlier life of an id counts for nothing. `children` counts those in
+    memory.
     """
 
     def __init__(self, max_blocks: int, granules: int) -> None:
@@ -38,7 +45,7 @@ class Blocks:
         self.leases = np.zeros(max_blocks, np.uint32)
         self._parent = np.full(max_blocks, NO_BLOCK, np.uint32)
         self._parent_birth = np.zeros(max_blocks, np.uint32)
-        self._birth = np.zeros(max_blocks, np.uint32)
+        self.birth = np.zeros(max_blocks, np.uint32)
         self._place = np.zeros(max_blocks, np.uint32)  # scratch of `tails`
         self._at_granule = np.full(granules, NO_BLOCK, np.uint32)
         self._free = np.arange(max_blocks - 1, -1, -1, dtype=np.uint32)
@@ -56,7 +63,7 @@ class Blocks:
     def give_back(self, ids: IdArray) -> None:
         """These ids are free again, and their slots are somebody else's business."""
         self.state[ids] = BlockState.FREE
-        self._birth[ids] += np.uint32(1)
+        self.birth[ids] += np.uint32(1)
         self._free[self.n_free : self.n_free + len(ids)] = ids
         self.n_free += len(ids)
 
@@ -66,7 +73,8 @@ class Blocks:
         self.namespace[ids] = namespace
         self.children[ids] = 0
         self._parent[ids] = NO_BLOCK
-        self._at_granule[self.granule[ids]] = ids
+        with_slot = ids[self.granule[ids] != NO_GRANULE]
+        self._at_granule[self.granule[with_slot]] = with_slot
 
     def appear_one(self, block: int, namespace: int, parent: int) -> None:
         """`appear`, and `link` unless the parent is -1, of one block."""
@@ -77,28 +85,69 @@ class Blocks:
         self._parent[block] = NO_BLOCK
         if parent >= 0:
             self._parent[block] = parent
-            self._parent_birth[block] = self._birth[parent]
+            self._parent_birth[block] = self.birth[parent]
             self.children[parent] += 1
 
     def link(self, children: IdArray, parents: IdArray) -> None:
-        """Says which live block comes before which in a chain."""
-        self._parent[children] = parents
-        self._parent_birth[children] = self._birth[parents]
+        """Says which block comes before which live one in a chain."""
+        self.link_cold(children, parents)
         np.add.at(self.children, parents, 1)
 
+    def link_cold(self, children: IdArray, parents: IdArray) -> None:
+        """Says which block comes before which cold one in a chain."""
+        self._parent[children] = parents
+        self._parent_birth[children] = self.birth[parents]
+
+    def appear_cold(self, ids: IdArray, namespace: int) -> None:
+        """Ids, just taken without slots, are blocks in the index that lie on NVMe."""
+        self.appear(ids, namespace)
+        self._leave_memory(ids, BlockState.COLD)
+
+    def take_without_slots(self, n: int) -> IdArray:
+        """Ids for blocks that will have no slot; at most `n_free` of them."""
+        return self.take(np.full(n, NO_GRANULE, np.uint32))
+
+    def go_cold(self, ids: IdArray) -> None:
+        """Live blocks (distinct ids, unleased) are only on NVMe from now on."""
+        self._uncount(ids)
+        self._leave_memory(ids, BlockState.COLD)
+
+    def come(self, ids: IdArray, granules: Granules) -> None:
+        """Slots of cold blocks are being filled; they are leased meanwhile."""
+        self.state[ids] = BlockState.COMING
+        self.granule[ids] = granules
+        self.lease(ids)
+
+    def arrive(self, ids: IdArray) -> None:
+        """Blocks that were coming are in their slots."""
+        self.leases[ids] -= np.uint32(1)
+        self.state[ids] = BlockState.LIVE
+        self._at_granule[self.granule[ids]] = ids
+        parents = self._current_parents(ids)
+        np.add.at(self.children, parents, 1)
+
+    def stay_away(self, ids: IdArray) -> None:
+        """Blocks that were coming are cold again; their slots are the caller's."""
+        self.leases[ids] -= np.uint32(1)
+        self.state[ids] = BlockState.COLD
+        self.granule[ids] = NO_GRANULE
+
+    def in_index(self, ids: IdArray) -> npt.NDArray[np.bool_]:
+        """Which of the ids stand for blocks that can be found."""
+        found: npt.NDArray[np.bool_] = np.isin(self.state[ids], _IN_INDEX)
+        return found
+
     def vanish(self, ids: IdArray) -> IdArray:
-        """Live blocks (distinct ids) have left the index; returns those that nobody leases.
+        """Blocks in the index (distinct ids) have left it; returns those that nobody leases.
 
         The others are doomed; the caller gives the returned ones back.
         """
-        parents = self._parent[ids]
-        linked = parents != NO_BLOCK
-        parents, births = parents[linked], self._parent_birth[ids[linked]]
-        np.subtract.at(self.children, parents[self._birth[parents] == births], 1)
+        live = ids[self.state[ids] == BlockState.LIVE]
+        self._uncount(live)
         # Their children's links end with this life: one that is doomed must not get them back.
-        self._birth[ids] += np.uint32(1)
+        self.birth[ids] += np.uint32(1)
         self.children[ids] = 0
-        self._at_granule[self.granule[ids]] = NO_BLOCK
+        self._at_granule[self.granule[live]] = NO_BLOCK
         leased = self.leases[ids] > 0
         self.state[ids[leased]] = BlockState.DOOMED
         return ids[~leased]
@@ -113,7 +162,7 @@ class Blocks:
         parents = self._parent[ids]
         linked = np.flatnonzero(parents != NO_BLOCK)
         parents = parents[linked]
-        linked = linked[self._birth[parents] == self._parent_birth[ids[linked]]]
+        linked = linked[self.birth[parents] == self._parent_birth[ids[linked]]]
         at = self._place[self._parent[ids[linked]]].astype(np.int64)
         after = (at < n) & (at > linked)
         after[after] &= ids[at[after]] == self._parent[ids[linked[after]]]
@@ -140,7 +189,8 @@ class Blocks:
 
     @contextlib.contextmanager
     def kept(self, ids: IdArray) -> Iterator[None]:
-        """Meanwhile these live blocks are in use; an id may come twice."""
+        """Meanwhile those that are live are in use; an id may come twice."""
+        ids = ids[self.state[ids] == BlockState.LIVE]
         self.lease(ids)
         try:
             yield
@@ -148,8 +198,8 @@ class Blocks:
             self.release(ids)
 
     def live_in(self, namespace: int) -> IdArray:
-        """All live blocks of a namespace."""
-        found = (self.state == BlockState.LIVE) & (self.namespace == namespace)
+        """All blocks of a namespace that can be found."""
+        found = np.isin(self.state, _IN_INDEX) & (self.namespace == namespace)
         return np.flatnonzero(found).astype(np.uint32)
 
     def at(self, granules: Granules) -> IdArray:
@@ -169,11 +219,31 @@ class Blocks:
         assert (self.at(self.granule[live]) == live).all()
         assert np.count_nonzero(self._at_granule != NO_BLOCK) == len(live)
         leased = np.flatnonzero(self.leases)
-        assert np.isin(self.state[leased], (BlockState.LIVE, BlockState.DOOMED)).all()
+        leasable = (BlockState.LIVE, BlockState.DOOMED, BlockState.COMING)
+        assert np.isin(self.state[leased], leasable).all()
         assert (self.leases[self.state == BlockState.DOOMED] > 0).all()
-        parents = self._parent[live]
-        linked = parents != NO_BLOCK
-        current = self._birth[parents[linked]] == self._parent_birth[live[linked]]
+        assert (self.leases[self.state == BlockState.COMING] > 0).all()
+        cold = self.state == BlockState.COLD
+        assert (self.granule[cold] == NO_GRANULE).all()
         counted = np.zeros_like(self.children)
-        np.add.at(counted, parents[linked][current], 1)
-        assert (counted[live] == self.children[live]).all(), "children are miscounted"
+        np.add.at(counted, self._current_parents(live), 1)
+        known = np.isin(self.state, _IN_INDEX)
+        assert (counted[known] == self.children[known]).all(), "children are miscounted"
+
+    def _current_parents(self, ids: IdArray) -> IdArray:
+        """The parents of those that have one which is still there."""
+        parents = self._parent[ids]
+        linked = parents != NO_BLOCK
+        parents, births = parents[linked], self._parent_birth[ids[linked]]
+        current: IdArray = parents[self.birth[parents] == births]
+        return current
+
+    def _uncount(self, live: IdArray) -> None:
+        """Their parents have these as children in memory no more."""
+        np.subtract.at(self.children, self._current_parents(live), 1)
+
+    def _leave_memory(self, ids: IdArray, state: BlockState) -> None:
+        with_slot = ids[self.granule[ids] != NO_GRANULE]
+        self._at_granule[self.granule[with_slot]] = NO_BLOCK
+        self.state[ids] = state
+        self.granule[ids] = NO_GRANULE

@@ -107,6 +107,16 @@ class Catalog:
             tier=tier,
         )
 
+    def move(
+        self, ids: IdArray, *, granules: npt.NDArray[np.uint32], generations: U64, tier: int
+    ) -> None:
+        """Shows readers where these blocks lie now."""
+        self._index.move(ids, granules=granules, generations=generations, tier=tier)
+
+    def words_of(self, ids: IdArray) -> U64:
+        """The keys of blocks that can be found, as (n, 4) words."""
+        return self._index.words_of(ids)
+
     def remove(self, ids: IdArray, name: int, why: ExplainStatus, now_ms: int) -> IdArray:
         """Hides blocks that lie under one name, and remembers why.
 

@@ -33,7 +33,7 @@ class Intake:
         mask = cell_mask(command.cells, namespace.layout.n_cells)
         found = self._shelf.catalog.find(command.namespace, command.hashes)
         stored = found[found >= 0].astype(np.uint32)
-        self._shelf.policy.touch(stored)
+        self._shelf.policy.touch(self._shelf.live(stored))
         status = np.where(found >= 0, c.ReserveStatus.EXISTS, c.ReserveStatus.IN_PROGRESS)
         granules = np.zeros(len(status), np.uint32)
         keys = [row.tobytes() for row in command.hashes]
@@ -104,6 +104,7 @@ class Intake:
         )
         if n <= 0:
             return []
+        self._shelf.make_ids(n)
         granules = self._shelf.room.allocate(namespace.slot_bytes, n, evict=self._shelf.evict)
         ids = self._shelf.blocks.take(granules)
         self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written

@@ -69,6 +69,7 @@ def publish(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.
     _link(shelf, namespace, whole, shown, parents)
     shelf.policy.admit(ids, keys[:, :8].copy().view(np.uint64).ravel())
     shelf.counters.stored += len(ids)
+    shelf.places.new(ids)
     if whole.ttl_ms.any():
         ttl_ms = whole.ttl_ms[shown]
         for each in np.unique(ttl_ms[ttl_ms > 0]).tolist():
@@ -127,6 +128,7 @@ def publish_one(shelf: Shelf, namespace: Namespace, whole: WholeBlock) -> bool:
     ids = np.array([whole.block], np.uint32)
     shelf.policy.admit(ids, np.frombuffer(whole.key, np.uint64, 1))
     shelf.counters.stored += 1
+    shelf.places.new(ids)
     if whole.ttl_ms:
         shelf.deadlines.set(Due.EXPIRY, ids, shelf.now_ms + whole.ttl_ms)
     return True

@@ -19,7 +19,8 @@ _ROUNDS = 16  # looks at the policy for one allocation, where what it offers is 
 
 
 class Room:
-    """Slots for blocks of any size. Never evicts what is leased, pinned, or a chain's middle.
+    """Slots for blocks of any size. Never evicts what is leased, pinned, or a chain's middle that
+    would be gone.
 
     Memory moves between sizes by whole slabs: a block of another size is evicted only where its
     slab can be emptied and a slot of the wanted size fits then. All of that slab goes, even the
@@ -27,23 +28,36 @@ class Room:
     """
 
     def __init__(
-        self, pool_bytes: int, blocks: Blocks, policy: EvictionPolicy, deadlines: Deadlines
+        self,
+        pool_bytes: int,
+        blocks: Blocks,
+        policy: EvictionPolicy,
+        deadlines: Deadlines,
+        *,
+        elsewhere: Callable[[IdArray], BoolArray],
     ) -> None:
+        """elsewhere: which blocks can still be had when they are evicted, so that chains hold."""
         self.slabs = SlabAllocator(pool_bytes)
         self._blocks, self._policy, self._deadlines = blocks, policy, deadlines
+        self._elsewhere = elsewhere
 
-    def allocate(self, slot_bytes: int, n: int, *, evict: Callable[[IdArray], None]) -> Granules:
-        """Up to `n` slots, with as many free block ids. evict: forgets live blocks."""
+    def allocate(
+        self, slot_bytes: int, n: int, *, evict: Callable[[IdArray], None], ids: bool = True
+    ) -> Granules:
+        """Up to `n` slots, with as many free block ids, unless `ids` says that none are needed.
+
+        evict: takes live blocks out of memory.
+        """
         n = min(n, self._blocks.state.size)
         wanted = self.slabs.slot_granules(slot_bytes)
         parts = [self.slabs.alloc(slot_bytes, n)]
-        full = min(len(parts[0]), self._blocks.n_free) < n
+        full = min(len(parts[0]), self._free_ids(ids, n)) < n
         # Once for all rounds: eviction makes nothing that could be emptied stuck.
         emptiable = self._emptiable_slabs(wanted) if full else _NO_SLABS
         for may_go in (self._may_go_gladly, self._may_go):
             for _ in range(_ROUNDS):
                 have = sum(len(part) for part in parts)
-                short = max(n - have, n - self._blocks.n_free)
+                short = max(n - have, n - self._free_ids(ids, n))
                 if short <= 0:
                     break
                 victims = self._victims(wanted, short, may_go, emptiable)
@@ -53,10 +67,13 @@ class Room:
                 elif len(self._policy) < limits.MIN_SCAN // 4:
                     break  # all of them were looked at: a policy's queues share what it may scan
         granules = np.concatenate(parts)
-        usable = min(n, self._blocks.n_free)
+        usable = min(n, self._free_ids(ids, n))
         if len(granules) > usable:
             self.slabs.free(granules[usable:])
         return granules[:usable]
+
+    def _free_ids(self, needed: bool, n: int) -> int:
+        return self._blocks.n_free if needed else n
 
     def _may_go_gladly(self, ids: IdArray) -> BoolArray:
         """Also not wanted again soon."""
@@ -79,7 +96,9 @@ class Room:
         def gives_room(ids: IdArray) -> BoolArray:
             slabs = self.slabs.slabs_of(self._blocks.granule[ids])
             own = self.slabs.slot_sizes(slabs) == wanted
-            return self._blocks.tails(ids, may_go(ids) & (own | emptiable[slabs]))
+            free = may_go(ids) & (own | emptiable[slabs])
+            goes: BoolArray = self._blocks.tails(ids, free) | (free & self._elsewhere(ids))
+            return goes
 
         victims = self._policy.victims(n, gives_room)
         slabs = self.slabs.slabs_of(self._blocks.granule[victims])

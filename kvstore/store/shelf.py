@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.errors import ResourceExhausted
 from kvstore.eviction import make_policy
-from kvstore.store.blocks import Blocks, BlockState, IdArray
+from kvstore.nvme.volume import Volume
+from kvstore.store.blocks import NO_GRANULE, Blocks, BlockState, IdArray
 from kvstore.store.catalog import Catalog
 from kvstore.store.deadlines import Deadlines, Due
 from kvstore.store.memory import StoreMemory
 from kvstore.store.namespaces import Namespaces
+from kvstore.store.places import Places
 from kvstore.store.room import Room
 
-DRAM_TIER = 1
+DRAM_TIER, NVME_TIER = 1, 2
+_NEVER_AGAIN = (c.ExplainStatus.DROPPED, c.ExplainStatus.CORRUPTED)  # also after a restart
 
 
 @dataclass(slots=True)
@@ -31,6 +36,10 @@ class Counters:
     dropped: int = 0
     expired: int = 0
     refused: int = 0
+    cold_hits: int = 0
+    promoted: int = 0
+    demoted: int = 0
+    corrupted: int = 0
 
 
 class Shelf:
@@ -48,6 +57,8 @@ class Shelf:
         max_blocks: int,
         policy: str,
         now_ms: int,
+        volumes: Sequence[Volume] = (),
+        every: bool = False,
     ) -> None:
         """`InvalidArgument` for a pool, policy, secret or number of blocks out of range."""
         self.memory, self.now_ms = memory, now_ms
@@ -55,21 +66,63 @@ class Shelf:
         self.policy = make_policy(policy, max_blocks)
         self.blocks = Blocks(max_blocks, memory.generations.size)
         self.deadlines = Deadlines(max_blocks)
-        self.room = Room(memory.pool.size, self.blocks, self.policy, self.deadlines)
+        self.places = Places(max_blocks, volumes, every=every)
+        self.room = Room(
+            memory.pool.size,
+            self.blocks,
+            self.policy,
+            self.deadlines,
+            elsewhere=self.places.there,
+        )
         self.catalog = Catalog(memory.new_index, instance_id=instance_id, max_blocks=max_blocks)
         self.namespaces = Namespaces(secret)
         self.counters = Counters()
         self.pinned_bytes = 0
 
     def evict(self, ids: IdArray) -> None:
-        """Live blocks, which the policy has given up, make room for others."""
+        """Live blocks, which the policy has given up, make room for others: they go on from NVMe
+        where they are there, and are forgotten else."""
+        there = self.places.there(ids)
+        if there.any():
+            self._demote(ids[there])
+            ids = ids[~there]
         self.counters.evicted += len(ids)
         self.forget(ids, c.ExplainStatus.EVICTED)
+
+    def _demote(self, ids: IdArray) -> None:
+        granules = self.blocks.granule[ids]
+        for kind in (Due.PIN, Due.TURN):
+            self.deadlines.clear(kind, ids)
+        # The row first: who still has the old one sees the slot's generation move on.
+        self.catalog.move(
+            ids,
+            granules=np.full(len(ids), NO_GRANULE, np.uint32),
+            generations=np.zeros(len(ids), np.uint64),
+            tier=NVME_TIER,
+        )
+        self.blocks.go_cold(ids)
+        self.free_slots(granules)
+        self.counters.demoted += len(ids)
+
+    def lose_cold(self, ids: IdArray, why: c.ExplainStatus = c.ExplainStatus.EVICTED) -> None:
+        """Blocks that are only on NVMe can be had no more."""
+        self.counters.evicted += len(ids)
+        self.forget(ids, why)
+
+    def make_ids(self, n: int) -> None:
+        """Where blocks on NVMe take up all ids, the oldest of them make room for `n` new ones."""
+        while self.blocks.n_free < n and (use := self.places.oldest()):
+            ids = self.places.in_use(use)
+            cold = ids[self.blocks.state[ids] == BlockState.COLD]
+            if not len(cold):
+                break  # the others lie in memory, and go when that is needed
+            self.lose_cold(cold)
 
     def lose(self, ids: IdArray) -> None:
         """The index has no place for these any more."""
         if len(ids):
             self.policy.forget(ids)
+            self.places.leave(ids, forgotten=False)
             self.counters.evicted += len(ids)
             self._vanish(ids)
 
@@ -77,13 +130,14 @@ class Shelf:
         """Takes live blocks, which the policy has forgotten, out of the index and frees them."""
         owners = self.blocks.namespace[ids]
         for number in np.unique(owners).tolist():
-            mine = ids[(owners == number) & (self.blocks.state[ids] == BlockState.LIVE)]
+            mine = ids[(owners == number) & self.blocks.in_index(ids)]
             lineage = self.namespaces.get(number).lineage
+            self.places.leave(mine, forgotten=why in _NEVER_AGAIN)
             self.lose(self.catalog.remove(mine, lineage, why, self.now_ms))
             self._vanish(mine)
 
     def _vanish(self, ids: IdArray) -> None:
-        """Live blocks are out of the index: their slots come back once nobody leases them."""
+        """Blocks are out of the index: their slots come back once nobody leases them."""
         pinned = ids[self.deadlines.has(Due.PIN, ids)]
         self.pinned_bytes -= self.slot_bytes(pinned)
         for kind in Due:
@@ -92,17 +146,23 @@ class Shelf:
             *np.unique(self.blocks.namespace[ids], return_counts=True), strict=True
         ):
             self.namespaces.get(int(number)).blocks -= int(count)
-        self.free(self.blocks.vanish(ids))
+        gone = self.blocks.vanish(ids)
+        slotless = self.blocks.granule[gone] == NO_GRANULE
+        self.blocks.give_back(gone[slotless])
+        self.free(gone[~slotless])
 
     def free(self, ids: IdArray) -> None:
         """Nobody writes these slots, and no lease is on them."""
-        granules = self.blocks.granule[ids]
+        self.free_slots(self.blocks.granule[ids])
+        self.blocks.give_back(ids)
+
+    def free_slots(self, granules: npt.NDArray[np.uint32]) -> None:
+        """Nobody writes or leases these slots, and what was in them is somewhere else or gone."""
         # The next even number: a reader in mid-copy sees that its slot was given up.
         self.memory.generations[granules] = (
             self.memory.generations[granules] | np.uint64(1)
         ) + np.uint64(1)
         self.room.slabs.free(granules)
-        self.blocks.give_back(ids)
 
     def slot_bytes(self, ids: IdArray) -> int:
         """Bytes of the pool that these blocks take."""
@@ -117,8 +177,15 @@ class Shelf:
         self.counters.dropped += len(ids)
         return c.Count(blocks=len(ids))
 
+    def live(self, ids: npt.NDArray[np.integer]) -> IdArray:
+        """Those of some ids, -1 for none, that stand for blocks in memory."""
+        known = ids[ids >= 0].astype(np.uint32)
+        live: IdArray = known[self.blocks.state[known] == BlockState.LIVE]
+        return live
+
     def read(self, ids: IdArray) -> None:
         """Live blocks were read: the turn that somebody expected has come."""
+        self.places.read(ids)
         self.policy.touch(ids)
         self.deadlines.clear(Due.TURN, ids)
 

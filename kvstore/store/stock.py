@@ -129,7 +129,7 @@ class Stock:
     def _look_again(self, namespace: Namespace, key: c.U8) -> int:
         """Whether a block (1, 32) that was not stored is there, and read by that."""
         found = self._shelf.catalog.find(namespace.id, key)
-        self._shelf.policy.touch(found[found >= 0].astype(np.uint32))
+        self._shelf.policy.touch(self._shelf.live(found))
         return _EXISTS if found[0] >= 0 else _NO_SPACE
 
     def _store_many(self, who: Connection, namespace: Namespace, command: c.Commit) -> c.U8:
@@ -149,7 +149,7 @@ class Stock:
         if len(unknown):
             found = self._shelf.catalog.find(namespace.id, command.hashes[unknown])
             there = found >= 0
-            self._shelf.policy.touch(found[there].astype(np.uint32))
+            self._shelf.policy.touch(self._shelf.live(found[there]))
             status[unknown[there]] = _EXISTS
             lost = command.granules[unknown[~there]] != c.NO_SLOT
             self._shelf.counters.dropped += int(lost.sum())
@@ -204,6 +204,7 @@ class Stock:
         if n <= 0:
             return _NOTHING
         nbytes = namespace.slot_bytes
+        self._shelf.make_ids(n)
         granules = self._shelf.room.allocate(nbytes, n, evict=self._shelf.evict)
         ids = self._shelf.blocks.take(granules)
         self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written

@@ -8,7 +8,7 @@ only what is in flight (pending puts, leases, deadlines) is an object.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,21 @@ import numpy as np
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.errors import InvalidArgument, KVStoreError, PermissionDenied, ResourceExhausted
+from kvstore.nvme.ops import Outcome
+from kvstore.nvme.volume import Volume
 from kvstore.store.blocks import NO_BLOCK, BlockState
 from kvstore.store.checks import check_hashes
 from kvstore.store.deadlines import Due
 from kvstore.store.intake import Intake
 from kvstore.store.memory import StoreMemory
 from kvstore.store.namespaces import Namespace
+from kvstore.store.nvme import NvmePolicy, NvmeTier
 from kvstore.store.puts import Connection, GrantedBlocks
-from kvstore.store.shelf import DRAM_TIER, Shelf
+from kvstore.store.shelf import DRAM_TIER, NVME_TIER, Shelf
 from kvstore.store.stock import Stock
+from kvstore.store.tickets import Deferred
+
+_PLAIN = NvmePolicy()
 
 
 class Store:
@@ -40,8 +46,13 @@ class Store:
         policy: str = "lru",
         now_ms: int,
         version: str = "",
+        volumes: Sequence[Volume] = (),
+        nvme: NvmePolicy = _PLAIN,
     ) -> None:
-        """`InvalidArgument` for a pool, policy, secret or number of blocks out of range."""
+        """`InvalidArgument` for a pool, policy, secret or number of blocks out of range.
+
+        volumes: of the NVMe tier, each of which somebody tells `recovered` of.
+        """
         self._started_ms = now_ms
         self._instance_id, self._version, self._policy_name = instance_id, version, policy
         self._shelf = Shelf(
@@ -51,7 +62,10 @@ class Store:
             max_blocks=max_blocks,
             policy=policy,
             now_ms=now_ms,
+            volumes=volumes,
+            every=nvme.every,
         )
+        self.nvme = NvmeTier(self._shelf, nvme, run=instance_id)
         self._intake = Intake(self._shelf)
         self._stock = Stock(self._shelf, self._intake.puts)
         self._connections: dict[int, Connection] = {}
@@ -62,7 +76,8 @@ class Store:
     @property
     def next_due_ms(self) -> int | None:
         """When `tick` has something to do; None: as long as no command comes, never."""
-        return self._shelf.deadlines.next_ms
+        times = (self._shelf.deadlines.next_ms, self.nvme.next_due_ms)
+        return min((t for t in times if t is not None), default=None)
 
     def tick(self, now_ms: int) -> None:
         """Does what is due by now: blocks expire, pins end, and turns that never came are over."""
@@ -79,6 +94,12 @@ class Store:
                     self._shelf.policy.demote(ids)
                 case Due.PARTS:
                     self._intake.drop(self._intake.puts.of_blocks(ids))
+        self.nvme.pump()
+
+    def hear(self, outcome: Outcome, now_ms: int) -> None:
+        """What came of an operation that `nvme` gave out."""
+        self._shelf.now_ms = max(self._shelf.now_ms, now_ms)
+        self.nvme.hear(outcome)
 
     # -- connections -------------------------------------------------------------------
 
@@ -101,6 +122,7 @@ class Store:
         True when nothing is held, and the connection is forgotten at once.
         """
         who = self._connections[connection]
+        self.nvme.tickets.forget(connection)
         held = list(who.puts.values())
         self._intake.drop(held)
         if not writes:
@@ -124,14 +146,18 @@ class Store:
 
     # -- the one handler ---------------------------------------------------------------
 
-    def handle(self, connection: int, command: c.Command, now_ms: int) -> c.Result:
+    def handle(self, connection: int, command: c.Command, now_ms: int) -> c.Result | Deferred:
         """Carries out one command for `connection`; raises a `KVStoreError` on bad input.
 
-        What is due by `now_ms` must have been done by `tick`.
+        What is due by `now_ms` must have been done by `tick`. `Deferred`: the answer will be among
+        `nvme.tickets`; until then the connection sends no other command.
         """
         self._shelf.now_ms = max(self._shelf.now_ms, now_ms)
         who = self._connections[connection]
-        return _HANDLERS[type(command)](self, connection, who, command)
+        result = _HANDLERS[type(command)](self, connection, who, command)
+        if self._shelf.places.volumes:
+            self.nvme.pump()
+        return result
 
     def stats(self) -> c.Stats:
         """The counters as they are now."""
@@ -152,6 +178,11 @@ class Store:
             expired=self._shelf.counters.expired,
             refused=self._shelf.counters.refused,
             connections=len(self._connections),
+            cold_hits=self._shelf.counters.cold_hits,
+            promoted=self._shelf.counters.promoted,
+            demoted=self._shelf.counters.demoted,
+            corrupted=self._shelf.counters.corrupted,
+            **self.nvme.gauges(),
         )
 
     def _describe(self) -> c.Description:
@@ -203,7 +234,8 @@ class Store:
         self._shelf.namespaces.get(command.namespace)
         check_hashes(command.hashes)
         ids = self._shelf.catalog.find(command.namespace, command.hashes)
-        missing = np.flatnonzero(ids < 0)
+        live = self._shelf.blocks.state[np.maximum(ids, 0)] == BlockState.LIVE
+        missing = np.flatnonzero((ids < 0) | ~live)
         run = (ids[: missing[0]] if len(missing) else ids).astype(np.uint32)
         if who.leased_blocks + len(run) > limits.MAX_LEASED_BLOCKS_PER_CONNECTION:
             raise ResourceExhausted(
@@ -239,6 +271,8 @@ class Store:
         if not 0 <= command.hits <= command.lookups <= limits.MAX_LOOKUPS_PER_TOUCH:
             most = limits.MAX_LOOKUPS_PER_TOUCH
             raise InvalidArgument("hits", f"expected 0 to lookups, and at most {most} of those")
+        if not 0 <= command.cold_hits <= command.hits:
+            raise InvalidArgument("cold_hits", "expected 0 to hits")
         inside = command.granules < self._shelf.memory.generations.size
         granules, generations = command.granules[inside], command.generations[inside]
         current = self._shelf.memory.generations[granules] == generations
@@ -247,12 +281,13 @@ class Store:
         self._shelf.read(ids)
         self._shelf.counters.lookups += command.lookups
         self._shelf.counters.hits += command.hits
+        self._shelf.counters.cold_hits += command.cold_hits
         return c.Count(blocks=len(ids))
 
     # -- hints -------------------------------------------------------------------------
 
     def _hint(self, command: c.Hint) -> c.Count:
-        self._shelf.namespaces.get(command.namespace)
+        namespace = self._shelf.namespaces.get(command.namespace)
         check_hashes(command.hashes)
         if command.kind not in list(c.HintKind):
             raise InvalidArgument("kind", f"no hint is numbered {command.kind}")
@@ -267,23 +302,30 @@ class Store:
                 self._shelf.deadlines.clear(Due.TURN, ids)
                 self._shelf.policy.demote(ids)
             case c.HintKind.NEXT_TURN_BY:
-                self._shelf.deadlines.set(Due.TURN, ids, self._shelf.now_ms + command.for_ms)
+                live = self._shelf.live(ids)
+                self._shelf.deadlines.set(Due.TURN, live, self._shelf.now_ms + command.for_ms)
+                self.nvme.bring(namespace, ids)
             case c.HintKind.PIN_UNTIL:
-                self._shelf.pin(ids, command.for_ms)
+                self._shelf.pin(self._shelf.live(ids), command.for_ms)
+                if command.for_ms:
+                    self.nvme.bring(namespace, ids)
         return c.Count(blocks=len(ids))
 
     # -- forgetting and explaining -----------------------------------------------------
 
-    def _drop(self, command: c.Drop) -> c.Count:
+    def _drop(self, connection: int, command: c.Drop) -> c.Result | Deferred:
         namespace = self._shelf.namespaces.get(command.namespace)
-        if not len(command.hashes):
-            return self._drop_namespace(namespace)
-        check_hashes(command.hashes)
-        found = np.unique(self._shelf.catalog.find(command.namespace, command.hashes))
-        return self._shelf.drop(found[found >= 0].astype(np.uint32))
+        if len(command.hashes):
+            check_hashes(command.hashes)
+            found = np.unique(self._shelf.catalog.find(command.namespace, command.hashes))
+            count = self._shelf.drop(found[found >= 0].astype(np.uint32))
+        else:
+            count = self._drop_namespace(namespace)
+        return self.nvme.forgotten(connection, count) if self._shelf.places.volumes else count
 
     def _drop_namespace(self, namespace: Namespace) -> c.Count:
         self._intake.drop([p for p in self._intake.puts if p.namespace == namespace.id])
+        self.nvme.drop_namespace(namespace)
         count = self._shelf.drop(self._shelf.blocks.live_in(namespace.id))
         self._shelf.namespaces.move_on(namespace)
         self._shelf.catalog.forget_namespaces()
@@ -305,10 +347,12 @@ class Store:
             self._intake.puts.find(namespace.id, h.tobytes()) is not None for h in command.hashes
         ]
         status[pending] = c.ExplainStatus.NOT_SEALED
-        stored = self._shelf.catalog.find(namespace.id, command.hashes) >= 0
+        ids = self._shelf.catalog.find(namespace.id, command.hashes)
+        stored = ids >= 0
         status[stored] = c.ExplainStatus.STORED
         when_ms[stored | pending] = 0
-        tiers = np.where(stored, DRAM_TIER, 0).astype(np.uint8)
+        live = self._shelf.blocks.state[np.maximum(ids, 0)] == BlockState.LIVE
+        tiers = np.where(stored, np.where(live, DRAM_TIER, NVME_TIER), 0).astype(np.uint8)
         return c.Explained(status=status, tiers=tiers, when_ms=when_ms)
 
     # -- invariants --------------------------------------------------------------------
@@ -322,7 +366,10 @@ class Store:
         self._shelf.deadlines.check()
         blocks = self._shelf.blocks
         live = np.flatnonzero(blocks.state == BlockState.LIVE)
-        assert len(live) == self._shelf.catalog.entries == len(self._shelf.policy)
+        known = np.flatnonzero(blocks.in_index(np.arange(blocks.state.size, dtype=np.uint32)))
+        assert len(live) == len(self._shelf.policy)
+        assert len(known) == self._shelf.catalog.entries
+        self._shelf.places.check(known.astype(np.uint32))
         held = {p for who in self._connections.values() for p in who.puts.values()}
         held |= set(self._intake.puts)
         assert len(held) - len(self._intake.puts) == self._intake.puts.quarantined
@@ -330,7 +377,7 @@ class Store:
         assert blocks.count(BlockState.PENDING) == len(held) + len(stock)
         assert all(blocks.granule[block] == granule for granule, block in stock)
         assert self._stock.nbytes == sum(who.stock_bytes for who in self._connections.values())
-        taken = np.flatnonzero(blocks.state != BlockState.FREE)
+        taken = np.flatnonzero(~np.isin(blocks.state, (BlockState.FREE, BlockState.COLD)))
         slots = blocks.granule[taken]
         assert len(np.unique(slots)) == len(slots), "one slot, two owners"
         used = sum(self._shelf.room.slabs.class_of(int(g)) for g in slots)
@@ -343,7 +390,7 @@ class Store:
             assert who.stock_bytes == sum(map(self._shelf.room.slabs.class_of, who.stock))
             for ids in who.leases.values():
                 np.add.at(leases, ids, 1)
-        assert (leases == blocks.leases).all()
+        assert (leases + self.nvme.leases() == blocks.leases).all()
         pinned = np.flatnonzero(self._shelf.deadlines.times[Due.PIN]).astype(np.uint32)
         assert (blocks.state[pinned] == BlockState.LIVE).all()
         assert self._shelf.slot_bytes(pinned) == self._shelf.pinned_bytes
@@ -356,7 +403,7 @@ class Store:
 
 # By the command's type, which is found at once; a table of the class, because one of each store's
 # own methods would hold the store, and with it its memory, until the next collection.
-_HANDLERS: dict[type, Callable[[Store, int, Connection, Any], c.Result]] = {
+_HANDLERS: dict[type, Callable[[Store, int, Connection, Any], c.Result | Deferred]] = {
     c.OpenNamespace: lambda store, _number, _who, command: store._open(command),
     c.Reserve: lambda store, number, who, command: store._intake.reserve(number, who, command),
     c.Seal: lambda store, number, who, command: store._intake.seal(number, who, command),
@@ -365,9 +412,11 @@ _HANDLERS: dict[type, Callable[[Store, int, Connection, Any], c.Result]] = {
     c.Commit: lambda store, _number, who, command: store._stock.commit(who, command),
     c.GiveBack: lambda store, _number, who, command: store._stock.give_back(who, command),
     c.Lease: lambda store, _number, who, command: store._lease(who, command),
+    c.Fetch: lambda store, number, _who, command: store.nvme.fetch(number, command),
+    c.Persist: lambda store, number, _who, command: store.nvme.persist(number, command),
     c.Release: lambda store, _number, who, command: store._release(who, command),
     c.Touch: lambda store, _number, _who, command: store._touch(command),
-    c.Drop: lambda store, _number, _who, command: store._drop(command),
+    c.Drop: lambda store, number, _who, command: store._drop(number, command),
     c.Hint: lambda store, _number, _who, command: store._hint(command),
     c.Explain: lambda store, _number, _who, command: store._explain(command),
     c.Stat: lambda store, _number, _who, _command: store.stats(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import resource
 import socket
@@ -31,7 +32,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.session.parts import part_of
-from kvstore.store import failed
+from kvstore.store import Deferred, failed
 from kvstore_server.loop import Loop
 from kvstore_server.peer import Peer, Process, process_of
 from kvstore_server.staging import Copy, StagingArea
@@ -133,6 +134,8 @@ class ChannelServer:
         self._quarantine: dict[int, tuple[Tenant, int]] = {}  # pidfd -> whose connection it was
         self._copies = ThreadPoolExecutor(_COPY_THREADS, "kvstore-copy")
         self._ticks_at_s: float | None = None
+        self._promised: dict[tuple[Tenant, int], Peer] = {}
+        tenants.on_change(self._changed)
         loop.watch(listener.fileno(), self._accept)
 
     def close(self) -> None:
@@ -279,7 +282,7 @@ class ChannelServer:
             # Whatever its slots held before would be shown under new keys.
             raise PermissionDenied("who may not write the pool seals what it has staged")
         if kind in wire.COMMANDS:
-            peer.send(self._handle(peer, record))
+            self._give(peer, self._handle(peer, record))
         elif kind is wire.SealStaged:
             self._copy_in(peer, record)
         elif kind is wire.Stage:
@@ -291,12 +294,45 @@ class ChannelServer:
         else:
             raise ProtocolError(f"{kind.__name__} is no command")
 
-    def _handle(self, peer: Peer, command: c.Command) -> c.Result:
+    def _handle(self, peer: Peer, command: c.Command) -> c.Result | Deferred:
         """One command; sees to it that what it made due is done in time."""
         self._tenants.tick()
-        result = peer.tenant.store.handle(peer.connection, command, self._tenants.now_ms())
+        try:
+            return peer.tenant.store.handle(peer.connection, command, self._tenants.now_ms())
+        finally:
+            peer.tenant.settle()
+            self._tick_in_time()
+
+    def _give(self, peer: Peer, result: c.Result | Deferred) -> None:
+        """Sends an answer; until one that was promised is there nothing else of the peer is
+        served."""
+        if not isinstance(result, Deferred):
+            peer.send(result)
+            return
+        self._promised[peer.tenant, result.ticket] = peer
+        self._suspend(peer)
+
+    def _changed(self, tenant: Tenant) -> None:
+        """A store has heard from its disks: there may be answers, and other times to look again."""
+        for ticket, result in tenant.store.nvme.tickets.take():
+            peer = self._promised.pop((tenant, ticket), None)
+            if peer:
+                self._resume(peer, functools.partial(peer.send, result))
         self._tick_in_time()
-        return result
+
+    def _suspend(self, peer: Peer) -> None:
+        peer.busy, peer.awaits_room = True, False
+        self._loop.unwatch(peer.sock.fileno())
+
+    def _resume(self, peer: Peer, answer: Callable[[], None]) -> None:
+        peer.busy = False
+        self._loop.watch(peer.sock.fileno(), lambda: self._ready(peer))
+
+        def work() -> None:
+            answer()
+            self._serve(peer)
+
+        self._guarded(peer, work)
 
     def _tick_in_time(self) -> None:
         delay_s = self._tenants.next_due_s()
@@ -312,6 +348,8 @@ class ChannelServer:
             return  # an earlier moment was asked for since, and that call looks further
         self._ticks_at_s = None
         self._tenants.tick()
+        for tenant in self._tenants:
+            self._changed(tenant)
         self._tick_in_time()
 
     # -- copy-in -----------------------------------------------------------------------
@@ -326,8 +364,7 @@ class ChannelServer:
     def _copy_in(self, peer: Peer, record: wire.SealStaged) -> None:
         """Copies in another thread; until it ends nothing else of this peer is served."""
         copy = self._plan(peer, record)
-        peer.busy, peer.awaits_room = True, False
-        self._loop.unwatch(peer.sock.fileno())
+        self._suspend(peer)
 
         def ended(done: Future[c.Seal]) -> None:
             self._loop.call_soon(lambda: self._sealed(peer, done))
@@ -354,14 +391,10 @@ class ChannelServer:
         )
 
     def _sealed(self, peer: Peer, done: Future[c.Seal]) -> None:
-        peer.busy = False
-        self._loop.watch(peer.sock.fileno(), lambda: self._ready(peer))
-
-        def work() -> None:
+        def answer() -> None:
             try:
-                peer.send(self._handle(peer, done.result()))
+                self._give(peer, self._handle(peer, done.result()))
             except KVStoreError as error:
                 peer.send(failed(error))
-            self._serve(peer)
 
-        self._guarded(peer, work)
+        self._resume(peer, answer)

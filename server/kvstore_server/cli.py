@@ -23,6 +23,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 config_app = typer.Typer(help="Shows and checks the settings; starts nothing.")
 app.add_typer(config_app, name="config")
 
+_SIZES = ("dram", "nvme_write_rate", "nvme_scrub_rate")
+
 
 def _help(field: str) -> str | None:
     return Settings.model_fields[field].description
@@ -45,6 +47,10 @@ def run(
     socket: Annotated[str | None, typer.Option(help=_help("socket"))] = None,
     dram: Annotated[str | None, typer.Option(help=_help("dram"))] = None,
     data_dir: Annotated[str | None, typer.Option(help=_help("data_dir"))] = None,
+    nvme: Annotated[list[str] | None, typer.Option(help=_help("nvme"))] = None,
+    nvme_admission: Annotated[str | None, typer.Option(help=_help("nvme_admission"))] = None,
+    nvme_write_rate: Annotated[str | None, typer.Option(help=_help("nvme_write_rate"))] = None,
+    nvme_scrub_rate: Annotated[str | None, typer.Option(help=_help("nvme_scrub_rate"))] = None,
     eviction: Annotated[str | None, typer.Option(help=_help("eviction"))] = None,
     tenants: Annotated[str | None, typer.Option(help=_help("tenants"))] = None,
     max_blocks: Annotated[str | None, typer.Option(help=_help("max_blocks"))] = None,
@@ -66,7 +72,7 @@ def run(
     KVSTORE_DRAM for --dram, or a key of the settings file."""
     # All flags are text here, so that a bad one gets the same message wherever it was written.
     given = {name: value for name, value in locals().items() if name in Settings.model_fields}
-    context.obj = {name: value for name, value in given.items() if value is not None}
+    context.obj = {name: value for name, value in given.items() if value not in (None, [])}
     context.meta["config"] = config
     if context.invoked_subcommand is None:
         with _errors_as_exits():
@@ -118,8 +124,10 @@ def _as_table(loaded: Loaded) -> str:
 
 
 def _as_words(value: object, field: str) -> str:
-    if field == "dram" and isinstance(value, int):
+    if field in _SIZES and isinstance(value, int):
         return format_size(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value is None else str(value)

@@ -20,6 +20,7 @@ from kvstore.errors import InvalidArgument
 from kvstore.host import Host, read_host
 from kvstore.memory import HugePages
 from kvstore.sizes import format_size
+from kvstore.store import NvmePolicy
 from kvstore_server.channel import ChannelServer, bind, raise_descriptor_limit
 from kvstore_server.logs import configure_logging
 from kvstore_server.loop import Loop
@@ -176,6 +177,7 @@ def banner(
         f"  socket    unix://{settings.socket}",
         f"  grpc      {_grpc_words(settings, gateway)}",
         f"  dram      {format_size(settings.dram)}{pools}, {settings.eviction} eviction",
+        *(f"  nvme      {location}" for location in settings.nvme),
         f"  blocks    at most {settings.max_blocks_per_pool:,} a pool",
         f"  data      {settings.data_dir}",
         *details,
@@ -194,7 +196,7 @@ def _grpc_words(settings: Settings, gateway: GatewayReady | None) -> str:
     return words
 
 
-def _make_tenants(settings: Settings) -> Tenants:
+def _make_tenants(settings: Settings, loop: Loop) -> Tenants:
     return Tenants(
         dram=settings.dram,
         max_blocks=settings.max_blocks_per_pool,
@@ -206,6 +208,13 @@ def _make_tenants(settings: Settings) -> Tenants:
         prefault=settings.prefault,
         secret=load_secret(settings.data_dir),
         version=__version__,
+        nvme=settings.nvme,
+        nvme_policy=NvmePolicy(
+            every=settings.nvme_admission == "every",
+            bytes_per_s=settings.nvme_write_rate,
+            scrub_bytes_per_s=settings.nvme_scrub_rate,
+        ),
+        soon=loop.call_soon,
     )
 
 
@@ -225,10 +234,10 @@ def serve(settings: Settings) -> None:
         channel = SocketFile(settings.socket)
         channel.see()
         stack.callback(channel.remove)
-        tenants = _make_tenants(settings)
-        stack.callback(tenants.close)
         loop = Loop()
         stack.callback(loop.close)
+        tenants = _make_tenants(settings, loop)
+        stack.callback(tenants.close)
         server = ChannelServer(loop, tenants, listener)
         stack.callback(server.close)
         daemon = _Daemon(settings, tenants, loop, channel, signals)

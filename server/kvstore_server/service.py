@@ -120,9 +120,10 @@ class KVStoreService(KVStoreServicer):
             namespace = self._namespaces.find(request.namespace)
             hint = t.hint_of(request.hint) if request.HasField("hint") else None
             keys = t.keys_of(request.keys)
-            return t.matched_to_wire(
-                self._session.match(namespace, keys, hint=hint, timeout_s=_left_s(context))
+            matched = self._session.match(
+                namespace, keys, hint=hint, prefetch=request.prefetch, timeout_s=_left_s(context)
             )
+            return t.matched_to_wire(matched)
 
     def Get(  # noqa: N802
         self, request: pb.GetRequest, context: grpc.ServicerContext

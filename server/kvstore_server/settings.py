@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -19,9 +20,11 @@ from kvstore.channel.paths import default_socket, grpc_socket
 from kvstore.embedded import default_max_blocks
 from kvstore.errors import InvalidArgument
 from kvstore.memory import HugePages
+from kvstore.nvme.opening import Location
 from kvstore.sizes import format_size, parse_size
 from kvstore_server.logs import LogFormat, LogLevel
 
+_MIN_VOLUME_BYTES = 64 << 20
 _MAX_SOCKET_PATH_BYTES = 107  # of sockaddr_un's 108 one is the closing zero
 
 
@@ -72,6 +75,39 @@ def _check_socket_path(path: Path) -> None:
         )
 
 
+def _parse_rate(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) and value.strip() != "0" else value
+
+
+def _parse_volumes(value: object) -> object:
+    """`DIR:SIZE`, several with commas between, or a list of those."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected DIR:SIZE, such as /mnt/nvme:200GiB")
+    parts = [
+        part
+        for each in value
+        for part in (each.split(",") if isinstance(each, str) else [each])
+        if not isinstance(part, str) or part.strip()
+    ]
+    return tuple(_parse_volume(part) for part in parts)
+
+
+def _parse_volume(value: object) -> Location:
+    if isinstance(value, Location):
+        return value
+    path, colon, size = str(value).strip().rpartition(":")
+    if not colon or not path:
+        raise ValueError(f"{value!r} is not DIR:SIZE, such as /mnt/nvme:200GiB")
+    nbytes = parse_size(size) // limits.GRANULE_BYTES * limits.GRANULE_BYTES
+    if nbytes < _MIN_VOLUME_BYTES:
+        raise ValueError(f"{path}: a volume needs at least {format_size(_MIN_VOLUME_BYTES)}")
+    return Location(_absolute(Path(path)), nbytes)
+
+
+NvmeVolumes = Annotated[tuple[Location, ...], NoDecode, BeforeValidator(_parse_volumes)]
+ByteRate = Annotated[int, BeforeValidator(_parse_rate), Field(ge=0)]
 PoolSize = Annotated[int, BeforeValidator(_parse_pool_size)]
 WholeNumber = Annotated[int, BeforeValidator(_not_bool)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -95,6 +131,22 @@ class Settings(BaseSettings):
     dram: PoolSize = Field(default=1 << 30, description="Pool size, such as 8GiB.")
     data_dir: AbsolutePath = Field(
         default_factory=default_data_dir, description="Folder of the chain key and the token."
+    )
+    nvme: NvmeVolumes = Field(
+        default=(),
+        description="Directory or block device and bytes for blocks that leave memory, such as"
+        " /mnt/nvme:200GiB; several with commas between, or the flag again.",
+    )
+    nvme_admission: Literal["read", "every"] = Field(
+        default="read",
+        description="What is written to NVMe: blocks that were read again, or every block.",
+    )
+    nvme_write_rate: ByteRate = Field(
+        default=0, description="Bytes a second that background writes to NVMe may take (0: all)."
+    )
+    nvme_scrub_rate: ByteRate = Field(
+        default=16 << 20,
+        description="Bytes a second at which what lies on NVMe is verified anew (0: never).",
     )
     eviction: Literal["lru", "arc", "s3fifo"] = Field(
         default="lru", description="Which blocks go first: lru, arc or s3fifo."
@@ -165,12 +217,18 @@ class Settings(BaseSettings):
         dram, tenants = info.data.get("dram"), info.data.get("tenants")
         if max_blocks is None or dram is None or tenants is None:
             return max_blocks
-        most = dram // tenants // limits.GRANULE_BYTES
+        nvme = sum(location.nbytes for location in info.data.get("nvme") or ())
+        most = (dram + nvme) // tenants // limits.GRANULE_BYTES
         if max_blocks > most:
-            raise ValueError(f"a pool of {format_size(dram // tenants)} holds at most {most}")
+            where = "with its NVMe " if nvme else ""
+            size = format_size((dram + nvme) // tenants)
+            raise ValueError(f"a pool of {size} {where}holds at most {most}")
         return max_blocks
 
     @property
     def max_blocks_per_pool(self) -> int:
         """`max_blocks`, or what a pool of this size is made for."""
-        return self.max_blocks or default_max_blocks(self.dram // self.tenants)
+        nvme = sum(location.nbytes for location in self.nvme)
+        return self.max_blocks or default_max_blocks(
+            self.dram // self.tenants, nvme // self.tenants
+        )

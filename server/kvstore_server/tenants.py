@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -14,20 +14,37 @@ from kvstore.clock import Clock
 from kvstore.errors import PermissionDenied, ResourceExhausted
 from kvstore.limits import RETRY_AFTER_MS
 from kvstore.memory import Arenas, HugePages, Placement
-from kvstore.store import Store
+from kvstore.nvme.opening import Location, Opened, open_all
+from kvstore.nvme.runner import Runner, Soon
+from kvstore.store import NvmePolicy, Store
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def _at_once(work: Callable[[], None]) -> None:
+    work()
+
+
+def _nobody(tenant: Tenant) -> None:
+    del tenant
+
+
+@dataclass(slots=True, eq=False)
 class Tenant:
-    """One user's store. `writable`: its clients write the pool themselves (`direct`)."""
+    """One user's store. `writable`: its clients write the pool themselves (`direct`). `runner`:
+    of its disks, where it has any."""
 
     uid: int
     store: Store
     arenas: Arenas
     instance: int
     writable: bool
+    runner: Runner | None = None
+
+    def settle(self) -> None:
+        """Begins what the store wants done since it was last asked."""
+        if self.runner:
+            self.runner.pump()
 
 
 class Tenants:
@@ -46,14 +63,21 @@ class Tenants:
         prefault: bool,
         secret: bytes,
         version: str,
+        nvme: Sequence[Location] = (),
+        nvme_policy: NvmePolicy | None = None,
+        soon: Soon = _at_once,
     ) -> None:
         """dram: bytes of all pools together; max_blocks: of one. trust: "direct" or "copy-in",
-        for the daemon's own user; others always copy in. `InvalidArgument` for a placement that
-        the machine cannot give."""
+        for the daemon's own user; others always copy in. nvme: volumes, each split among the
+        users. soon: has something done by the thread that owns the stores. `InvalidArgument` for
+        a placement that the machine cannot give."""
         self._pool_bytes, self._max_blocks = dram // tenants, max_blocks
         self._eviction, self._limit, self._trust = eviction, tenants, trust
         self._placement = Placement(huge_pages=huge_pages, numa_node=numa_node)
         self._prefault, self._secret, self._version = prefault, secret, version
+        self._nvme = [location.share(tenants) for location in nvme]
+        self._nvme_policy, self._soon = nvme_policy or NvmePolicy(), soon
+        self._changed: Callable[[Tenant], None] = _nobody
         self._clock = Clock()
         self._by_uid: dict[int, Tenant] = {}
         self.for_uid(os.getuid())
@@ -78,6 +102,10 @@ class Tenants:
             log.info("new tenant", uid=uid, pools=len(self._by_uid))
         return tenant
 
+    def on_change(self, changed: Callable[[Tenant], None]) -> None:
+        """Whom to tell that a store has changed by itself: what it wants done has begun."""
+        self._changed = changed
+
     def tick(self) -> None:
         """Lets the stores do what is due."""
         now_ms = self._clock.now_ms()
@@ -85,6 +113,7 @@ class Tenants:
             due_ms = tenant.store.next_due_ms
             if due_ms is not None and due_ms <= now_ms:
                 tenant.store.tick(now_ms)
+                tenant.settle()
 
     def next_due_s(self) -> float | None:
         """Seconds until something is due in a store; None: nothing."""
@@ -105,6 +134,8 @@ class Tenants:
     def close(self) -> None:
         """Gives all memory back."""
         for tenant in self._by_uid.values():
+            if tenant.runner:
+                tenant.runner.close()
             tenant.arenas.close()
 
     def __iter__(self) -> Iterator[Tenant]:
@@ -114,7 +145,9 @@ class Tenants:
         writable = uid == os.getuid() and self._trust == "direct"
         arenas = Arenas(self._pool_bytes, self._placement, pool_writable=writable)
         instance = secrets.randbits(63)
+        opened = Opened()
         try:
+            opened = open_all(self._nvme, name=f"blocks-{uid}.kvs")
             store = Store(
                 arenas.store_memory(),
                 secret=self._secret_of(uid),
@@ -123,13 +156,32 @@ class Tenants:
                 policy=self._eviction,
                 now_ms=self._clock.now_ms(),
                 version=self._version,
+                volumes=opened.books(),
+                nvme=replace(self._nvme_policy, broken=bool(opened.problems)),
             )
         except BaseException:
+            opened.close()
             arenas.close()
             raise
         if self._prefault:
             arenas.prefault_in_background()
-        return Tenant(uid, store, arenas, instance, writable)
+        tenant = Tenant(uid, store, arenas, instance, writable)
+        if opened.volumes:
+            tenant.runner = Runner(
+                store,
+                opened,
+                arenas.pool.array,
+                soon=self._soon,
+                now_ms=self._clock.now_ms,
+                after=lambda: self._settle(uid),
+            )
+            tenant.runner.start()
+        return tenant
+
+    def _settle(self, uid: int) -> None:
+        tenant = self._by_uid[uid]
+        tenant.settle()
+        self._changed(tenant)
 
     def _secret_of(self, uid: int) -> bytes:
         """Users learn their namespaces' keys; those must say nothing of another user's."""

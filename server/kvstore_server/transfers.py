@@ -94,6 +94,7 @@ class Put:
     position: int
     ttl_s: float | None
     hint: Hint | None
+    persist: bool
 
     @classmethod
     def of(cls, header: pb.PutHeader, namespace: NamespaceHandle) -> Put:
@@ -109,6 +110,7 @@ class Put:
             position=header.position if header.HasField("position") else -1,
             ttl_s=header.ttl_ms / 1e3 if header.ttl_ms else None,
             hint=t.hint_of(header.hint) if header.HasField("hint") else None,
+            persist=header.persist,
         )
 
     def store(
@@ -130,6 +132,7 @@ class Put:
             position=self.position + first if self.position >= 0 else -1,
             ttl_s=self.ttl_s,
             hint=self.hint,
+            persist=self.persist,
             timeout_s=timeout_s,
         )
 
@@ -173,6 +176,7 @@ def add(one: PutResult, other: PutResult) -> PutResult:
         waiting=one.waiting + other.waiting,
         not_stored=one.not_stored + other.not_stored,
         retry_after_ms=max(one.retry_after_ms, other.retry_after_ms),
+        persisted=one.persisted + other.persisted,
     )
 
 

@@ -511,6 +511,7 @@ def test_a_turn_that_comes_twice_in_one_batch_is_counted_once() -> None:
         generations=np.repeat(lease.generations, 3),
         lookups=6,
         hits=6,
+        cold_hits=0,
     )
     assert rig.do(touch) == c.Count(blocks=6)
     assert rig.do(c.Release(lease=lease.lease)) == c.Count(blocks=2)
@@ -520,10 +521,10 @@ def test_look_ups_beyond_counting_are_refused() -> None:
     rig = Rig()
     none = {"granules": NO_CELLS, "generations": np.empty(0, np.uint64)}
     most = limits.MAX_LOOKUPS_PER_TOUCH
-    rig.do(c.Touch(lookups=most, hits=most, **none))
+    rig.do(c.Touch(lookups=most, hits=most, **none, cold_hits=0))
     for lookups, hits in ((most + 1, 0), (1, 2), (1, -1)):
         with pytest.raises(InvalidArgument, match="lookups"):
-            rig.do(c.Touch(lookups=lookups, hits=hits, **none))
+            rig.do(c.Touch(lookups=lookups, hits=hits, **none, cold_hits=0))
     assert rig.store.stats().lookups == most
 
 
@@ -744,7 +745,7 @@ def test_a_touch_of_what_was_in_the_slot_before_is_not_counted() -> None:
     reserved = rig.reserve(keys(1))
     rig.seal(keys(1))
     stale = rig.generations[reserved.granules].copy()
-    touch = c.Touch(granules=reserved.granules, generations=stale, lookups=1, hits=1)
+    touch = c.Touch(granules=reserved.granules, generations=stale, lookups=1, hits=1, cold_hits=0)
     assert rig.do(touch) == c.Count(blocks=1)
     rig.do(c.Drop(namespace=rig.ns, hashes=keys(1)))
     assert rig.do(touch) == c.Count(blocks=0)

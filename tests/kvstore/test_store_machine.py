@@ -673,6 +673,7 @@ class StoreMachine(RuleBasedStateMachine):
             generations=np.array(generations, np.uint64),
             lookups=len(granules),
             hits=len(granules) - 1,
+            cold_hits=0,
         )
         count = self.do(command, who)
         assert isinstance(count, c.Count)

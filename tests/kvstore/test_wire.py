@@ -55,7 +55,11 @@ def test_a_cut_or_lengthened_record_is_refused(kind: type) -> None:
 def test_an_array_of_other_dimensions_is_refused(shape: tuple[int, ...]) -> None:
     """The store measures and indexes what comes in, and would stumble over it."""
     right = c.Touch(
-        granules=np.zeros(12, np.uint32), generations=np.zeros(12, np.uint64), lookups=12, hits=12
+        granules=np.zeros(12, np.uint32),
+        generations=np.zeros(12, np.uint64),
+        lookups=12,
+        hits=12,
+        cold_hits=0,
     )
     wrong = {"granules": np.zeros((1, 1), np.uint32), "generations": np.zeros((2, 6), np.uint64)}
     for field, array in wrong.items():

@@ -276,7 +276,7 @@ def garbled(namespace: int) -> Iterator[bytes]:
     for shape in ((1,), (1, 1), (1, 0)):
         cells = np.zeros(shape, np.uint32)
         reserve = c.Reserve(namespace=namespace, put_id=PUT_ID, hashes=one, cells=cells)
-        touch = c.Touch(granules=cells, generations=generations, lookups=1, hits=1)
+        touch = c.Touch(granules=cells, generations=generations, lookups=1, hits=1, cold_hits=0)
         for record in (reserve, touch):
             frame = wire.encode(record)
             yield frame if len(shape) > 1 else without_dimensions(frame)

@@ -79,6 +79,10 @@ def test_every_setting_can_be_a_variable_and_a_flag(monkeypatch: pytest.MonkeyPa
         "socket": "/s/k.sock",
         "dram": "8GiB",
         "data_dir": "/d",
+        "nvme": "/n/1:64MiB,/n/2:1GiB",
+        "nvme_admission": "every",
+        "nvme_write_rate": "100MiB",
+        "nvme_scrub_rate": "0",
         "eviction": "arc",
         "tenants": "2",
         "max_blocks": "99",
@@ -106,6 +110,16 @@ def test_every_setting_can_be_a_variable_and_a_flag(monkeypatch: pytest.MonkeyPa
     shown = {name: row["value"] for name, row in json.loads(out).items()}
     assert shown == from_environment.model_dump(mode="json")
     assert shown["dram"] == 8 << 30
+    assert shown["nvme"] == [
+        {"path": "/n/1", "nbytes": 64 << 20},
+        {"path": "/n/2", "nbytes": 1 << 30},
+    ]
+
+
+def test_a_flag_may_come_again_for_each_volume() -> None:
+    status, out, _ = run("--nvme", "/a:64MiB", "--nvme", "/b:1GiB", "config", "show")
+    assert status == 0
+    assert "/a:64 MiB,/b:1 GiB" in out
 
 
 def test_an_optional_number_can_be_taken_back(home: Path) -> None:
@@ -125,6 +139,12 @@ def test_an_optional_number_can_be_taken_back(home: Path) -> None:
         ("dram = true\n", "is no size"),
         ('dram = "4KiB"\n', "dram = '4KiB': should be 1 MiB or more"),
         ("tenants = true\n", "whole number"),
+        ('nvme = "/a"\n', "is not DIR:SIZE"),
+        ('nvme = "/a:1MiB"\n', "a volume needs at least 64 MiB"),
+        ('nvme = ["/a:much"]\n', "'much' is no size"),
+        ("nvme = 3\n", "expected DIR:SIZE"),
+        ("nvme_write_rate = -1\n", "greater than or equal to 0"),
+        ('nvme_admission = "some"\n', "should be 'read' or 'every'"),
         ("tenants = 0\n", "tenants = 0"),
         ('dram = "8MiB"\ntenants = 9\n', "raise dram or lower tenants"),
         ('dram = "1MiB"\nmax_blocks = 257\n', "holds at most 256"),

@@ -31,6 +31,7 @@ REASONS = {
     ExplainStatus.DROPPED: "dropped by a user",
     ExplainStatus.EXPIRED: "expired: its time to live was over",
     ExplainStatus.OTHER_LAYOUT: "stored in this namespace's name under another layout",
+    ExplainStatus.CORRUPTED: "lost: its bytes on NVMe were not what was stored, or unreadable",
 }
 
 

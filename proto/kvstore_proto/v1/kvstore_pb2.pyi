@@ -159,6 +159,8 @@ class _ExplainStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Explain
     """Its time to live is over."""
     EXPLAIN_STATUS_OTHER_LAYOUT: _ExplainStatus.ValueType  # 7
     """A namespace of the same name has it under another layout."""
+    EXPLAIN_STATUS_CORRUPTED: _ExplainStatus.ValueType  # 8
+    """Its bytes on NVMe were not what was stored, or could not be read."""
 
 class ExplainStatus(_ExplainStatus, metaclass=_ExplainStatusEnumTypeWrapper):
     """Why a block can or cannot be found."""
@@ -179,6 +181,8 @@ EXPLAIN_STATUS_EXPIRED: ExplainStatus.ValueType  # 6
 """Its time to live is over."""
 EXPLAIN_STATUS_OTHER_LAYOUT: ExplainStatus.ValueType  # 7
 """A namespace of the same name has it under another layout."""
+EXPLAIN_STATUS_CORRUPTED: ExplainStatus.ValueType  # 8
+"""Its bytes on NVMe were not what was stored, or could not be read."""
 Global___ExplainStatus: _TypeAlias = ExplainStatus  # noqa: Y015
 
 @_typing.final
@@ -302,8 +306,11 @@ class MatchRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
+    PREFETCH_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
     """In chain order; 1 to 65,536 times 32 bytes."""
+    prefetch: _builtins.bool
+    """Begin to bring what is on NVMe into memory."""
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     @_builtins.property
@@ -316,10 +323,11 @@ class MatchRequest(_message.Message):
         namespace: Global___NamespaceId | None = ...,
         keys: _builtins.bytes = ...,
         hint: Global___BlockHint | None = ...,
+        prefetch: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "namespace", b"namespace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "keys", b"keys", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "keys", b"keys", "namespace", b"namespace", "prefetch", b"prefetch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,6 +535,7 @@ class PutHeader(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
+    PERSIST_FIELD_NUMBER: _builtins.int
     keys: _builtins.bytes
     """In chain order; 1 to 65,536 times 32 bytes."""
     put_id: _builtins.bytes
@@ -541,6 +550,8 @@ class PutHeader(_message.Message):
     """Forgets the blocks so long after they are stored, in milliseconds, at most 2,592,000,000
     (30 days); 0: never.
     """
+    persist: _builtins.bool
+    """Wait, until the deadline at most, for the blocks to be synced on NVMe."""
     @_builtins.property
     def namespace(self) -> Global___NamespaceId: ...
     @_builtins.property
@@ -562,10 +573,11 @@ class PutHeader(_message.Message):
         position: _builtins.int | None = ...,
         ttl_ms: _builtins.int = ...,
         hint: Global___BlockHint | None = ...,
+        persist: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "hint", b"hint", "namespace", b"namespace", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "cells", b"cells", "hint", b"hint", "keys", b"keys", "namespace", b"namespace", "parent", b"parent", "position", b"position", "put_id", b"put_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "cells", b"cells", "hint", b"hint", "keys", b"keys", "namespace", b"namespace", "parent", b"parent", "persist", b"persist", "position", b"position", "put_id", b"put_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
     _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015
@@ -614,6 +626,7 @@ class PutResponse(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     NOT_STORED_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    PERSISTED_FIELD_NUMBER: _builtins.int
     stored: _builtins.int
     """Stored by this call."""
     existed: _builtins.int
@@ -624,6 +637,8 @@ class PutResponse(_message.Message):
     """Are not stored: no room, or the store is away."""
     retry_after_ms: _builtins.int
     """Where trying again may help: after so many milliseconds. Else 0."""
+    persisted: _builtins.int
+    """Of those that are stored, how many are synced on NVMe, where the put asked for it."""
     def __init__(
         self,
         *,
@@ -632,10 +647,11 @@ class PutResponse(_message.Message):
         waiting: _builtins.int = ...,
         not_stored: _builtins.int = ...,
         retry_after_ms: _builtins.int = ...,
+        persisted: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["existed", b"existed", "not_stored", b"not_stored", "retry_after_ms", b"retry_after_ms", "stored", b"stored", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existed", b"existed", "not_stored", b"not_stored", "persisted", b"persisted", "retry_after_ms", b"retry_after_ms", "stored", b"stored", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -888,6 +904,22 @@ class StatsResponse(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     CONNECTIONS_FIELD_NUMBER: _builtins.int
     AHEAD_BYTES_FIELD_NUMBER: _builtins.int
+    COLD_HITS_FIELD_NUMBER: _builtins.int
+    NVME_BLOCKS_FIELD_NUMBER: _builtins.int
+    NVME_USED_BYTES_FIELD_NUMBER: _builtins.int
+    NVME_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    NVME_HEALTH_FIELD_NUMBER: _builtins.int
+    NVME_QUEUED_BYTES_FIELD_NUMBER: _builtins.int
+    NVME_WRITTEN_BLOCKS_FIELD_NUMBER: _builtins.int
+    NVME_WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    NVME_PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    NVME_AGAIN_BLOCKS_FIELD_NUMBER: _builtins.int
+    NVME_REFUSED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NVME_SCRUBBED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PROMOTED_FIELD_NUMBER: _builtins.int
+    DEMOTED_FIELD_NUMBER: _builtins.int
+    CORRUPTED_FIELD_NUMBER: _builtins.int
+    NVME_READY_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     """Blocks that can be found."""
     pending_blocks: _builtins.int
@@ -920,6 +952,38 @@ class StatsResponse(_message.Message):
     """Clients on the same host; all users of this protocol together are one."""
     ahead_bytes: _builtins.int
     """Bytes of empty slots that clients on the same host hold ahead of their next puts."""
+    cold_hits: _builtins.int
+    """Blocks found that were on NVMe only."""
+    nvme_blocks: _builtins.int
+    """Blocks that are on NVMe, in memory as well or not."""
+    nvme_used_bytes: _builtins.int
+    """Bytes of their slots there."""
+    nvme_total_bytes: _builtins.int
+    """Bytes of the NVMe volumes."""
+    nvme_health: _builtins.int
+    """The worst volume's: 0 good, 1 only read, 2 given up; 3: there is none."""
+    nvme_queued_bytes: _builtins.int
+    """Bytes of blocks that wait to be written to NVMe."""
+    nvme_written_blocks: _builtins.int
+    """Blocks written to NVMe."""
+    nvme_written_bytes: _builtins.int
+    """Bytes written to NVMe."""
+    nvme_payload_bytes: _builtins.int
+    """Bytes of slots among them."""
+    nvme_again_blocks: _builtins.int
+    """Blocks written a second time, because their segment made room."""
+    nvme_refused_blocks: _builtins.int
+    """Blocks that were worth writing, but found no room to wait in."""
+    nvme_scrubbed_blocks: _builtins.int
+    """Blocks on NVMe that were looked at and not asked for."""
+    promoted: _builtins.int
+    """Blocks brought from NVMe into memory."""
+    demoted: _builtins.int
+    """Blocks that left memory and stay on NVMe."""
+    corrupted: _builtins.int
+    """Blocks whose bytes were found not to be what was stored."""
+    nvme_ready: _builtins.int
+    """1 once all is found that lies on NVMe; else a restarted store still looks for it."""
     def __init__(
         self,
         *,
@@ -939,10 +1003,26 @@ class StatsResponse(_message.Message):
         refused: _builtins.int = ...,
         connections: _builtins.int = ...,
         ahead_bytes: _builtins.int = ...,
+        cold_hits: _builtins.int = ...,
+        nvme_blocks: _builtins.int = ...,
+        nvme_used_bytes: _builtins.int = ...,
+        nvme_total_bytes: _builtins.int = ...,
+        nvme_health: _builtins.int = ...,
+        nvme_queued_bytes: _builtins.int = ...,
+        nvme_written_blocks: _builtins.int = ...,
+        nvme_written_bytes: _builtins.int = ...,
+        nvme_payload_bytes: _builtins.int = ...,
+        nvme_again_blocks: _builtins.int = ...,
+        nvme_refused_blocks: _builtins.int = ...,
+        nvme_scrubbed_blocks: _builtins.int = ...,
+        promoted: _builtins.int = ...,
+        demoted: _builtins.int = ...,
+        corrupted: _builtins.int = ...,
+        nvme_ready: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_bytes", b"ahead_bytes", "blocks", b"blocks", "connections", b"connections", "dropped", b"dropped", "evicted", b"evicted", "expired", b"expired", "hits", b"hits", "leased_blocks", b"leased_blocks", "lookups", b"lookups", "pending_blocks", b"pending_blocks", "pinned_blocks", b"pinned_blocks", "quarantined_blocks", b"quarantined_blocks", "refused", b"refused", "stored", b"stored", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_bytes", b"ahead_bytes", "blocks", b"blocks", "cold_hits", b"cold_hits", "connections", b"connections", "corrupted", b"corrupted", "demoted", b"demoted", "dropped", b"dropped", "evicted", b"evicted", "expired", b"expired", "hits", b"hits", "leased_blocks", b"leased_blocks", "lookups", b"lookups", "nvme_again_blocks", b"nvme_again_blocks", "nvme_blocks", b"nvme_blocks", "nvme_health", b"nvme_health", "nvme_payload_bytes", b"nvme_payload_bytes", "nvme_queued_bytes", b"nvme_queued_bytes", "nvme_ready", b"nvme_ready", "nvme_refused_blocks", b"nvme_refused_blocks", "nvme_scrubbed_blocks", b"nvme_scrubbed_blocks", "nvme_total_bytes", b"nvme_total_bytes", "nvme_used_bytes", b"nvme_used_bytes", "nvme_written_blocks", b"nvme_written_blocks", "nvme_written_bytes", b"nvme_written_bytes", "pending_blocks", b"pending_blocks", "pinned_blocks", b"pinned_blocks", "promoted", b"promoted", "quarantined_blocks", b"quarantined_blocks", "refused", b"refused", "stored", b"stored", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

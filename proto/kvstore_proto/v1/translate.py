@@ -60,6 +60,7 @@ STATUS_TO_WIRE = {
     ExplainStatus.DROPPED: pb.EXPLAIN_STATUS_DROPPED,
     ExplainStatus.EXPIRED: pb.EXPLAIN_STATUS_EXPIRED,
     ExplainStatus.OTHER_LAYOUT: pb.EXPLAIN_STATUS_OTHER_LAYOUT,
+    ExplainStatus.CORRUPTED: pb.EXPLAIN_STATUS_CORRUPTED,
 }
 _TIER_OF: dict[int, Tier] = {number: tier for tier, number in TIER_TO_WIRE.items()}
 _REASON_OF: dict[int, MissReason] = {number: reason for reason, number in REASON_TO_WIRE.items()}
@@ -151,6 +152,7 @@ def put_to_wire(result: PutResult) -> pb.PutResponse:
         waiting=result.waiting,
         not_stored=result.not_stored,
         retry_after_ms=result.retry_after_ms,
+        persisted=result.persisted,
     )
 
 
@@ -165,6 +167,7 @@ def put_of(message: pb.PutResponse, asked: int) -> PutResult:
         waiting=message.waiting,
         not_stored=message.not_stored,
         retry_after_ms=message.retry_after_ms,
+        persisted=message.persisted,
     )
 
 

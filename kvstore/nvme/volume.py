@@ -1,0 +1,141 @@
+"""The books of one volume: which segments are in use, for what, and what must not come back."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import InvalidArgument
+from kvstore.nvme.format import HEADER_GRANULES, WHOLE_USE, Geometry, head_granules
+
+IdArray = npt.NDArray[np.uint32]
+U32 = npt.NDArray[np.uint32]
+
+
+class Health(enum.IntEnum):
+    """What a volume is still good for; it only ever gets worse, until the next start."""
+
+    OK = 0
+    DEGRADED = 1  # what is there is read; nothing is written any more
+    OFF = 2
+
+
+class UseState(enum.IntEnum):
+    """Where one use of a segment is in its life."""
+
+    OPENING = 0  # its header is being written
+    OPEN = 1
+    CLOSING = 2  # its footer is being written
+    WHOLE = 3
+    LEAVING = 4  # what is worth it is being read, to be written again elsewhere
+
+
+@dataclass(slots=True, eq=False)
+class Use:
+    """One use of a segment, for blocks of one namespace (its lineage).
+
+    next_granule, batches, header, last: where and how the next batch goes on. synced: the granule
+    up to which all is durable. entries: of all batches, until the footer is written. live: blocks
+    that are found here. reads: operations that read from it now. writing: whether one writes to it.
+    """
+
+    volume: int
+    segment: int
+    sequence: int
+    lineage: int
+    slot_granules: int
+    state: UseState = UseState.OPENING
+    next_granule: int = HEADER_GRANULES
+    batches: int = 0
+    header: int = 0
+    last: int = 0
+    synced: int = 0
+    entries: list[npt.NDArray[np.void]] = field(default_factory=list)
+    live: int = 0
+    reads: int = 0
+    writing: bool = False
+    _ids: list[IdArray] = field(default_factory=list)
+    _places: list[U32] = field(default_factory=list)
+
+    def add(self, ids: IdArray, places: U32) -> None:
+        """Blocks that lie in slots at these granules of the segment."""
+        self._ids.append(ids)
+        self._places.append(places)
+        self.live += len(ids)
+
+    def members(self) -> tuple[IdArray, U32]:
+        """All that were ever added, and where; an id may stand for another block by now."""
+        if len(self._ids) > 1:
+            self._ids, self._places = [np.concatenate(self._ids)], [np.concatenate(self._places)]
+        if not self._ids:
+            return np.empty(0, np.uint32), np.empty(0, np.uint32)
+        return self._ids[0], self._places[0]
+
+
+class Volume:
+    """One volume's segments. number: its place among the store's volumes; base: of its segments
+    in the store's own count."""
+
+    def __init__(self, number: int, base: int, geometry: Geometry, volume_id: bytes) -> None:
+        self.number, self.base, self.geometry, self.id = number, base, geometry, volume_id
+        self.health = Health.OK
+        self.why = ""
+        self.uses: dict[int, Use] = {}  # by segment
+        self.free = list(range(geometry.n_segments - 1, -1, -1))
+        self.next_sequence = 1
+        self.forgotten: list[tuple[int, int, int]] = []  # that the log has yet to say
+        self.logged: dict[tuple[int, int, int], None] = {}  # what it says already
+        self.on_disk: dict[int, int] = {}  # by segment, the use whose header is there
+        self.read_errors = 0
+
+    def begin(self, lineage: int, slot_granules: int) -> Use:
+        """Takes a free segment, of which there must be one."""
+        segment = self.free.pop()
+        use = Use(self.number, segment, self.next_sequence, lineage, slot_granules)
+        self.next_sequence += 1
+        self.uses[segment] = use
+        return use
+
+    def end(self, use: Use) -> None:
+        """The segment is free: what it holds must not come back."""
+        del self.uses[use.segment]
+        self.free.insert(0, use.segment)
+        self.forgotten.append((use.segment, use.sequence, WHOLE_USE))
+
+    def oldest(self) -> Use | None:
+        """The use that has to make room first; None where all are being written, read or left."""
+        usable = (UseState.WHOLE, UseState.OPEN)
+        candidates = [u for u in self.uses.values() if u.state in usable and not u.writing]
+        whole = [u for u in candidates if u.state is UseState.WHOLE]
+        return min(whole or candidates, key=lambda use: use.sequence, default=None)
+
+    def room_in(self, use: Use, most: int) -> int:
+        """How many slots, up to `most`, a next batch of the segment can have."""
+        granules = self.geometry.footer_granule(use.slot_granules) - use.next_granule
+        n = min(most, granules // use.slot_granules)
+        while n > 0 and head_granules(n) + n * use.slot_granules > granules:
+            n -= 1
+        return max(n, 0)
+
+    def holds(self, slot_granules: int) -> bool:
+        """Whether a slot of this size fits into a segment."""
+        try:
+            return self.geometry.slots(slot_granules) > 0
+        except InvalidArgument:
+            return False
+
+    def offset(self, use: Use, granule: int) -> int:
+        """Where a granule of the segment lies on the volume, in bytes."""
+        return self.geometry.offset(use.segment, granule)
+
+    def due_records(self) -> Iterator[tuple[int, int, int]]:
+        """What the log has to say and does not say yet, of uses that are still on disk."""
+        records, self.forgotten = self.forgotten, []
+        for record in records:
+            if record not in self.logged:
+                self.logged[record] = None
+                yield record

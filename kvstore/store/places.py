@@ -1,0 +1,161 @@
+"""Where blocks lie on NVMe: arrays by block id, and the volumes' books."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.commands import U64
+from kvstore.nvme.volume import Health, IdArray, Use, Volume
+
+_NOWHERE = np.int32(-1)
+Mask = npt.NDArray[np.bool_]
+
+
+class Places:
+    """A block has one place at most. Segments are counted through all volumes.
+
+    wishes: blocks that are worth a place and have none; whoever writes takes them from here.
+    """
+
+    def __init__(self, max_blocks: int, volumes: Sequence[Volume], *, every: bool) -> None:
+        """every: whether all new blocks are worth it, or only those that are read."""
+        self.volumes, self._every = tuple(volumes), every
+        n = max_blocks if self.volumes else 0
+        self._segment = np.full(n, _NOWHERE, np.int32)
+        self._place = np.zeros(n, np.uint32)
+        self._stamp = np.zeros(n, np.uint64)
+        self._reread = np.zeros(n, np.bool_)
+        self._uses: dict[int, Use] = {}
+        self.wishes: list[IdArray] = []
+        self._emptied: list[Use] = []
+
+    def open(self, use: Use) -> None:
+        """A use of a segment begins; blocks may settle there."""
+        self._uses[self._number(use)] = use
+
+    def close(self, use: Use) -> None:
+        """It is over, and nothing lies there any more."""
+        assert not use.live
+        del self._uses[self._number(use)]
+
+    def settle(self, ids: IdArray, use: Use, places: npt.NDArray[np.uint32], stamps: U64) -> None:
+        """Blocks (distinct ids) lie there from now on."""
+        self._segment[ids] = self._number(use)
+        self._place[ids] = places
+        self._stamp[ids] = stamps
+        self._reread[ids] = False
+        use.add(ids, places)
+
+    def there(self, ids: IdArray) -> Mask:
+        """Which blocks have a place that can be read: bool (n,)."""
+        if not self.volumes:
+            return np.zeros(len(ids), np.bool_)
+        found: Mask = self._segment[ids] != _NOWHERE
+        return found
+
+    def durable(self, ids: IdArray) -> Mask:
+        """Which blocks survive a power cut: bool (n,)."""
+        result = self.there(ids)
+        for use, mine in self.by_use(ids[result]):
+            behind = self._place[mine] + np.uint32(use.slot_granules) > use.synced
+            result[np.isin(ids, mine[behind])] = False
+        return result
+
+    def new(self, ids: IdArray) -> None:
+        """Blocks were stored in memory."""
+        if self._every and self.volumes:
+            self.wishes.append(ids)
+
+    def read(self, ids: IdArray) -> None:
+        """Live blocks were read: those with a place are worth keeping there, others are wished."""
+        if not self.volumes:
+            return
+        there = self._segment[ids] != _NOWHERE
+        self._reread[ids[there]] = True
+        if not there.all():
+            self.wishes.append(ids[~there])
+
+    def leave(self, ids: IdArray, *, forgotten: bool) -> None:
+        """Blocks lose the place that they may have. forgotten: they must not come back by it."""
+        ids = ids[self.there(ids)]
+        if not len(ids):
+            return
+        for use, mine in self.by_use(ids):
+            use.live -= len(mine)
+            if not use.live:
+                self._emptied.append(use)
+            if forgotten:
+                volume = self.volumes[use.volume]
+                volume.forgotten += [
+                    (use.segment, use.sequence, place) for place in self._place[mine].tolist()
+                ]
+        self._segment[ids] = _NOWHERE
+
+    def by_use(self, ids: IdArray) -> Iterator[tuple[Use, IdArray]]:
+        """The uses in which these blocks lie, with the blocks of each, in their order."""
+        segments = self._segment[ids]
+        for number in np.unique(segments).tolist():
+            yield self._uses[number], ids[segments == number]
+
+    def use_of(self, block: int) -> Use:
+        """Where one block lies, which has a place."""
+        return self._uses[int(self._segment[block])]
+
+    def of(self, ids: IdArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], U64]:
+        """Segments, granules in them, and stamps of blocks that have a place: (n,) each."""
+        return (
+            self._segment[ids].astype(np.int64),
+            self._place[ids].astype(np.int64),
+            self._stamp[ids],
+        )
+
+    def in_use(self, use: Use) -> IdArray:
+        """The blocks that lie there, in the order in which they were written."""
+        ids, places = use.members()
+        mine = (self._segment[ids] == self._number(use)) & (self._place[ids] == places)
+        found: IdArray = ids[mine]
+        return found
+
+    def reread(self, ids: IdArray) -> Mask:
+        """Which blocks were read since they were written: bool (n,)."""
+        return self._reread[ids]
+
+    def mark_read(self, ids: IdArray) -> None:
+        """These were read from there."""
+        self._reread[ids] = True
+
+    def take_emptied(self) -> list[Use]:
+        """The uses whose last block has left since the last call."""
+        emptied, self._emptied = self._emptied, []
+        return [use for use in emptied if not use.live]
+
+    def oldest(self) -> Use | None:
+        """The use that has to make room first, of all volumes."""
+        found = [use for volume in self.volumes if (use := volume.oldest())]
+        return min(found, key=lambda use: use.sequence, default=None)
+
+    def writable(self) -> list[Volume]:
+        """The volumes that are written."""
+        return [volume for volume in self.volumes if volume.health is Health.OK]
+
+    def check(self, in_index: IdArray) -> None:
+        """AssertionError unless the books agree; in_index: ids of all blocks that can be found."""
+        placed = np.flatnonzero(self._segment != _NOWHERE).astype(np.uint32)
+        assert np.isin(placed, in_index).all(), "a place of a block that is gone"
+        counts = dict.fromkeys(self._uses, 0)
+        for number, count in zip(
+            *np.unique(self._segment[placed], return_counts=True), strict=True
+        ):
+            counts[int(number)] = int(count)
+        for number, use in self._uses.items():
+            assert use.live == counts[number] == len(self.in_use(use)), "blocks are miscounted"
+        for volume in self.volumes:
+            numbers = [*volume.uses, *volume.free]
+            assert sorted(numbers) == list(range(volume.geometry.n_segments))
+            assert all(self._uses[volume.base + s] is use for s, use in volume.uses.items())
+
+    def _number(self, use: Use) -> int:
+        return self.volumes[use.volume].base + use.segment

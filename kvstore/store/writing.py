@@ -1,0 +1,454 @@
+"""Blocks on their way to NVMe: which are worth it, and the batches that they are written in."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.block import fixed_fields
+from kvstore.nvme.format import (
+    ENTRY,
+    BatchHead,
+    Footer,
+    SegmentHeader,
+    checksum_of,
+    head_granules,
+    pack_footer,
+    pack_head,
+    pack_segment_header,
+)
+from kvstore.nvme.ops import Outcome, Sync, WriteBlocks, WriteRaw
+from kvstore.nvme.slots import stamps_of
+from kvstore.nvme.volume import Health, Use, UseState, Volume
+from kvstore.store.blocks import BlockState, IdArray
+from kvstore.store.deadlines import Due
+from kvstore.store.desk import Desk
+from kvstore.store.namespaces import Namespace
+from kvstore.store.shelf import Shelf
+
+_MOST_AT_ONCE = 4096  # blocks of a batch, however small
+_NOT_QUEUED = -1
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """Blocks of one lineage that wait to be written. since_ms: when the first of them came."""
+
+    namespace: Namespace
+    parts: deque[tuple[IdArray, npt.NDArray[np.uint32]]] = field(default_factory=deque)
+    count: int = 0
+    since_ms: int = 0
+    urgent: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """A batch that is being written. last: the checksum of its head."""
+
+    namespace: Namespace
+    use: Use
+    ids: IdArray
+    births: npt.NDArray[np.uint32]
+    entries: npt.NDArray[np.void]
+    last: int
+
+
+@dataclass(slots=True)
+class Written:
+    """What went to NVMe since the start. nbytes: with heads and footers, of which payload_bytes
+    were blocks'. again: blocks that were there before, in a segment that made room. refused: that
+    found no place in the queue."""
+
+    blocks: int = 0
+    nbytes: int = 0
+    payload_bytes: int = 0
+    again: int = 0
+    refused: int = 0
+
+
+class Writer:
+    """Writes blocks in batches, each queue's into a segment of its own."""
+
+    def __init__(self, shelf: Shelf, desk: Desk, *, bytes_per_s: int, run: int) -> None:
+        """bytes_per_s: what blocks that nobody waits for may take of the disks; 0: all of it.
+        run: another number for each run of the store."""
+        self._shelf, self._desk, self._run = shelf, desk, run
+        self._rate = bytes_per_s
+        self._tokens, self._tokens_ms = float(bytes_per_s), shelf.now_ms
+        self._queues: dict[int, _Queue] = {}
+        self._open: dict[int, Use] = {}
+        n = len(shelf.blocks.state) if shelf.places.volumes else 0
+        self._queued = np.full(n, _NOT_QUEUED, np.int64)  # the birth that was queued
+        self.queued_bytes = 0
+        self.leased: dict[int, IdArray] = {}  # of batches under way
+        self._syncing: set[int] = set()
+        self.sync_wanted = False
+        self.needs_segment = False
+        self.written = Written()
+
+    # -- what is to be written ---------------------------------------------------------
+
+    def wish(self, ids: IdArray, *, urgent: bool = False, again: bool = False) -> None:
+        """Queues live blocks that are neither on NVMe nor on their way there.
+
+        urgent: somebody waits for it. again: they were there before.
+        """
+        shelf = self._shelf
+        if not shelf.places.writable():
+            return
+        ids = np.unique(ids)
+        ids = ids[shelf.blocks.state[ids] == BlockState.LIVE]
+        ids = ids[~shelf.places.there(ids)]
+        waiting = self._waits(ids)
+        for number in np.unique(shelf.blocks.namespace[ids]).tolist():
+            namespace = shelf.namespaces.get(number)
+            mine = ids[shelf.blocks.namespace[ids] == number]
+            self._queue(namespace, mine[~waiting[shelf.blocks.namespace[ids] == number]], urgent)
+            self.written.again += len(mine) if again else 0
+
+    def _queue(self, namespace: Namespace, ids: IdArray, urgent: bool) -> None:
+        queue = self._queues.get(namespace.lineage)
+        if queue is None:
+            queue = self._queues[namespace.lineage] = _Queue(namespace)
+        queue.urgent |= urgent
+        most = self._shelf.room.slabs.total_bytes // limits.NVME_QUEUE_SHARE
+        room = len(ids) if urgent else max(0, most - self.queued_bytes) // namespace.slot_bytes
+        if not self._fits(namespace):
+            room = 0
+        self.written.refused += max(0, len(ids) - room)
+        ids = ids[:room]
+        if not len(ids):
+            return
+        births = self._shelf.blocks.birth[ids]
+        self._queued[ids] = births
+        if not queue.count:
+            queue.since_ms = self._shelf.now_ms
+        queue.parts.append((ids, births))
+        queue.count += len(ids)
+        self.queued_bytes += len(ids) * namespace.slot_bytes
+
+    def flush(self) -> None:
+        """All that waits goes now, and is synced."""
+        for queue in self._queues.values():
+            queue.urgent = True
+        self.sync_wanted = True
+
+    def waits(self, ids: IdArray) -> npt.NDArray[np.bool_]:
+        """Which blocks are queued or being written: bool (n,)."""
+        return self._waits(ids)
+
+    def _waits(self, ids: IdArray) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = self._queued[ids] == self._shelf.blocks.birth[ids]
+        return found
+
+    def _fits(self, namespace: Namespace) -> bool:
+        granules = namespace.slot_bytes // limits.GRANULE_BYTES
+        return any(volume.holds(granules) for volume in self._shelf.places.writable())
+
+    # -- writing -----------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Begins what can be begun now."""
+        self.needs_segment = False
+        self._refill()
+        for queue in list(self._queues.values()):
+            while self._due(queue) and self._write(queue):
+                pass
+            if not queue.count:
+                queue.urgent = False
+        if self.sync_wanted:
+            self._sync()
+
+    @property
+    def next_due_ms(self) -> int | None:
+        """When `pump` has something to do, if nothing else happens; None: never."""
+        times = [
+            queue.since_ms + limits.NVME_GATHER_MS
+            for queue in self._queues.values()
+            if queue.count and not self._busy(queue)
+        ]
+        if not times:
+            return None
+        late = self._tokens_ms + limits.TICK_MS if self._rate and self._tokens <= 0 else 0
+        return max(min(times), late)
+
+    def _busy(self, queue: _Queue) -> bool:
+        use = self._open.get(queue.namespace.lineage)
+        return use is not None and (use.writing or use.state is not UseState.OPEN)
+
+    def _refill(self) -> None:
+        passed = self._shelf.now_ms - self._tokens_ms
+        if self._rate and passed > 0:
+            self._tokens = min(float(self._rate), self._tokens + self._rate * passed / 1e3)
+            self._tokens_ms = self._shelf.now_ms
+
+    def _due(self, queue: _Queue) -> bool:
+        if not queue.count:
+            return False
+        if queue.urgent:
+            return True
+        if self._rate and self._tokens <= 0:
+            return False
+        whole = queue.count * queue.namespace.slot_bytes >= limits.NVME_WRITE_BYTES
+        return whole or self._shelf.now_ms >= queue.since_ms + limits.NVME_GATHER_MS
+
+    def _write(self, queue: _Queue) -> bool:
+        """One step: whether there may be another at once."""
+        use = self._use_for(queue.namespace)
+        if use is None or use.state is not UseState.OPEN or use.writing:
+            return False
+        volume = self._shelf.places.volumes[use.volume]
+        slot_bytes = queue.namespace.slot_bytes
+        most = min(max(1, limits.NVME_WRITE_BYTES // slot_bytes), _MOST_AT_ONCE)
+        room = volume.room_in(use, most)
+        if not room:
+            self._close(use, volume)
+            return True
+        ids = self._pop(queue, room)
+        if not len(ids):
+            return False
+        self._write_batch(queue.namespace, use, volume, ids)
+        return False
+
+    def _pop(self, queue: _Queue, n: int) -> IdArray:
+        """Up to `n` of the blocks that are still there and not written."""
+        blocks, chosen, count = self._shelf.blocks, [], 0
+        while queue.parts and count < n:
+            ids, births = queue.parts.popleft()
+            if len(ids) > n - count:
+                queue.parts.appendleft((ids[n - count :], births[n - count :]))
+                ids, births = ids[: n - count], births[: n - count]
+            queue.count -= len(ids)
+            self.queued_bytes -= len(ids) * queue.namespace.slot_bytes
+            same = (blocks.birth[ids] == births) & (blocks.state[ids] == BlockState.LIVE)
+            chosen.append(ids[same])
+            count += int(same.sum())
+        queue.since_ms = self._shelf.now_ms
+        return np.concatenate(chosen) if chosen else np.empty(0, np.uint32)
+
+    def _write_batch(self, namespace: Namespace, use: Use, volume: Volume, ids: IdArray) -> None:
+        shelf, unit = self._shelf, limits.GRANULE_BYTES
+        granules = shelf.blocks.granule[ids]
+        pool = shelf.memory.pool[: shelf.room.slabs.total_bytes].reshape(-1, unit)
+        headers = pool[granules, : namespace.header_bytes]
+        fields, stamps = fixed_fields(headers), stamps_of(headers)
+        heads = head_granules(len(ids))
+        places = use.next_granule + heads + np.arange(len(ids)) * use.slot_granules
+        entries = np.zeros(len(ids), ENTRY)
+        for name in ("key", "parent", "put_id", "position"):
+            entries[name] = fields[name]
+        entries["stamp"], entries["granule"] = stamps, places
+        entries["expires_ms"] = shelf.deadlines.times[Due.EXPIRY][ids]
+        head = pack_head(
+            BatchHead(
+                segment=use.segment,
+                sequence=use.sequence,
+                batch=use.batches,
+                granule=use.next_granule,
+                previous=use.last,
+            ),
+            entries,
+        )
+        births = shelf.blocks.birth[ids].copy()
+        shelf.blocks.lease(ids)
+        self.leased[id(entries)] = ids
+        use.writing = True
+        cost = len(ids) * namespace.slot_bytes + head.size
+        self._tokens -= cost
+        self._desk.emit(
+            lambda number: WriteBlocks(
+                number=number,
+                volume=volume.number,
+                offset=volume.offset(use, use.next_granule),
+                head=head,
+                granules=granules,
+                slot_granules=use.slot_granules,
+                keys=entries["key"].copy(),
+                stamps=stamps,
+                layout=namespace.layout,
+            ),
+            functools.partial(
+                self._batch_written,
+                _Batch(namespace, use, ids, births, entries, checksum_of(head)),
+            ),
+        )
+
+    def _batch_written(self, batch: _Batch, outcome: Outcome) -> None:
+        namespace, use, ids, births = batch.namespace, batch.use, batch.ids, batch.births
+        entries, last = batch.entries, batch.last
+        shelf, volume = self._shelf, self._shelf.places.volumes[use.volume]
+        use.writing = False
+        del self.leased[id(entries)]
+        same = (shelf.blocks.birth[ids] == births) & (shelf.blocks.state[ids] == BlockState.LIVE)
+        self._queued[ids[same]] = _NOT_QUEUED
+        shelf.free(shelf.blocks.release(ids))
+        if outcome.error:
+            self.stop(volume, f"a write failed: {outcome.error}")
+            return
+        if outcome.bad.any():
+            self._drop_corrupted(ids[same & outcome.bad])
+            self._queue(namespace, ids[same & ~outcome.bad], urgent=True)
+            return
+        use.batches, use.last = use.batches + 1, last
+        use.next_granule = int(entries["granule"][-1]) + use.slot_granules
+        use.entries.append(entries)
+        shelf.places.settle(
+            ids[same], use, entries["granule"][same].copy(), entries["stamp"][same].copy()
+        )
+        volume.forgotten += [
+            (use.segment, use.sequence, place) for place in entries["granule"][~same].tolist()
+        ]
+        self.written.blocks += len(ids)
+        payload = len(ids) * namespace.slot_bytes
+        self.written.payload_bytes += payload
+        self.written.nbytes += payload + head_granules(len(ids)) * limits.GRANULE_BYTES
+
+    def _drop_corrupted(self, ids: IdArray) -> None:
+        """What is in memory is not what was put: nobody may have it."""
+        self._shelf.counters.corrupted += len(ids)
+        self._shelf.policy.forget(ids)
+        self._shelf.forget(ids, c.ExplainStatus.CORRUPTED)
+
+    # -- segments ----------------------------------------------------------------------
+
+    def _use_for(self, namespace: Namespace) -> Use | None:
+        use = self._open.get(namespace.lineage)
+        if use is not None:
+            return use
+        granules = namespace.slot_bytes // limits.GRANULE_BYTES
+        volumes = [v for v in self._shelf.places.writable() if v.free and v.holds(granules)]
+        if not volumes:
+            self.needs_segment = True
+            return None
+        volume = max(volumes, key=lambda v: len(v.free) / v.geometry.n_segments)
+        use = self._open[namespace.lineage] = volume.begin(namespace.lineage, granules)
+        self._shelf.places.open(use)
+        header = pack_segment_header(
+            SegmentHeader(
+                volume_id=volume.id,
+                segment=use.segment,
+                sequence=use.sequence,
+                run=self._run,
+                slot_granules=granules,
+                name=namespace.name,
+                layout=namespace.layout.encode(),
+            )
+        )
+        use.header = use.last = checksum_of(header)
+        # Synced, because what follows overwrites blocks that an older header still tells of.
+        offset = volume.offset(use, 0)
+        self._desk.emit(
+            lambda number: WriteRaw(
+                number=number, volume=volume.number, writes=((offset, header),), syncs_after=True
+            ),
+            functools.partial(self._opened, use),
+        )
+        self.written.nbytes += header.size
+        return use
+
+    def _opened(self, use: Use, outcome: Outcome) -> None:
+        volume = self._shelf.places.volumes[use.volume]
+        if use.state is UseState.OPENING:
+            use.state = UseState.OPEN
+        if outcome.error:
+            self.stop(volume, f"a write failed: {outcome.error}")
+        else:
+            volume.on_disk[use.segment] = use.sequence
+
+    def take_over(self, use: Use) -> None:
+        """A use from before the start: it goes on where nothing of its lineage is open."""
+        if use.state is UseState.OPEN:
+            if use.lineage in self._open:
+                use.state = UseState.WHOLE  # without a footer; the next start finds its heads again
+            else:
+                self._open[use.lineage] = use
+
+    def let_go(self, use: Use) -> None:
+        """The use ends: nothing more is written to it."""
+        if self._open.get(use.lineage) is use:
+            del self._open[use.lineage]
+
+    def forget(self, lineage: int) -> Use | None:
+        """The namespace was dropped: its queue is void, and the next block opens a segment."""
+        queue = self._queues.pop(lineage, None)
+        if queue:
+            self.queued_bytes -= queue.count * queue.namespace.slot_bytes
+        return self._open.pop(lineage, None)
+
+    def _close(self, use: Use, volume: Volume) -> None:
+        use.state = UseState.CLOSING
+        del self._open[use.lineage]
+        footer = pack_footer(
+            Footer(
+                segment=use.segment,
+                sequence=use.sequence,
+                batches=use.batches,
+                header=use.header,
+                last=use.last,
+            ),
+            np.concatenate(use.entries),
+        )
+        offset = volume.offset(use, volume.geometry.footer_granule(use.slot_granules))
+        self._desk.emit(
+            lambda number: WriteRaw(
+                number=number, volume=volume.number, writes=((offset, footer),), syncs_before=True
+            ),
+            functools.partial(self._closed, use),
+        )
+        self.written.nbytes += footer.size
+
+    def _closed(self, use: Use, outcome: Outcome) -> None:
+        use.state, use.entries = UseState.WHOLE, []
+        if outcome.error:
+            self.stop(self._shelf.places.volumes[use.volume], f"a sync failed: {outcome.error}")
+        else:
+            use.synced = use.next_granule
+
+    def stop(self, volume: Volume, why: str) -> None:
+        """Nothing is written to the volume any more: a sync that failed says nothing of what it
+        lost, and one that succeeds afterwards nothing either."""
+        if volume.health is Health.OK:
+            volume.health, volume.why = Health.DEGRADED, why
+        for use in [use for use in self._open.values() if use.volume == volume.number]:
+            del self._open[use.lineage]
+        for use in volume.uses.values():
+            if use.state in (UseState.OPEN, UseState.OPENING) and not use.writing:
+                use.state = UseState.WHOLE
+
+    # -- durability --------------------------------------------------------------------
+
+    def _sync(self) -> None:
+        """One sync for all that was written up to now and is not synced."""
+        pending = False
+        for volume in self._shelf.places.writable():
+            upto = {
+                use: use.next_granule
+                for use in volume.uses.values()
+                if use.next_granule > use.synced and use.live
+            }
+            pending |= bool(upto) or any(use.writing for use in volume.uses.values())
+            if upto and volume.number not in self._syncing:
+                self._syncing.add(volume.number)
+                self._desk.emit(
+                    functools.partial(_sync_of, volume.number),
+                    functools.partial(self._synced, volume, upto),
+                )
+        self.sync_wanted = pending
+
+    def _synced(self, volume: Volume, upto: dict[Use, int], outcome: Outcome) -> None:
+        self._syncing.discard(volume.number)
+        if outcome.error:
+            self.stop(volume, f"a sync failed: {outcome.error}")
+            return
+        for use, granule in upto.items():
+            use.synced = max(use.synced, granule)
+
+
+def _sync_of(volume: int, number: int) -> Sync:
+    return Sync(number=number, volume=volume)
