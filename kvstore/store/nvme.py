@@ -67,7 +67,6 @@ class NvmeTier:
         self._scrub_use: Use | None = None
         self._scrub_left = _NO_IDS
         self._scrub_at_ms = shelf.now_ms
-        self._scrubbing = False
 
     # -- what others carry out ---------------------------------------------------------
 
@@ -311,15 +310,15 @@ class NvmeTier:
     # -- scrubbing ---------------------------------------------------------------------
 
     def _scrub_due_ms(self) -> int | None:
-        if not self._policy.scrub_bytes_per_s or self._scrubbing:
-            return None
+        if not self._policy.scrub_bytes_per_s or self._fetcher.bytes_coming:
+            return None  # reads that somebody waits for come first
         return self._scrub_at_ms if any(v.uses for v in self._shelf.places.volumes) else None
 
     def _scrub(self) -> None:
         """Looks at some blocks, segment after segment, as its share of the disks allows."""
         shelf = self._shelf
         due_ms = self._scrub_due_ms()
-        if due_ms is None or shelf.now_ms < due_ms or self._fetcher.bytes_coming:
+        if due_ms is None or shelf.now_ms < due_ms:
             return
         if not len(self._scrub_left):
             self._scrub_use = self._next_to_scrub()

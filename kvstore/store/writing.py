@@ -173,8 +173,8 @@ class Writer:
             for queue in self._queues.values()
             if queue.count and not self._busy(queue)
         ]
-        if not times:
-            return None
+        if not times or self.needs_segment:
+            return None  # where a segment is needed, its coming free is what is waited for
         late = self._tokens_ms + limits.TICK_MS if self._rate and self._tokens <= 0 else 0
         return max(min(times), late)
 

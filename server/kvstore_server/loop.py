@@ -76,8 +76,12 @@ class Loop:
             # A callback before this one may have ended the watch, and even closed the descriptor.
             if self._selector.get_map().get(key.fd) is key:
                 key.data()
-        while self._timers and self._timers[0][0] <= self._now_s():
-            heapq.heappop(self._timers)[2]()
+        now_s, due = self._now_s(), []
+        while self._timers and self._timers[0][0] <= now_s:
+            due.append(heapq.heappop(self._timers)[2])
+        # Not what these set for at once: it would keep everything else from its turn.
+        for callback in due:
+            callback()
         # Not what these queue in their turn: descriptors and timers come in between.
         for _ in range(len(self._soon)):
             self._soon.popleft()()

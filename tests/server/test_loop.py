@@ -45,6 +45,18 @@ def test_a_timer_set_by_a_timer_runs_too(loop: Loop) -> None:
     loop.run()
 
 
+def test_a_timer_that_is_always_due_keeps_nobody_from_a_turn() -> None:
+    loop = Loop(Hand())
+
+    def again() -> None:
+        loop.call_later(0.0, again)
+
+    again()
+    loop.call_soon(loop.stop)
+    loop.run()  # it ends
+    loop.close()
+
+
 def test_work_of_other_threads_runs_in_the_loops(loop: Loop) -> None:
     ran: list[int] = []
 

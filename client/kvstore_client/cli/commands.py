@@ -83,8 +83,8 @@ def stat(
 ) -> Code:
     """Prints the store's counters, a line an interval.
 
-    The first line comes at once and counts from the store's start. hit%, puts and evicted are of
-    the interval, in blocks; the other columns are of the moment.
+    The first line comes at once and counts from the store's start. hit%, puts, evicted and, where
+    there is NVMe, from%, came and went are of the interval; the other columns are of the moment.
     """
     stop = threading.Event()
     # Ctrl-C is how one ends this: it is no failure.
@@ -95,7 +95,7 @@ def stat(
                 output.print_json(sample.as_json())
                 continue
             if number == 0 or (number % vmstat.LINES_PER_HEADER == 0 and sys.stdout.isatty()):
-                print(vmstat.HEADER)
+                print(sample.header)
             print(sample.as_text(), flush=True)
     return Code.OK
 

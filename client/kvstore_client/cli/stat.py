@@ -19,7 +19,10 @@ HEADER = (
     f"{'blocks':>9} {'used':>10} {'total':>10} {'hit%':>6} {'puts':>9} {'evicted':>9}"
     f" {'leased':>8} {'clients':>8}"
 )
+NVME_HEADER = f" {'nvme':>9} {'nvme used':>10} {'from%':>6} {'came':>9} {'went':>9} {'health':>8}"
 LINES_PER_HEADER = 20
+_HEALTH = ("ok", "degraded", "off")
+_NO_NVME = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,19 @@ class Sample:
     hits: int
     puts: int
     evicted: int
+    cold_hits: int
+    promoted: int
+    demoted: int
+
+    @property
+    def has_nvme(self) -> bool:
+        """Whether the store has, or should have, an NVMe tier."""
+        return self.stats.nvme_health != _NO_NVME
+
+    @property
+    def header(self) -> str:
+        """What stands above `as_text`."""
+        return HEADER + (NVME_HEADER if self.has_nvme else "")
 
     @property
     def hit_rate(self) -> float | None:
@@ -49,17 +65,31 @@ class Sample:
             "hit_rate": self.hit_rate,
             "puts": self.puts,
             "evicted": self.evicted,
+            "cold_hits": self.cold_hits,
+            "promoted": self.promoted,
+            "demoted": self.demoted,
             "since_start": dataclasses.asdict(self.stats),
         }
 
     def as_text(self) -> str:
-        """One line under `HEADER`."""
+        """One line under `header`; `from%`: the share of hits that were on NVMe only."""
         stats, rate = self.stats, self.hit_rate
         hit = "-" if rate is None else f"{100 * rate:.1f}"
         return (
             f"{stats.blocks:9} {format_size(stats.used_bytes):>10}"
             f" {format_size(stats.total_bytes):>10} {hit:>6} {self.puts:9} {self.evicted:9}"
-            f" {stats.leased_blocks:8} {stats.connections:8}"
+            f" {stats.leased_blocks:8} {stats.connections:8}" + self._nvme_text()
+        )
+
+    def _nvme_text(self) -> str:
+        if not self.has_nvme:
+            return ""
+        stats = self.stats
+        share = f"{100 * self.cold_hits / self.hits:.1f}" if self.hits else "-"
+        health = _HEALTH[stats.nvme_health] if stats.nvme_health < len(_HEALTH) else "?"
+        return (
+            f" {stats.nvme_blocks:9} {format_size(stats.nvme_used_bytes):>10} {share:>6}"
+            f" {self.promoted:9} {self.demoted:9} {health:>8}"
         )
 
 
@@ -75,6 +105,9 @@ def sample(stats: Stats, before: Stats | None, *, now: float, interval_s: float 
         hits=stats.hits - (before.hits if before else 0),
         puts=stats.stored - (before.stored if before else 0),
         evicted=stats.evicted - (before.evicted if before else 0),
+        cold_hits=stats.cold_hits - (before.cold_hits if before else 0),
+        promoted=stats.promoted - (before.promoted if before else 0),
+        demoted=stats.demoted - (before.demoted if before else 0),
     )
 
 
