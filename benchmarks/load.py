@@ -42,7 +42,11 @@ _SMALL = bytes(64)
 _TICKS = os.sysconf("SC_CLK_TCK")
 _LAYOUT = Layout.opaque(model="load", block_bytes=BLOCK_BYTES, block_tokens=16)
 _NOTHING_READ = commands.Touch(
-    granules=np.empty(0, np.uint32), generations=np.empty(0, np.uint64), lookups=0, hits=0
+    granules=np.empty(0, np.uint32),
+    generations=np.empty(0, np.uint64),
+    lookups=0,
+    hits=0,
+    cold_hits=0,
 )
 Document = dict[str, Any]
 

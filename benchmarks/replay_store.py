@@ -15,7 +15,8 @@ from kvstore.embedded import default_max_blocks
 from kvstore.errors import ResourceExhausted
 from kvstore.index import IndexReader, IndexView, Match
 from kvstore.layout import Attention, Layout
-from kvstore.store import Store, StoreMemory
+from kvstore.nvme.volume import Volume
+from kvstore.store import Deferred, NvmePolicy, Store, StoreMemory
 from kvstore.tiers.slab import SlabAllocator
 
 # What is counted: blocks of a model of the 8-billion class.
@@ -57,7 +58,7 @@ def replay(
     blocks: int, policy: str, requests: Sequence[Chain], over: npt.NDArray[np.bool_]
 ) -> Found:
     """All requests through a new store. over: of which it is told that their session is over."""
-    client = _Client(blocks, policy)
+    client = Client(blocks, policy)
     keys = keys_of(requests)
     for chain, ends in zip(requests, over, strict=True):
         hashes = keys[chain]
@@ -69,10 +70,19 @@ def replay(
     return Found(client.hits, client.stored)
 
 
-class _Client:
+class Client:
     """One client of a new store, and what came of its calls so far."""
 
-    def __init__(self, blocks: int, policy: str) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        policy: str,
+        *,
+        volumes: Sequence[Volume] = (),
+        nvme: NvmePolicy | None = None,
+        more_rows: int = 0,
+    ) -> None:
+        """more_rows: for blocks on NVMe."""
         self.hits = self.stored = 0
         memory = StoreMemory(
             pool=np.zeros(blocks * limits.GRANULE_BYTES, np.uint8),
@@ -80,10 +90,17 @@ class _Client:
             new_index=self._new_index,
         )
         rows = rows_for(blocks)
-        self._store = Store(
-            memory, secret=bytes(32), instance_id=1, max_blocks=rows, policy=policy, now_ms=0
+        self.store = Store(
+            memory,
+            secret=bytes(32),
+            instance_id=1,
+            max_blocks=rows + more_rows,
+            policy=policy,
+            now_ms=0,
+            volumes=volumes,
+            nvme=nvme or NvmePolicy(),
         )
-        self._number = self._store.connect()
+        self._number = self.store.connect()
         opened = self._call(c.OpenNamespace(name="trace", layout=_SMALL.encode()))
         assert isinstance(opened, c.NamespaceOpened)
         self._namespace = opened.namespace
@@ -93,17 +110,20 @@ class _Client:
         """How many leading ones are there; the store is told that they were read."""
         found = self._match(hashes)
         self.hits += found.count
-        if found.count:
-            granules = found.granules.astype(np.uint32)
-            self._call(
-                c.Touch(
-                    granules=granules,
-                    generations=found.generations,
-                    lookups=len(hashes),
-                    hits=found.count,
-                )
-            )
+        self._touch(found, found.count)
         return found.count
+
+    def _touch(self, found: Match, n: int) -> None:
+        """Tells that the first `n` of these were read."""
+        if n:
+            touch = c.Touch(
+                granules=found.granules[:n].astype(np.uint32),
+                generations=found.generations[:n],
+                lookups=n,
+                hits=n,
+                cold_hits=0,
+            )
+            self._call(touch)
 
     def put(self, hashes: npt.NDArray[np.uint8], first: int) -> None:
         """Stores a chain from its block `first` on, as far as there is room."""
@@ -142,8 +162,8 @@ class _Client:
             self._reader = IndexReader(IndexView.open(self._index))
         return self._reader.match(self._namespace, hashes)
 
-    def _call(self, command: c.Command) -> c.Result:
-        return self._store.handle(self._number, command, 0)
+    def _call(self, command: c.Command) -> c.Result | Deferred:
+        return self.store.handle(self._number, command, 0)
 
     def _new_index(self, nbytes: int) -> npt.NDArray[np.uint8]:
         self._index = np.zeros(nbytes, np.uint8)

@@ -34,6 +34,7 @@ from kvstore.store.shelf import Shelf
 
 _MOST_AT_ONCE = 4096  # blocks of a batch, however small
 _NOT_QUEUED = -1
+_STREAMS = 2  # segments that one lineage is written to at a time: one is checked, one written
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +83,7 @@ class Writer:
         self._rate = bytes_per_s
         self._tokens, self._tokens_ms = float(bytes_per_s), shelf.now_ms
         self._queues: dict[int, _Queue] = {}
-        self._open: dict[int, Use] = {}
+        self._open: dict[int, list[Use]] = {}
         n = len(shelf.blocks.state) if shelf.places.volumes else 0
         self._queued = np.full(n, _NOT_QUEUED, np.int64)  # the birth that was queued
         self.queued_bytes = 0
@@ -179,8 +180,8 @@ class Writer:
         return max(min(times), late)
 
     def _busy(self, queue: _Queue) -> bool:
-        use = self._open.get(queue.namespace.lineage)
-        return use is not None and (use.writing or use.state is not UseState.OPEN)
+        uses = self._open.get(queue.namespace.lineage, [])
+        return bool(uses) and all(use.writing or use.state is not UseState.OPEN for use in uses)
 
     def _refill(self) -> None:
         passed = self._shelf.now_ms - self._tokens_ms
@@ -200,8 +201,8 @@ class Writer:
 
     def _write(self, queue: _Queue) -> bool:
         """One step: whether there may be another at once."""
-        use = self._use_for(queue.namespace)
-        if use is None or use.state is not UseState.OPEN or use.writing:
+        use = self._use_for(queue)
+        if use is None:
             return False
         volume = self._shelf.places.volumes[use.volume]
         slot_bytes = queue.namespace.slot_bytes
@@ -214,7 +215,7 @@ class Writer:
         if not len(ids):
             return False
         self._write_batch(queue.namespace, use, volume, ids)
-        return False
+        return True
 
     def _pop(self, queue: _Queue, n: int) -> IdArray:
         """Up to `n` of the blocks that are still there and not written."""
@@ -317,17 +318,24 @@ class Writer:
 
     # -- segments ----------------------------------------------------------------------
 
-    def _use_for(self, namespace: Namespace) -> Use | None:
-        use = self._open.get(namespace.lineage)
-        if use is not None:
-            return use
+    def _use_for(self, queue: _Queue) -> Use | None:
+        """One that can be written now; None where one has to be waited for."""
+        namespace = queue.namespace
+        uses = self._open.setdefault(namespace.lineage, [])
+        for use in uses:
+            if use.state is UseState.OPEN and not use.writing:
+                return use
+        much = queue.count * namespace.slot_bytes >= limits.NVME_WRITE_BYTES
+        if len(uses) >= (_STREAMS if much else 1):
+            return None
         granules = namespace.slot_bytes // limits.GRANULE_BYTES
         volumes = [v for v in self._shelf.places.writable() if v.free and v.holds(granules)]
         if not volumes:
-            self.needs_segment = True
+            self.needs_segment |= not uses
             return None
         volume = max(volumes, key=lambda v: len(v.free) / v.geometry.n_segments)
-        use = self._open[namespace.lineage] = volume.begin(namespace.lineage, granules)
+        use = volume.begin(namespace.lineage, granules)
+        uses.append(use)
         self._shelf.places.open(use)
         header = pack_segment_header(
             SegmentHeader(
@@ -350,7 +358,7 @@ class Writer:
             functools.partial(self._opened, use),
         )
         self.written.nbytes += header.size
-        return use
+        return None
 
     def _opened(self, use: Use, outcome: Outcome) -> None:
         volume = self._shelf.places.volumes[use.volume]
@@ -364,26 +372,28 @@ class Writer:
     def take_over(self, use: Use) -> None:
         """A use from before the start: it goes on where nothing of its lineage is open."""
         if use.state is UseState.OPEN:
-            if use.lineage in self._open:
+            uses = self._open.setdefault(use.lineage, [])
+            if len(uses) >= _STREAMS:
                 use.state = UseState.WHOLE  # without a footer; the next start finds its heads again
             else:
-                self._open[use.lineage] = use
+                uses.append(use)
 
     def let_go(self, use: Use) -> None:
         """The use ends: nothing more is written to it."""
-        if self._open.get(use.lineage) is use:
-            del self._open[use.lineage]
+        uses = self._open.get(use.lineage, [])
+        if use in uses:
+            uses.remove(use)
 
-    def forget(self, lineage: int) -> Use | None:
+    def forget(self, lineage: int) -> None:
         """The namespace was dropped: its queue is void, and the next block opens a segment."""
         queue = self._queues.pop(lineage, None)
         if queue:
             self.queued_bytes -= queue.count * queue.namespace.slot_bytes
-        return self._open.pop(lineage, None)
+        self._open.pop(lineage, None)
 
     def _close(self, use: Use, volume: Volume) -> None:
         use.state = UseState.CLOSING
-        del self._open[use.lineage]
+        self.let_go(use)
         footer = pack_footer(
             Footer(
                 segment=use.segment,
@@ -415,9 +425,8 @@ class Writer:
         lost, and one that succeeds afterwards nothing either."""
         if volume.health is Health.OK:
             volume.health, volume.why = Health.DEGRADED, why
-        for use in [use for use in self._open.values() if use.volume == volume.number]:
-            del self._open[use.lineage]
         for use in volume.uses.values():
+            self.let_go(use)
             if use.state in (UseState.OPEN, UseState.OPENING) and not use.writing:
                 use.state = UseState.WHOLE
 

@@ -1,0 +1,231 @@
+"""The NVMe tier beside fio on the same disk, and a trace by tier: `python -m benchmarks.nvme`.
+
+Puts wait for the sync of what they put (`persist=True`); gets find every block on NVMe only,
+because the daemon was started anew. Both are timed by a client of the daemon, over shared memory,
+so they hold the copies and all checksums as well. fio does O_DIRECT transfers of the blocks' size
+in a file beside the volume, right before and after, with one job and with four; its writes end in
+one fdatasync. The folder has to be on the disk that is meant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import limits
+from benchmarks.daemon import daemon
+from benchmarks.replay_store import MODEL, whole_slabs
+from benchmarks.replay_tiers import TieredHits, replay_tiers
+from benchmarks.replay_trace import read_trace
+from kvstore import Hit, Layout, Tier
+from kvstore.errors import KVStoreError
+from kvstore_client import KVStoreClient
+
+SIZES = (256 << 10, 1 << 20, 4 << 20)
+TOTAL_BYTES = 1 << 30  # of blocks for each size and round
+POOL_BYTES = 1536 << 20
+BATCH_BYTES = 64 << 20  # of one call
+JOBS = (1, 4)
+_DEADLINE_S = 120.0
+DRAM_SHARE, NVME_SHARE = 0.10, 0.50
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes a second, medians over the rounds; fio's are the better of both numbers of jobs."""
+
+    block_bytes: int
+    put: float
+    get: float
+    fio_write: float
+    fio_read: float
+
+
+def measure(folder: Path, rounds: int) -> list[Rates]:
+    """All sizes, in turns. `KVStoreError` where a byte is wrong."""
+    found: dict[int, list[tuple[float, float, float, float]]] = {size: [] for size in SIZES}
+    for number in range(rounds):
+        for size in SIZES:
+            write, read = fio_rates(folder, size)
+            put, get = tier_rates(folder / f"daemon-{number}-{size}", size, seed=number)
+            found[size].append((put, get, write, read))
+    return [Rates(size, *_medians(rows)) for size, rows in found.items()]
+
+
+def _medians(rows: list[tuple[float, float, float, float]]) -> tuple[float, float, float, float]:
+    put, get, write, read = (statistics.median(column) for column in zip(*rows, strict=True))
+    return put, get, write, read
+
+
+def tier_rates(folder: Path, size: int, seed: int) -> tuple[float, float]:
+    """Puts and gets through the tier. size: of a block with its header, so that both move it."""
+    folder.mkdir()
+    layout = Layout.opaque(model="benchmark", block_bytes=size - 4096, block_tokens=16)
+    count, batch = TOTAL_BYTES // size, BATCH_BYTES // size
+    rng = np.random.default_rng([seed, size])
+    hashes = rng.integers(0, 256, (count, 32), np.uint8)
+    rows = rng.integers(0, 256, (batch, layout.block_bytes), np.uint8)
+    volume = f"{folder}:{2 * TOTAL_BYTES + (1 << 30)}"
+    flags = ("--no-grpc", "--nvme", volume, "--nvme-scrub-rate", "0")
+    put = get = 0.0
+    with daemon(folder / "first", POOL_BYTES, *flags) as server, server.connect() as client:
+        namespace = client.open_namespace("benchmark", layout)
+        _when_ready(client)
+        for first in range(0, count, batch):
+            rows[:, :8].view(np.uint64)[:] = first  # so that each batch has bytes of its own
+            begin = time.monotonic()
+            done = client.put(
+                namespace,
+                hashes[first : first + batch],
+                list(rows),
+                persist=True,
+                timeout_s=_DEADLINE_S,
+            )
+            put += time.monotonic() - begin
+            if done.persisted != batch:
+                raise KVStoreError(f"{done.persisted} of {batch} blocks were persisted")
+    into = np.empty_like(rows)
+    with daemon(folder / "second", POOL_BYTES, *flags) as server, server.connect() as client:
+        namespace = client.open_namespace("benchmark", layout)
+        _when_ready(client)
+        for first in range(0, count, batch):
+            begin = time.monotonic()
+            hits = client.get_into(
+                namespace, hashes[first : first + batch], list(into), timeout_s=_DEADLINE_S
+            )
+            get += time.monotonic() - begin
+            rows[:, :8].view(np.uint64)[:] = first
+            if hits != [Hit(Tier.NVME)] * batch or not np.array_equal(into, rows):
+                raise KVStoreError("a block is missing or wrong")
+    shutil.rmtree(folder)
+    return TOTAL_BYTES / put, TOTAL_BYTES / get
+
+
+def _when_ready(client: KVStoreClient) -> None:
+    while not client.stats().nvme_ready:
+        time.sleep(0.01)
+
+
+def fio_rates(folder: Path, size: int) -> tuple[float, float]:
+    """Bytes a second that fio writes and reads, in transfers of this size."""
+    best = [0.0, 0.0]
+    for jobs in JOBS:
+        for number, kind in enumerate(("write", "read")):
+            command = [
+                "fio",
+                "--name=limit",
+                f"--directory={folder}",
+                "--filename=fio",
+                f"--rw={kind}",
+                f"--bs={size}",
+                f"--size={TOTAL_BYTES // jobs}",
+                f"--offset_increment={TOTAL_BYTES // jobs}",
+                f"--numjobs={jobs}",
+                "--direct=1",
+                "--ioengine=psync",
+                "--end_fsync=1",
+                "--group_reporting",
+                "--output-format=json",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            job = json.loads(done.stdout)["jobs"][0]
+            rate = TOTAL_BYTES / (job["job_runtime"] / jobs / 1e3)
+            best[number] = max(best[number], rate)
+    (folder / "fio").unlink()
+    return best[0], best[1]
+
+
+def by_tier(trace: Path, requests: int | None) -> list[TieredHits]:
+    """The trace with memory for 10 % of its unique blocks and NVMe for 50 %."""
+    chains = read_trace(trace, requests)
+    unique = len(np.unique(np.concatenate(chains)))
+    dram, nvme = whole_slabs(int(DRAM_SHARE * unique)), int(NVME_SHARE * unique)
+    kinds = [(policy, every) for policy in ("lru", "s3fifo") for every in (False, True)]
+    with ProcessPoolExecutor() as pool:
+        runs = [
+            pool.submit(replay_tiers, dram, nvme, policy, chains, every=every)
+            for policy, every in kinds
+        ]
+        return [run.result() for run in runs]
+
+
+def tables(rates: list[Rates], hits: list[TieredHits]) -> Iterator[str]:
+    """Lines of Markdown."""
+    facts = ", ".join(f"{name} {value}" for name, value in limits.facts().items())
+    yield f"Machine: {facts}.\n"
+    yield (
+        f"GB/s of {TOTAL_BYTES >> 20} MiB in calls of {BATCH_BYTES >> 20} MiB, and the share of "
+        "fio's O_DIRECT rate for transfers of a block's size.\n"
+    )
+    yield "| block | put, persisted | fio write | | get from NVMe | fio read | |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in rates:
+        put, write, get, read = (
+            f"{rate / 1e9:.2f}" for rate in (row.put, row.fio_write, row.get, row.fio_read)
+        )
+        yield (
+            f"| {row.block_bytes >> 10} KiB | {put} | {write} | {row.put / row.fio_write:.0%} |"
+            f" {get} | {read} | {row.get / row.fio_read:.0%} |"
+        )
+    if not hits:
+        return
+    yield ""
+    yield (
+        f"Trace: {hits[0].lookups:,} look-ups of blocks; memory for {DRAM_SHARE:.0%} of the unique "
+        f"blocks, NVMe for {NVME_SHARE:.0%} (blocks of {MODEL.block_bytes >> 20} MiB).\n"
+    )
+    yield (
+        "| policy, written | memory | NVMe | missed | sum | written blocks | written again |"
+        " write amplification |"
+    )
+    yield "|---" * 8 + "|"
+    for each in hits:
+        total = each.dram_hits + each.nvme_hits + each.misses
+        assert total == each.lookups
+        counts = (each.dram_hits, each.nvme_hits, each.misses)
+        shares = " | ".join(f"{n / total:.3f}" for n in counts)
+        yield (
+            f"| {each.policy}, {each.admission} | {shares} | {total:,} |"
+            f" {each.written:,} | {each.reinserted:,} | {each.amplification:.3f} |"
+        )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".cache"), help="on the disk to use")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trace", type=Path, help="also by tier: JSON lines with `hash_ids`")
+    parser.add_argument("--requests", type=int, help="of the trace only so many")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    options = parser.parse_args()
+    if shutil.which("fio") is None:
+        sys.exit("fio is missing: install it (apt install fio), it is what this is compared with")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="nvme-", dir=options.folder) as name:
+        rates = measure(Path(name).resolve(), options.rounds)
+    hits = by_tier(options.trace, options.requests) if options.trace else []
+    if options.json:
+        document: dict[str, Any] = {
+            "rates": [asdict(row) for row in rates],
+            "trace": [asdict(row) for row in hits],
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    print("\n".join(tables(rates, hits)))
+
+
+if __name__ == "__main__":
+    main()
