@@ -44,7 +44,7 @@ format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## speed beside the peers and this machine's limits; takes 12 minutes and 18 GB of memory
+bench: $(READY) ## speed beside the peers and this machine's limits; takes 15 minutes, 18 GB of memory
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	mkdir -p docs/benchmarks
 	$(BIN)/python -m benchmarks.peers --table docs/benchmarks/peers.md \
@@ -52,6 +52,11 @@ bench: $(READY) ## speed beside the peers and this machine's limits; takes 12 mi
 	$(BIN)/python -m benchmarks.growth --json docs/benchmarks/growth.json \
 		--plot docs/benchmarks/growth.png > docs/benchmarks/growth.md
 	$(BIN)/python -m benchmarks.load --json docs/benchmarks/load.json > docs/benchmarks/load.md
+	@# fio is what the NVMe tier is compared with; FOLDER: on the disk that is meant.
+	$(BIN)/python -m benchmarks.nvme --folder $(or $(FOLDER),.cache) $(if $(TRACE),--trace $(TRACE)) \
+		--json docs/benchmarks/nvme.json > docs/benchmarks/nvme.md
+	$(BIN)/python -m benchmarks.restart --folder $(or $(FOLDER),.cache) \
+		--json docs/benchmarks/restart.json > docs/benchmarks/restart.md
 	@# TRACE: requests as in Mooncake's FAST 25 release, for hit rates; 5 minutes more.
 	$(if $(TRACE),$(BIN)/python -m benchmarks.replay $(TRACE) --json docs/benchmarks/replay.json \
 		--plot docs/benchmarks/replay.png > docs/benchmarks/replay.md)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.replay_store import replay, whole_slabs
+from benchmarks.replay_tiers import replay_tiers
 from benchmarks.replay_trace import Chain, attainable, foreseen, over, read_trace
 
 
@@ -62,3 +63,14 @@ def test_a_full_store_finds_less_and_never_more_than_can_be_foreseen(hinted: boo
     told = over(requests) if hinted else np.zeros(len(requests), np.bool_)
     found = replay(blocks, "lru", requests, told)
     assert 0 < found.hits <= foreseen(accesses, blocks) < attainable(requests)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_hits_by_tier_and_misses_are_all_look_ups(every: bool) -> None:
+    requests = conversations(3)
+    unique = len(np.unique(np.concatenate(requests)))
+    found = replay_tiers(whole_slabs(unique // 10), unique // 2, "lru", requests, every=every)
+    assert found.lookups == sum(map(len, requests))
+    assert found.dram_hits + found.nvme_hits + found.misses == found.lookups
+    assert found.written > 0
+    assert found.amplification > 1.0

@@ -24,7 +24,7 @@ from kvstore.nvme.ops import (
     WriteBlocks,
     WriteRaw,
 )
-from kvstore.nvme.slots import check_slot, renumber
+from kvstore.nvme.slots import check_slot, namespace_of, renumber
 
 _CHECKED_AT_ONCE = 8 << 20  # bytes that a scrub reads at a time
 
@@ -75,7 +75,7 @@ def _read_blocks(op: ReadBlocks, disk: Disk, pool: U8) -> npt.NDArray[np.bool_]:
         first += run.count
     bad = _bad(slots, op.keys, op.stamps, op.layout)
     for slot, wrong in zip(slots, bad.tolist(), strict=True):
-        if not wrong:
+        if not wrong and namespace_of(slot) != op.namespace:
             renumber(slot, op.namespace)
     return bad
 

@@ -19,6 +19,7 @@ U8 = npt.NDArray[np.uint8]
 # the header's own one follows.
 _CELLS = struct.Struct("<I")
 _CELLS_AT = 8
+_NAMESPACE_AT = 16
 _SUMS_AT = 104
 _SUM_BYTES = 8
 
@@ -72,6 +73,11 @@ def stamps_of(headers: U8) -> npt.NDArray[np.uint64]:
     at = np.minimum(_SUMS_AT + n_cells.astype(np.int64) * _SUM_BYTES, width - _SUM_BYTES)
     own = np.take_along_axis(headers, at + np.arange(_SUM_BYTES), axis=1)
     return own.view("<u8").reshape(n).astype(np.uint64, copy=False)
+
+
+def namespace_of(slot: U8) -> int:
+    """The namespace number in the header at the start of `slot`, which is not verified."""
+    return int(_CELLS.unpack_from(slot.data, _NAMESPACE_AT)[0])
 
 
 def renumber(slot: U8, namespace: int) -> int:

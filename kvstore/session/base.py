@@ -93,6 +93,17 @@ class PutResult:
     retry_after_ms: int = 0
     persisted: int = 0
 
+    def __add__(self, other: PutResult) -> PutResult:
+        """What became of the blocks of two puts."""
+        return PutResult(
+            stored=self.stored + other.stored,
+            existed=self.existed + other.existed,
+            waiting=self.waiting + other.waiting,
+            not_stored=self.not_stored + other.not_stored,
+            retry_after_ms=max(self.retry_after_ms, other.retry_after_ms),
+            persisted=self.persisted + other.persisted,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hint:

@@ -59,6 +59,7 @@ from kvstore.session.requests import (
 from kvstore.session.writes import Writer
 
 _ANSWER_S = 0.05  # before the deadline: when a call that waits for NVMe is answered
+_DURABLE_PIECE_BYTES = 16 << 20
 _MOST_STALLS = 3  # fetches whose blocks are gone again before they are copied
 _HITS = {code: Hit(tier) for code, tier in TIERS.items()}
 
@@ -214,9 +215,7 @@ class LocalSession(ControlSession):
             ttl_s=ttl_s,
             hint=hint,
         )
-        result = self._put(put, deadline)
-        if persist and result.stored + result.existed:
-            result = replace(result, persisted=self._persist(namespace, put.chain, deadline))
+        result = self._put_durably(put, deadline) if persist else self._put(put, deadline)
         if hint:
             self._advise(namespace, put.chain, hint, deadline)
         return result
@@ -260,9 +259,26 @@ class LocalSession(ControlSession):
         except StaleNamespace:
             return 0
 
-    def _persist(self, namespace: NamespaceHandle, chain: c.U8, deadline: Deadline) -> int:
+    def _put_durably(self, put: PutRequest, deadline: Deadline) -> PutResult:
+        """Puts piece by piece, so that one is written while the next one is copied."""
+        step = max(1, _DURABLE_PIECE_BYTES // put.part.nbytes)
+        total = PutResult(stored=0, existed=0, waiting=0, not_stored=0)
+        for first in range(0, len(put.chain), step):
+            piece = put.cut(first, first + step)
+            total += self._put(piece, deadline)
+            last = first + step >= len(put.chain)
+            if not last:
+                self._persist(piece.namespace, piece.chain, deadline, wait=False)
+        if total.stored + total.existed:
+            persisted = self._persist(put.namespace, put.chain, deadline)
+            total = replace(total, persisted=persisted)
+        return total
+
+    def _persist(
+        self, namespace: NamespaceHandle, chain: c.U8, deadline: Deadline, *, wait: bool = True
+    ) -> int:
         """How many of these blocks are durable when the call ends."""
-        wait_ms = max(int(1e3 * (deadline.left_s - _ANSWER_S)), 0)
+        wait_ms = max(int(1e3 * (deadline.left_s - _ANSWER_S)), 0) if wait else 0
         with contextlib.suppress(Unavailable, DeadlineExceeded):
             persisted = self._inside(
                 namespace,

@@ -56,6 +56,17 @@ class PutRequest:
     ttl_ms: int
     hint: Hint | None
 
+    def cut(self, first: int, end: int) -> PutRequest:
+        """Blocks [first, end) of it, as a put of their own."""
+        return replace(
+            self,
+            chain=self.chain[first:end],
+            sources=self.sources[first:end],
+            addresses=self.addresses[first:end],
+            parent=self.chain[first - 1].tobytes() if first else self.parent,
+            position=self.position + first if self.position >= 0 else -1,
+        )
+
     def reserve(self, number: int) -> c.Reserve:
         """The command that asks for slots in the namespace `number`."""
         return c.Reserve(

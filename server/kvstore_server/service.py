@@ -148,7 +148,7 @@ class KVStoreService(KVStoreServicer):
             for first, rows in transfers.batches(request_iterator, put):
                 with turn:
                     result = put.store(self._session, namespace, first, rows, _left_s(context))
-                total = transfers.add(total, result)
+                total += result
             return t.put_to_wire(total)
 
     def Drop(  # noqa: N802

@@ -168,18 +168,6 @@ def batches(requests: Iterator[pb.PutRequest], put: Put) -> Iterator[tuple[int, 
         raise InvalidArgument("chunk", f"{arrived.blocks} of {n_blocks} blocks arrived whole")
 
 
-def add(one: PutResult, other: PutResult) -> PutResult:
-    """What became of the blocks of both."""
-    return PutResult(
-        stored=one.stored + other.stored,
-        existed=one.existed + other.existed,
-        waiting=one.waiting + other.waiting,
-        not_stored=one.not_stored + other.not_stored,
-        retry_after_ms=max(one.retry_after_ms, other.retry_after_ms),
-        persisted=one.persisted + other.persisted,
-    )
-
-
 def _put_id(put_id: bytes) -> bytes:
     if put_id and len(put_id) != _PUT_ID_BYTES:
         raise InvalidArgument("put_id", f"must have {_PUT_ID_BYTES} bytes, or none")

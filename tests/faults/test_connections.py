@@ -518,14 +518,14 @@ def test_an_embedded_store_reads_the_index_that_a_refused_call_has_moved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with KVStore(dram=1 << 20) as store:
-        catalog, none = store._store._shelf.catalog, np.empty(0, np.uint32)
+        catalog, none = store._own._store._shelf.catalog, np.empty(0, np.uint32)
 
         def refused(*_: object) -> c.Result:
             catalog._rebuild(4 * catalog.capacity, without=none)
             raise StaleNamespace("dropped")
 
         with monkeypatch.context() as patch:
-            patch.setattr(store._store, "handle", refused)
+            patch.setattr(store._own._store, "handle", refused)
             with pytest.raises(StaleNamespace):
                 store.stats()
         assert not store._link.memory(1.0).index.retired
