@@ -46,7 +46,7 @@ def measure(folder: Path, blocks: int) -> Restart:
     """Fills, kills, restarts, and reads a sample. `KVStoreError` where something is wrong."""
     layout = Layout.opaque(model="restart", block_bytes=BLOCK_BYTES, block_tokens=16)
     nbytes = blocks * 4096 * 5 // 4 // (1 << 20) * (1 << 20) + (64 << 20)
-    rows = str(2 * blocks + POOL_BYTES // 4096)
+    rows = str(blocks + POOL_BYTES // 4096)
     flags = ("--no-grpc", "--nvme", f"{folder}:{nbytes}", "--nvme-scrub-rate", "0")
     limited = (*flags, "--max-blocks", rows)
     rng = np.random.default_rng(1)

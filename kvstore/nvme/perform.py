@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import limits
-from kvstore.errors import Corrupted, ProtocolError
 from kvstore.layout import Layout
 from kvstore.nvme.format import Disk, aligned
 from kvstore.nvme.ops import (
@@ -24,7 +23,7 @@ from kvstore.nvme.ops import (
     WriteBlocks,
     WriteRaw,
 )
-from kvstore.nvme.slots import check_slot, namespace_of, renumber
+from kvstore.nvme.slots import holds, namespace_of, renumber
 
 _CHECKED_AT_ONCE = 8 << 20  # bytes that a scrub reads at a time
 
@@ -109,18 +108,4 @@ def _slots(pool: U8, granules: U32, slot_granules: int) -> list[U8]:
 
 def _bad(slots: Sequence[U8], keys: U8, stamps: U64, layout: Layout) -> npt.NDArray[np.bool_]:
     """Which slots do not hold what they should: bool (n,)."""
-    return np.array(
-        [
-            not _is_sound(slot, key.tobytes(), stamp, layout)
-            for slot, key, stamp in zip(slots, keys, stamps.tolist(), strict=True)
-        ],
-        np.bool_,
-    )
-
-
-def _is_sound(slot: U8, key: bytes, stamp: int, layout: Layout) -> bool:
-    try:
-        check_slot(slot, key, stamp, layout)
-    except (Corrupted, ProtocolError):
-        return False
-    return True
+    return ~holds(slots, keys, stamps, layout)

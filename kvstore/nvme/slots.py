@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from kvstore import limits
 from kvstore.block import BlockHeader, header_bytes, pack, unpack, verify
@@ -14,12 +17,15 @@ from kvstore.errors import Corrupted, InvalidArgument, ProtocolError
 from kvstore.layout import Layout
 
 U8 = npt.NDArray[np.uint8]
+U64 = npt.NDArray[np.uint64]
 
 # As in kvstore.block: where the number of cells is, and where their checksums begin, behind which
 # the header's own one follows.
 _CELLS = struct.Struct("<I")
 _CELLS_AT = 8
 _NAMESPACE_AT = 16
+_KEY_AT = 20
+_SIZES = struct.Struct("<II")  # the number of cells, and the payload's length behind it
 _SUMS_AT = 104
 _SUM_BYTES = 8
 
@@ -49,6 +55,35 @@ def check_slot(slot: U8, key: bytes, stamp: int, layout: Layout) -> BlockHeader:
         )
     verify(header, slot[start : start + header.length], layout.cell_bounds)
     return header
+
+
+def holds(slots: Sequence[U8], keys: U8, stamps: U64, layout: Layout) -> npt.NDArray[np.bool_]:
+    """Of which slots `check_slot` finds nothing wrong: bool (n,). keys: (n, 32), stamps: (n,).
+
+    A header whose own checksum is the stamp is the one that was written, so its fields are only
+    compared, not looked at one by one.
+    """
+    n_cells, start = layout.n_cells, header_bytes(layout.n_cells)
+    end = _SUMS_AT + n_cells * _SUM_BYTES
+    sizes = _SIZES.pack(n_cells, layout.block_bytes)
+    edges = (layout.cell_bounds + start).tolist()
+    cells = list(itertools.pairwise(edges))
+    digest = xxhash.xxh3_64_intdigest
+    sound = np.zeros(len(slots), np.bool_)
+    rows = zip(slots, keys, stamps.tolist(), strict=True)
+    for i, (slot, key, stamp) in enumerate(rows):
+        view = slot.data
+        head = bytes(view[: end + _SUM_BYTES])
+        if (
+            int.from_bytes(head[end:], "little") == stamp == digest(head[:end])
+            and head[_KEY_AT : _KEY_AT + limits.KEY_BYTES] == key.tobytes()
+            and head[_CELLS_AT : _CELLS_AT + _SIZES.size] == sizes
+        ):
+            expected = struct.unpack_from(f"<{n_cells}Q", head, _SUMS_AT)
+            sound[i] = all(
+                digest(view[a:b]) == own for (a, b), own in zip(cells, expected, strict=True)
+            )
+    return sound
 
 
 def stamp_of(slot: U8) -> int:

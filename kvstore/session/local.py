@@ -307,7 +307,7 @@ class LocalSession(ControlSession):
     ) -> tuple[int, MissReason, c.U8]:
         """`_copy_out` where some blocks are on NVMe: those in memory are copied while the others
         come. Also returns where each was at first (uint8)."""
-        tiers, n = found.tiers, len(request.chain)
+        tiers, n, known = found.tiers, len(request.chain), found.count
         done = stalls = 0
         while True:
             memory = self._link.memory(deadline.left_s)
@@ -317,20 +317,18 @@ class LocalSession(ControlSession):
             cold = int(np.count_nonzero(tiers[done : done + hits] == NVME_CODE))
             self._note(part, hits, hits, cold)
             done += hits
-            if hits < warm or warm == found.count:
+            if hits < warm or done == known:
                 break
             stalls = 0 if hits else stalls + 1
             reason = MissReason.UNAVAILABLE
+            # Also where the next one was not seen, because its row was just being moved: when the
+            # store answers, it is not.
             if stalls > _MOST_STALLS or not self._fetch(number, request.chain[done:], deadline):
                 break
             memory = self._link.memory(deadline.left_s)
             found = memory.index.match(number, request.chain[done:])
-            tiers = np.concatenate(
-                (tiers[: max(done, len(tiers))], found.tiers[len(tiers) - done :])
-            )
-            reason = MissReason.NOT_STORED
-            if not found.count:
-                break
+            known = max(known, done + found.count)
+            tiers = np.concatenate((tiers, found.tiers[len(tiers) - done :]))
         self._note(found, 0, n - done)
         return done, reason, tiers
 

@@ -14,6 +14,7 @@ from conformance.conftest import WAYS, random_hashes
 from daemon import daemon
 from kvstore import ExplainStatus, Hit, KVStore, Layout, Session, Tier
 from kvstore.commands import Stats
+from kvstore.index import IndexReader, Match
 from kvstore.session.base import MissReason
 from kvstore.store import NvmePolicy
 from kvstore_client import KVStoreClient
@@ -180,3 +181,26 @@ def test_a_view_shows_blocks_from_nvme(open_store: Open) -> None:
         with store.view(namespace, hashes, timeout_s=WAIT_S) as view:
             assert len(view.blocks) == 20
             assert all((view.blocks[i] == block(i)).all() for i in range(20))
+
+
+def test_a_block_whose_row_is_just_being_moved_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = random_hashes(20)
+    settings = {"dram": POOL, "secret": SECRET, "nvme": {tmp_path: VOLUME}}
+    with KVStore(**settings) as store:
+        recovered(store)
+        fill(store, hashes)
+    whole, calls = IndexReader.match, 0
+
+    def missing_once(self: IndexReader, namespace: int, asked: np.ndarray) -> Match:
+        nonlocal calls
+        calls += 1
+        return whole(self, namespace, asked) if calls != 2 else Match(np.empty((0, 8), np.uint64))
+
+    with KVStore(**settings) as store:
+        recovered(store)
+        store.open_namespace("a", LAYOUT)
+        monkeypatch.setattr(IndexReader, "match", missing_once)
+        assert get(store, hashes) == [Tier.NVME] * 20
+        assert calls > 2

@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore import block, limits
+from kvstore.block import BlockHeader
 from kvstore.errors import Corrupted, InvalidArgument, KVStoreError, ProtocolError
 from kvstore.layout import Attention, Layout
 from kvstore.nvme.format import (
@@ -44,7 +45,8 @@ from kvstore.nvme.format import (
     unpack_segment_header,
     unpack_superblock,
 )
-from kvstore.nvme.slots import check_slot, renumber, stamp_of, stamps_of
+from kvstore.nvme.slots import check_slot as check_one
+from kvstore.nvme.slots import holds, renumber, stamp_of, stamps_of
 
 UNIT = limits.GRANULE_BYTES
 VOLUME_ID = bytes(range(16))
@@ -66,6 +68,18 @@ FOOTER = Footer(
     segment=3, sequence=7, batches=2, header=0x3132333435363738, last=0x4142434445464748
 )
 SECTOR = LogSector(volume_id=VOLUME_ID, epoch=9, number=0, base=4)
+
+
+def check_slot(slot: np.ndarray, key: bytes, stamp: int, layout: Layout) -> BlockHeader:
+    """`check_slot`, and `holds` must say the same of every slot that it can be asked of."""
+    keys, stamps = np.frombuffer(key, np.uint8).reshape(1, -1), np.array([stamp], np.uint64)
+    try:
+        header = check_one(slot, key, stamp, layout)
+    except Corrupted:
+        assert not holds([slot], keys, stamps, layout).any()
+        raise
+    assert holds([slot], keys, stamps, layout).all()
+    return header
 
 
 def _entries(n: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.void]]:
