@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from kvstore import Session
 from kvstore.channel.paths import grpc_socket
+from kvstore.errors import DeadlineExceeded, Unavailable
 
 _END_S = 30.0
 # An engine's environment has no daemon in it: its tests are told where there is one.
@@ -105,6 +107,15 @@ def daemon(
             process.terminate()
     finally:
         process.end()
+
+
+def notice_end(session: Session) -> None:
+    """Has a session notice that its daemon was killed; until it does, it reads its memory."""
+    try:
+        session.info(timeout_s=0.05)
+    except (Unavailable, DeadlineExceeded):
+        return
+    raise AssertionError("a killed daemon answers")
 
 
 def _clean_environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 from integrations.pool import one_bit_off, spoil
 from integrations.spy import Spy
 
-from daemon import Daemon, daemon
+from daemon import Daemon, daemon, notice_end
 from kvstore import HintKind
 from kvstore_client import KVStoreClient
 from kvstore_integrations.identity import Identity
@@ -255,6 +255,7 @@ def test_a_dead_store_costs_misses_and_comes_back(tmp_path: Path) -> None:
         request = request_of(keys)
         assert engine.found(request, keys) == [Found.HIT] * 3
         running.kill()
+        notice_end(engine.spy.client)
         assert not engine.run("load", request, keys, [0, 1, 2]).keys
         assert not engine.run("store", request_of(keys), keys, [0, 1, 2]).complete
         assert engine.found(request_of(keys), keys) == [Found.MISS] * 3

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from daemon import Daemon, daemon
+from daemon import Daemon, daemon, notice_end
 from kvstore_client import KVStoreClient
 from kvstore_integrations.lmcache.chunks import ChunkStore
 from kvstore_integrations.lmcache.names import Kind, chunk_name, digest, kind_of
@@ -154,6 +154,7 @@ def test_a_dead_store_costs_misses_and_comes_back(tmp_path: Path) -> None:
         engine = Engine(process.target)
         engine.put(names, [TOKENS, 7])
         process.kill()
+        notice_end(engine.client)
     assert engine.chunks.count(names) == 0
     assert engine.get(names) == [0, 0]
     engine.put(names, [TOKENS, 7])

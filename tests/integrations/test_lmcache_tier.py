@@ -27,7 +27,7 @@ from integrations.lmcache_rig import (
 )
 from integrations.pool import one_bit_off, spoil
 
-from daemon import Daemon, daemon
+from daemon import Daemon, daemon, notice_end
 from kvstore import limits
 from kvstore_client import KVStoreClient
 
@@ -370,6 +370,7 @@ def test_a_store_that_dies_between_look_up_and_load_costs_misses_and_comes_back(
         server.store(keys)
         assert server.found(keys) == [True] * 3
         process.kill()
+        notice_end(server.spy.client)
     assert server.load(keys) == [False] * 3
     server.unlock(keys)
     assert server.tier.locked == 0
