@@ -51,5 +51,6 @@ MAX_PREFETCHES = 64  # chains that are brought from NVMe ahead of need, of all c
 NVME_AGAIN_SHARE = 4  # the part of a segment's blocks that are written again when it makes room
 MAX_NVME_READ_ERRORS = 8  # one after another; then the volume is given up
 NVME_SCRUB_MS = 50  # between two reads of the scrubber
+MAX_EARLY_DROPS = 1 << 18  # keys that are dropped before all is found that lies on NVMe
 MAX_FORGET_MS = 5000  # how long a drop waits to be durable; then it is answered all the same
 MAX_CASTS = 16  # commands that wait on a client for the next call to take them along

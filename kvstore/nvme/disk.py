@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import InvalidArgument, Unavailable
+from kvstore.nvme.format import Disk
 
 # Of offsets, sizes and addresses: no disk that we know asks O_DIRECT for more.
 ALIGN_BYTES = 4096
@@ -70,6 +72,7 @@ class FileDisk:
                 raise InvalidArgument(
                     "nvme", f"{path} has {found} bytes, not {nbytes}: ask for no more"
                 )
+            _show_what_is_durable(fd)
             took = direct and _go_direct(fd)
             return cls(fd, path, nbytes=nbytes, file_bytes=found, direct=took)
 
@@ -91,6 +94,7 @@ class FileDisk:
             if not found.st_size:  # new, or its maker died before this
                 _grow(fd, nbytes)
                 _sync_folder(folder)
+            _show_what_is_durable(fd)
             size = (found.st_size or nbytes) // ALIGN_BYTES * ALIGN_BYTES
             took = direct and _go_direct(fd)
             return cls(fd, path, nbytes=size, file_bytes=found.st_size, direct=took)
@@ -165,6 +169,43 @@ class FileDisk:
         if self._fd < 0:
             raise OSError(errno.EBADF, f"{self.path} is closed")
         return self._fd
+
+
+class WaryDisk:
+    """A disk on which nothing counts as synced any more, once a sync has failed.
+
+    The system tells of what was lost only one of those who sync at the time, and nobody who does
+    later; here they all hear of it, whatever order they are told in.
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._syncs = threading.Lock()
+        self._failed: OSError | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """See `Disk.nbytes`."""
+        return self._disk.nbytes
+
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """See `Disk.read`."""
+        self._disk.read(offset, buffers)
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """See `Disk.write`."""
+        self._disk.write(offset, buffers)
+
+    def sync(self) -> None:
+        """See `Disk.sync`; after the first OSError there is nothing else."""
+        with self._syncs:
+            if self._failed is not None:
+                raise OSError(self._failed.errno, f"a sync has failed: {self._failed.strerror}")
+            try:
+                self._disk.sync()
+            except OSError as error:
+                self._failed = error
+                raise
 
 
 def check_range(disk_bytes: int, offset: int, nbytes: int) -> None:
@@ -273,6 +314,13 @@ def _grow(fd: int, nbytes: int) -> None:
     if os.fstat(fd).st_size < nbytes:  # else it would cut off a last part of a granule
         os.ftruncate(fd, nbytes)
     os.fsync(fd)
+
+
+def _show_what_is_durable(fd: int) -> None:
+    """From here on reads give nothing that a power cut would take. After a sync that failed, in an
+    earlier life, the system may still have pages that it takes for written and that are nowhere."""
+    os.fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvstore import limits
 from kvstore.errors import Corrupted, InvalidArgument, KVStoreError, ProtocolError
-from kvstore.nvme.disk import FileDisk
+from kvstore.nvme.disk import FileDisk, WaryDisk
 from kvstore.nvme.format import VOLUME_ID_BYTES, Disk, Geometry, Superblock, pack_superblock
 from kvstore.nvme.recovery import read_superblock
 from kvstore.nvme.volume import Volume
@@ -122,7 +122,7 @@ def _open(location: Location, name: str) -> OpenVolume:
     except BaseException:
         disk.close()
         raise
-    return OpenVolume(disk, superblock, disk.close)
+    return OpenVolume(WaryDisk(disk), superblock, disk.close)
 
 
 def _checked(disk: FileDisk, location: Location) -> Superblock:

@@ -45,6 +45,7 @@ class Runner:
     ) -> None:
         self._store, self._opened, self._pool = store, opened, pool
         self._soon, self._now_ms, self._after = soon, now_ms, after
+        self._disks = [volume.disk for volume in opened.volumes]
         self._stop = threading.Event()
         self._running: set[Future[Outcome]] = set()
         self._room = threading.Semaphore(_AHEAD)
@@ -72,10 +73,9 @@ class Runner:
         self._opened.close()
 
     def _begin(self, op: Op) -> None:
-        disks = [volume.disk for volume in self._opened.volumes]
-        future = self._threads.submit(perform, op, disks, self._pool)
-        self._running.add(future)
-        future.add_done_callback(self._ended)
+        done: Future[Outcome] = Future()
+        self._running.add(done)
+        self._threads.submit(self._perform, op, done)
 
     def _flush(self, end_s: float) -> None:
         """What was worth writing is written, and so are the books of what is forgotten."""
@@ -92,7 +92,13 @@ class Runner:
 
     # -- on the threads ----------------------------------------------------------------
 
-    def _ended(self, done: Future[Outcome]) -> None:
+    def _perform(self, op: Op, done: Future[Outcome]) -> None:
+        # Here, and not as a callback of the future: that may run at once in the store's thread,
+        # which holds the lock that `soon` may want.
+        try:
+            done.set_result(perform(op, self._disks, self._pool))
+        except BaseException as error:
+            done.set_exception(error)
         self._soon(lambda: self._hear(done))
 
     def _recover(self, number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from kvstore.nvme.format import HEADER_GRANULES, WHOLE_USE, Geometry, head_granu
 
 IdArray = npt.NDArray[np.uint32]
 U32 = npt.NDArray[np.uint32]
+Record = tuple[int, int, int]  # segment, sequence, granule or WHOLE_USE
 
 
 class Health(enum.IntEnum):
@@ -40,7 +41,8 @@ class Use:
 
     next_granule, batches, header, last: where and how the next batch goes on. synced: the granule
     up to which all is durable. entries: of all batches, until the footer is written. live: blocks
-    that are found here. reads: operations that read from it now. writing: whether one writes to it.
+    that are found here. reads: operations that read from it now. writing: whether one writes to it,
+    be it a batch, the header or the footer.
     """
 
     volume: int
@@ -87,9 +89,12 @@ class Volume:
         self.uses: dict[int, Use] = {}  # by segment
         self.free = list(range(geometry.n_segments - 1, -1, -1))
         self.next_sequence = 1
-        self.forgotten: list[tuple[int, int, int]] = []  # that the log has yet to say
-        self.logged: dict[tuple[int, int, int], None] = {}  # what it says already
+        self.forgotten: list[Record] = []  # that the log has yet to say
+        self.n_forgotten = self.n_said = 0  # all that were ever in that list, and said durably
+        self.logged: dict[Record, None] = {}  # what it says already
         self.on_disk: dict[int, int] = {}  # by segment, the use whose header is there
+        self._over: dict[int, int] = {}  # by segment, the last use that was forgotten as a whole
+        self.unread: dict[int, int] = {}  # by segment, a use of which nobody knows what it holds
         self.read_errors = 0
 
     def begin(self, lineage: int, slot_granules: int) -> Use:
@@ -104,14 +109,48 @@ class Volume:
         """The segment is free: what it holds must not come back."""
         del self.uses[use.segment]
         self.free.insert(0, use.segment)
-        self.forgotten.append((use.segment, use.sequence, WHOLE_USE))
+        self.forget([(use.segment, use.sequence, WHOLE_USE)])
+
+    def forget(self, records: Collection[Record]) -> None:
+        """These must not come back after a restart; the log is to say so."""
+        self.forgotten += records
+        self.n_forgotten += len(records)
+        self._note_over(records)
+
+    def found(self, headers: Iterable[tuple[int, int]], records: Iterable[Record]) -> None:
+        """What was there before the start: segment and sequence of the headers, and the log."""
+        self.on_disk = dict(headers)
+        self.logged = dict.fromkeys(records)
+        self._note_over(self.logged)
+
+    def _note_over(self, records: Iterable[Record]) -> None:
+        for segment, sequence, granule in records:
+            if granule == WHOLE_USE:
+                self._over[segment] = max(sequence, self._over.get(segment, 0))
+
+    def leave_unread(self, segment: int, sequence: int) -> None:
+        """What this use holds cannot be known now, but perhaps after the next restart. Its segment
+        is free, and the last to be used again."""
+        self.unread[segment] = self.on_disk[segment] = sequence
+        self.free.remove(segment)
+        self.free.insert(0, segment)
+
+    def forget_unread(self) -> None:
+        """Something was dropped that may lie there as well."""
+        unread = [(s, n, WHOLE_USE) for s, n in self.unread.items() if self.on_disk[s] == n]
+        self.forget(unread)
+        self.unread = {}
 
     def oldest(self) -> Use | None:
-        """The use that has to make room first; None where all are being written, read or left."""
-        usable = (UseState.WHOLE, UseState.OPEN)
-        candidates = [u for u in self.uses.values() if u.state in usable and not u.writing]
-        whole = [u for u in candidates if u.state is UseState.WHOLE]
-        return min(whole or candidates, key=lambda use: use.sequence, default=None)
+        """The use that has to make room first, if there is one."""
+        usable = self.usable()
+        whole = [use for use in usable if use.state is UseState.WHOLE]
+        return min(whole or usable, key=lambda use: use.sequence, default=None)
+
+    def usable(self) -> list[Use]:
+        """The uses that can make room now: that are not being written or left."""
+        states = (UseState.WHOLE, UseState.OPEN)
+        return [use for use in self.uses.values() if use.state in states and not use.writing]
 
     def room_in(self, use: Use, most: int) -> int:
         """How many slots, up to `most`, a next batch of the segment can have."""
@@ -132,10 +171,23 @@ class Volume:
         """Where a granule of the segment lies on the volume, in bytes."""
         return self.geometry.offset(use.segment, granule)
 
-    def due_records(self) -> Iterator[tuple[int, int, int]]:
-        """What the log has to say and does not say yet, of uses that are still on disk."""
-        records, self.forgotten = self.forgotten, []
-        for record in records:
-            if record not in self.logged:
-                self.logged[record] = None
-                yield record
+    def due_records(self) -> list[Record]:
+        """What the log has to say and does not say yet."""
+        forgotten, self.forgotten = self.forgotten, []
+        due = dict.fromkeys(r for r in forgotten if r not in self.logged and self._is_needed(r))
+        self.logged |= due
+        return list(due)
+
+    def useful_records(self) -> list[Record]:
+        """What the log has to say still: of uses whose headers are on disk."""
+        return [record for record in self.logged if self._is_needed(record) and self._tells(record)]
+
+    def _is_needed(self, record: Record) -> bool:
+        """Whether no other record says that all of this use is over."""
+        segment, sequence, granule = record
+        return granule == WHOLE_USE or sequence > self._over.get(segment, 0)
+
+    def _tells(self, record: Record) -> bool:
+        segment, sequence, granule = record
+        there = self.on_disk.get(segment)
+        return there == sequence or (granule == WHOLE_USE and sequence > (there or 0))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kvstore.nvme.format import LOG_HALVES, LOG_RECORD, LOG_RECORDS, LogSector, pack_log_sector
 from kvstore.nvme.ops import U8, Outcome, WriteRaw
-from kvstore.nvme.volume import Health, Volume
+from kvstore.nvme.volume import Health, Record, Volume
 from kvstore.store.desk import Desk
 
-Record = tuple[int, int, int]  # segment, sequence, granule
+Ending = tuple[int, int]  # segment, sequence
 
 
 class ForgetLog:
@@ -35,37 +36,43 @@ class ForgetLog:
         self._volume, self._desk, self._on_error = volume, desk, on_error
         self._half, self._epoch = half, next_epoch - 1
         self._number = volume.geometry.log_granules  # full, so that the other half is begun
-        self.busy = False
+        self._due: list[Record] = []  # that no sector has yet
+        self._saying = 0  # of all that was forgotten, up to where these go
+        self._busy = False
 
-    @property
-    def settled(self) -> bool:
-        """Whether all that was forgotten is durably so, or cannot be any more."""
+    def settled(self, upto: int) -> bool:
+        """Whether the first so many records are durable, or cannot be any more."""
         volume = self._volume
-        return not (self.busy or volume.forgotten) or volume.health is not Health.OK
+        return volume.n_said >= upto or volume.health is not Health.OK
 
-    @property
-    def room(self) -> int:
-        """How many records a half can begin with."""
-        return (self._volume.geometry.log_granules - 1) * LOG_RECORDS // 2
-
-    def pump(self) -> None:
-        """Writes what is due."""
+    def pump(self) -> set[Ending]:
+        """Writes what is due. Returns the uses that have to end first, because a half has no room
+        for all that is to be said of them."""
         volume = self._volume
-        if self.busy or not volume.forgotten or volume.health is not Health.OK:
-            return
-        records = list(volume.due_records())
-        if not records:
-            return
-        sectors = -(-len(records) // LOG_RECORDS)
+        if self._busy or volume.health is not Health.OK:
+            return set()
+        if volume.forgotten:
+            self._saying = volume.n_forgotten
+            self._due += volume.due_records()
+        if not self._due:
+            volume.n_said = self._saying
+            return set()
+        sectors = -(-len(self._due) // LOG_RECORDS)
         if self._number + sectors > volume.geometry.log_granules:
-            self._begin_half()
-        else:
-            self._write(self._sectors(records, self._number), self._number, self._written)
-            self._number += sectors
+            return self._begin_half()
+        self._write(self._sectors(self._due, self._number), self._number, self._written)
+        self._number += sectors
+        return set()
 
-    def _begin_half(self) -> None:
+    def _begin_half(self) -> set[Ending]:
         volume = self._volume
-        kept = [r for r in volume.logged if volume.on_disk.get(r[0]) == r[1]]
+        kept = volume.useful_records()
+        most = (volume.geometry.log_granules - 1) * LOG_RECORDS
+        if len(kept) > most:
+            ends = _most_said_of(kept, most // 2)
+            if not ends:
+                self._on_error(volume, "its log is too small for so many segments")
+            return ends
         volume.logged = dict.fromkeys(kept)
         self._half, self._epoch = (self._half + 1) % LOG_HALVES, self._epoch + 1
         behind = self._sectors(kept, 1)
@@ -76,6 +83,7 @@ class ForgetLog:
             self._write(behind, 1, then)
         else:
             self._write([first], 0, self._written)
+        return set()
 
     def _rest_written(self, first: U8, outcome: Outcome) -> None:
         """Sector 0 last: only when it is there is the half one."""
@@ -99,7 +107,7 @@ class ForgetLog:
 
     def _write(self, sectors: Sequence[U8], number: int, then: Callable[[Outcome], None]) -> None:
         volume = self._volume
-        self.busy = True
+        self._busy, self._due = True, []
         writes = tuple(
             (volume.geometry.log_offset(self._half, number + i), sector)
             for i, sector in enumerate(sectors)
@@ -110,6 +118,20 @@ class ForgetLog:
         )
 
     def _written(self, outcome: Outcome) -> None:
-        self.busy = False
+        self._busy = False
         if outcome.error:
             self._on_error(self._volume, f"a write failed: {outcome.error}")
+        else:
+            self._volume.n_said = self._saying
+
+
+def _most_said_of(records: Sequence[Record], most: int) -> set[Ending]:
+    """The uses that have to end so that not many more than `most` records are left: of each that
+    ends there is one."""
+    left, ends = len(records), set[Ending]()
+    for use, count in Counter(record[:2] for record in records).most_common():
+        if left <= most or count == 1:
+            break
+        ends.add(use)
+        left -= count - 1
+    return ends

@@ -21,10 +21,11 @@ from kvstore.store.checks import check_hashes
 from kvstore.store.deadlines import Due
 from kvstore.store.desk import Desk
 from kvstore.store.fetching import Fetcher
-from kvstore.store.forgetting import ForgetLog
+from kvstore.store.forgetting import Ending, ForgetLog
 from kvstore.store.namespaces import Namespace
 from kvstore.store.shelf import NVME_TIER, Shelf
 from kvstore.store.tickets import Deferred, Tickets
+from kvstore.store.unwanted import Unwanted
 from kvstore.store.writing import Writer
 
 _NO_HEALTH = 3
@@ -60,6 +61,8 @@ class NvmeTier:
         self._logs: dict[int, ForgetLog] = {}
         self._again: dict[Use, IdArray] = {}  # of uses that make room: what is kept
         self._to_recover = len(shelf.places.volumes)
+        self._surveys: dict[int, Survey] = {}
+        self._unwanted = Unwanted()
         # The oldest is forgotten: it is advice, and more would be another queue without end.
         self._ahead: deque[tuple[Namespace, IdArray, npt.NDArray[np.uint32]]] = deque(
             maxlen=limits.MAX_PREFETCHES
@@ -105,15 +108,23 @@ class NvmeTier:
             self._writer.wish(np.concatenate(wishes))
         if not self._to_recover:
             self._writer.pump()
-            if self._writer.needs_segment:
+            if self._writer.needed:
                 self._make_room()
-            self._settle_uses()
-            for log in self._logs.values():
-                log.pump()
+        self._settle_uses()
+        if not self._to_recover:
+            self._write_logs()
             self._scrub()
         self.tickets.look(self._shelf.now_ms)
+        if not self._to_recover:
+            self._writer.sync()  # of what those who wait have found written
         if self._ahead:
             self._bring_ahead()
+
+    def _write_logs(self) -> None:
+        for number, log in self._logs.items():
+            if ends := log.pump():
+                self._end_for_log(self._shelf.places.volumes[number], ends)
+                log.pump()
 
     def flush(self) -> None:
         """Everything that waits to be written is written at once."""
@@ -186,6 +197,8 @@ class NvmeTier:
             alive = (shelf.blocks.birth[ids] == births) & shelf.blocks.in_index(ids)
             durable = alive & shelf.places.durable(ids)
             open_ = alive & ~durable
+            # Such a block may have lost its place to others since it was written.
+            self._writer.wish(ids[open_], urgent=True)
             hope = (self._writer.waits(ids) | self._may_be_synced(ids)) & bool(
                 shelf.places.writable()
             )
@@ -233,13 +246,31 @@ class NvmeTier:
 
     def forgotten(self, connection: int, count: c.Count) -> c.Result | Deferred:
         """The answer to a drop: it waits until a restart cannot bring the blocks back."""
+        volumes = self._shelf.places.volumes
         due_ms = self._shelf.now_ms + limits.MAX_FORGET_MS
+        batches = set(self._writer.leased)  # that may have dropped blocks in them
+        upto: dict[int, int] | None = None
 
         def poll(last: bool) -> c.Count | None:
-            settled = all(log.settled for log in self._logs.values())
-            return count if settled or last or self._to_recover else None
+            nonlocal upto
+            if last:
+                return count
+            if self._to_recover or batches & self._writer.leased.keys():
+                return None
+            if upto is None:
+                for volume in volumes:
+                    volume.forget_unread()
+                upto = {number: volumes[number].n_forgotten for number in self._logs}
+                self._write_logs()
+            settled = all(log.settled(upto[number]) for number, log in self._logs.items())
+            return count if settled else None
 
         return self.tickets.ask(connection, poll, due_ms=due_ms, now_ms=self._shelf.now_ms)
+
+    def drop(self, namespace: Namespace, hashes: c.U8) -> None:
+        """These keys are dropped: what a volume has of them and did not tell yet as well."""
+        if self._to_recover:
+            self._unwanted.add(namespace.lineage, hashes)
 
     def drop_namespace(self, namespace: Namespace) -> None:
         """All of its segments are over; before its blocks are forgotten one by one."""
@@ -247,10 +278,12 @@ class NvmeTier:
         for volume in places.volumes:
             for use in list(volume.uses.values()):
                 if use.lineage == namespace.lineage:
-                    volume.forgotten.append((use.segment, use.sequence, WHOLE_USE))
+                    volume.forget([(use.segment, use.sequence, WHOLE_USE)])
                     places.leave(places.in_use(use), forgotten=False)
                     self._leave(use, _NO_IDS)
         self._writer.forget(namespace.lineage)
+        if self._to_recover:
+            self._unwanted.add_all(namespace.lineage)
 
     # -- segments that make room -------------------------------------------------------
 
@@ -258,11 +291,25 @@ class NvmeTier:
         """The oldest segment gives its place; what of it was read goes on elsewhere."""
         if self._again:
             return
+        needed = self._writer.needed
+        volumes = [v for v in self._shelf.places.writable() if any(map(v.holds, needed))]
+        oldest = [use for volume in volumes if (use := volume.oldest())]
+        if oldest:
+            self._leave_with_care(min(oldest, key=lambda use: use.sequence))
+
+    def _end_for_log(self, volume: Volume, ends: set[Ending]) -> None:
+        """Uses of which the log would have to say too much end, so that one record is enough."""
+        for segment, sequence in ends:
+            use = volume.uses.get(segment)
+            if use is None or use.sequence != sequence:
+                volume.forget([(segment, sequence, WHOLE_USE)])
+            elif use not in self._again:
+                self._leave_with_care(use)
+        self._settle_uses()
+
+    def _leave_with_care(self, use: Use) -> None:
+        """What of the use was read is brought into memory, to be written again elsewhere."""
         shelf = self._shelf
-        writable = [volume.oldest() for volume in shelf.places.writable()]
-        use = min((u for u in writable if u), key=lambda u: u.sequence, default=None)
-        if use is None:
-            return
         ids = shelf.places.in_use(use)
         most = -(-len(ids) // limits.NVME_AGAIN_SHARE)
         chosen = ids[shelf.places.reread(ids)][:most]
@@ -292,7 +339,7 @@ class NvmeTier:
                 del self._again[use]
                 self._end(use, chosen)
                 freed = True
-        if freed:
+        if freed and not self._to_recover:
             self._writer.pump()
 
     def _end(self, use: Use, chosen: IdArray) -> None:
@@ -300,7 +347,7 @@ class NvmeTier:
         ids = shelf.places.in_use(use)
         live = shelf.blocks.state[ids] == BlockState.LIVE
         again = ids[live & np.isin(ids, chosen)]
-        shelf.lose_cold(ids[~live])
+        shelf.lose_cold(ids[~live], forgotten=False)
         shelf.places.leave(ids[live], forgotten=False)
         shelf.places.close(use)
         shelf.places.volumes[use.volume].end(use)
@@ -359,10 +406,13 @@ class NvmeTier:
         """What is known of a volume before its segments are read."""
         volume = self._shelf.places.volumes[number]
         volume.next_sequence = highest_sequence(survey) + 1
-        volume.on_disk = {use.header.segment: use.header.sequence for use in reversed(survey.uses)}
-        volume.logged = dict.fromkeys(
-            (int(r["segment"]), int(r["sequence"]), int(r["granule"])) for r in survey.log.records
+        records = survey.log.records
+        columns = (records[name].tolist() for name in ("segment", "sequence", "granule"))
+        volume.found(
+            [(use.header.segment, use.header.sequence) for use in survey.uses],
+            zip(*columns, strict=True),
         )
+        self._surveys[number] = survey
         self._logs[number] = ForgetLog(
             volume,
             self._desk,
@@ -375,8 +425,14 @@ class NvmeTier:
         """Shows what a segment holds; returns how many blocks. Newer segments come first."""
         shelf = self._shelf
         volume = shelf.places.volumes[number]
+        if segment.segment not in volume.free or volume.health is Health.OFF:
+            return 0
         namespace = self._namespace_of(segment)
-        if namespace is None or segment.segment not in volume.free:
+        if namespace is None:
+            volume.leave_unread(segment.segment, segment.sequence)
+            return 0
+        if self._unwanted.has_all(namespace.lineage):
+            volume.forget([(segment.segment, segment.sequence, WHOLE_USE)])
             return 0
         volume.free.remove(segment.segment)
         use = Use(
@@ -390,7 +446,7 @@ class NvmeTier:
             batches=segment.batches,
             header=segment.header,
             last=segment.last,
-            synced=segment.next_granule if segment.whole else 0,
+            synced=segment.next_granule,  # what is read after a disk was opened is durable
         )
         volume.uses[segment.segment] = use
         shelf.places.open(use)
@@ -416,11 +472,22 @@ class NvmeTier:
         shelf = self._shelf
         expires = entries["expires_ms"]
         entries = entries[(expires == 0) | (expires > shelf.now_ms)]
-        keys = np.ascontiguousarray(entries["key"]).view(np.uint8).reshape(-1, limits.KEY_BYTES)
+        keys = _keys_of(entries)
+        unwanted = self._unwanted.among(namespace.lineage, keys)
+        self._forget_entries(use, entries[unwanted])
+        entries, keys = entries[~unwanted], keys[~unwanted]
         if len(keys):
-            fresh = shelf.catalog.find(namespace.id, keys) < 0
-            entries, keys = entries[fresh], keys[fresh]
+            known = shelf.catalog.find(namespace.id, keys)
+            twice = known >= 0
+            shelf.places.add_copies(
+                known[twice].astype(np.uint32),
+                use,
+                entries["granule"][twice],
+                entries["stamp"][twice],
+            )
+            entries, keys = entries[~twice], keys[~twice]
         n = min(len(entries), shelf.blocks.n_free)
+        self._forget_entries(use, entries[n:])
         entries, keys = entries[:n], keys[:n]
         if not n:
             return _NO_IDS
@@ -436,6 +503,7 @@ class NvmeTier:
             generations=np.zeros(n, np.uint64),
         )
         shelf.blocks.give_back(ids[~shown])
+        self._forget_entries(use, entries[~shown])
         ids, keys, entries = ids[shown], keys[shown], entries[shown]
         shelf.blocks.appear_cold(ids, namespace.id)
         namespace.blocks += len(ids)
@@ -445,6 +513,12 @@ class NvmeTier:
             if each:
                 shelf.deadlines.set(Due.EXPIRY, ids[entries["expires_ms"] == each], each)
         return ids
+
+    def _forget_entries(self, use: Use, entries: npt.NDArray[np.void]) -> None:
+        """They are not shown, and must not be in the next life either."""
+        granules = entries["granule"].tolist()
+        volume = self._shelf.places.volumes[use.volume]
+        volume.forget([(use.segment, use.sequence, granule) for granule in granules])
 
     def _link(self, namespace: Namespace, ids: IdArray, entries: npt.NDArray[np.void]) -> None:
         parents = np.ascontiguousarray(entries["parent"]).view(np.uint8)
@@ -461,6 +535,13 @@ class NvmeTier:
         self._to_recover -= 1
         if error:
             volume.health, volume.why = Health.OFF, error
+        elif survey := self._surveys.pop(number, None):
+            for problem in survey.problems:
+                # Of an unknown use nobody knows the sequence, but it is below all that come.
+                unknown = volume.next_sequence - 1
+                volume.leave_unread(problem.segment, problem.sequence or unknown)
+        if not self._to_recover:
+            self._unwanted = Unwanted()
         self.pump()
 
     # -- counters ----------------------------------------------------------------------
@@ -501,6 +582,11 @@ class NvmeTier:
             for some in ids.values():
                 np.add.at(counts, some, 1)
         return counts
+
+
+def _keys_of(entries: npt.NDArray[np.void]) -> c.U8:
+    """Their keys: (n, 32)."""
+    return np.ascontiguousarray(entries["key"]).view(np.uint8).reshape(-1, limits.KEY_BYTES)
 
 
 def _check(command: c.Fetch | c.Persist) -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.commands import U64
-from kvstore.nvme.volume import Health, IdArray, Use, Volume
+from kvstore.nvme.volume import Health, IdArray, Use, UseState, Volume
 
 _NOWHERE = np.int32(-1)
 Mask = npt.NDArray[np.bool_]
 
 
+class _Copy(NamedTuple):
+    use: Use
+    place: int
+    stamp: int
+
+
 class Places:
     """A block has one place at most. Segments are counted through all volumes.
+
+    A restart may find second copies: of blocks that were written anew before their segment made
+    room, or put anew before they were found. They serve where the first is lost, and must not come
+    back in place of a block that was dropped.
 
     wishes: blocks that are worth a place and have none; whoever writes takes them from here.
     """
@@ -31,6 +42,7 @@ class Places:
         self._uses: dict[int, Use] = {}
         self.wishes: list[IdArray] = []
         self._emptied: list[Use] = []
+        self._copies: dict[int, list[_Copy]] = {}  # by block, the second ones
 
     def open(self, use: Use) -> None:
         """A use of a segment begins; blocks may settle there."""
@@ -40,6 +52,8 @@ class Places:
         """It is over, and nothing lies there any more."""
         assert not use.live
         del self._uses[self._number(use)]
+        for block, copies in list(self._copies.items()):
+            self._copies[block] = [copy for copy in copies if copy.use is not use]
 
     def settle(self, ids: IdArray, use: Use, places: npt.NDArray[np.uint32], stamps: U64) -> None:
         """Blocks (distinct ids) lie there from now on."""
@@ -49,6 +63,35 @@ class Places:
         self._reread[ids] = False
         use.add(ids, places)
 
+    def add_copies(
+        self, ids: IdArray, use: Use, places: npt.NDArray[np.uint32], stamps: U64
+    ) -> None:
+        """Second copies of blocks lie there."""
+        for block, place, stamp in zip(ids.tolist(), places.tolist(), stamps.tolist(), strict=True):
+            self._copies.setdefault(block, []).append(_Copy(use, place, stamp))
+
+    def fall_back(self, ids: IdArray) -> None:
+        """Blocks are about to leave memory: a second copy takes the place that they lack."""
+        if not self._copies:
+            return
+        for block in ids[~self.there(ids)].tolist():
+            if copies := self._copies.get(block):
+                copy = copies.pop(0)
+                places, stamps = np.array([copy.place], np.uint32), np.array([copy.stamp])
+                self.settle(np.array([block], np.uint32), copy.use, places, stamps)
+
+    def vanish(self, ids: IdArray) -> None:
+        """Blocks are gone: their second copies must not come back either."""
+        if not self._copies:
+            return
+        for block in ids.tolist():
+            for use, place, _ in self._copies.pop(block, ()):
+                self.volumes[use.volume].forget([(use.segment, use.sequence, place)])
+
+    def copies_of(self, block: int) -> list[Use]:
+        """Where second copies of a block lie."""
+        return [copy.use for copy in self._copies.get(block, ())]
+
     def there(self, ids: IdArray) -> Mask:
         """Which blocks have a place that can be read: bool (n,)."""
         if not self.volumes:
@@ -57,10 +100,11 @@ class Places:
         return found
 
     def durable(self, ids: IdArray) -> Mask:
-        """Which blocks survive a power cut: bool (n,)."""
+        """Which blocks survive a power cut, as far as is known: bool (n,)."""
         result = self.there(ids)
         for use, mine in self.by_use(ids[result]):
             behind = self._place[mine] + np.uint32(use.slot_granules) > use.synced
+            behind |= use.state is UseState.LEAVING
             result[np.isin(ids, mine[behind])] = False
         return result
 
@@ -89,9 +133,9 @@ class Places:
                 self._emptied.append(use)
             if forgotten:
                 volume = self.volumes[use.volume]
-                volume.forgotten += [
-                    (use.segment, use.sequence, place) for place in self._place[mine].tolist()
-                ]
+                volume.forget(
+                    [(use.segment, use.sequence, place) for place in self._place[mine].tolist()]
+                )
         self._segment[ids] = _NOWHERE
 
     def by_use(self, ids: IdArray) -> Iterator[tuple[Use, IdArray]]:
@@ -130,12 +174,15 @@ class Places:
     def take_emptied(self) -> list[Use]:
         """The uses whose last block has left since the last call."""
         emptied, self._emptied = self._emptied, []
-        return [use for use in emptied if not use.live]
+        with_copies = [copy.use for copies in self._copies.values() for copy in copies]
+        return [use for use in emptied if not use.live and use not in with_copies]
 
-    def oldest(self) -> Use | None:
-        """The use that has to make room first, of all volumes."""
-        found = [use for volume in self.volumes if (use := volume.oldest())]
-        return min(found, key=lambda use: use.sequence, default=None)
+    def by_age(self) -> list[Use]:
+        """The uses that may make room, those first that have to."""
+        return sorted(
+            (use for volume in self.volumes for use in volume.usable()),
+            key=lambda use: (use.state is not UseState.WHOLE, use.sequence),
+        )
 
     def writable(self) -> list[Volume]:
         """The volumes that are written."""

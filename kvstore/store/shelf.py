@@ -82,6 +82,7 @@ class Shelf:
     def evict(self, ids: IdArray) -> None:
         """Live blocks, which the policy has given up, make room for others: they go on from NVMe
         where they are there, and are forgotten else."""
+        self.places.fall_back(ids)
         there = self.places.there(ids)
         if there.any():
             self._demote(ids[there])
@@ -104,25 +105,29 @@ class Shelf:
         self.free_slots(granules)
         self.counters.demoted += len(ids)
 
-    def lose_cold(self, ids: IdArray, why: c.ExplainStatus = c.ExplainStatus.EVICTED) -> None:
-        """Blocks that are only on NVMe can be had no more."""
+    def lose_cold(self, ids: IdArray, *, forgotten: bool) -> None:
+        """Blocks that are only on NVMe can be had no more. forgotten: nor after a restart."""
         self.counters.evicted += len(ids)
-        self.forget(ids, why)
+        self.places.leave(ids, forgotten=forgotten)
+        self.forget(ids, c.ExplainStatus.EVICTED)
 
     def make_ids(self, n: int) -> None:
         """Where blocks on NVMe take up all ids, the oldest of them make room for `n` new ones."""
-        while self.blocks.n_free < n and (use := self.places.oldest()):
+        if self.blocks.n_free >= n or not self.places.volumes:
+            return
+        for use in self.places.by_age():
             ids = self.places.in_use(use)
             cold = ids[self.blocks.state[ids] == BlockState.COLD]
-            if not len(cold):
-                break  # the others lie in memory, and go when that is needed
-            self.lose_cold(cold)
+            # Were they to come back, they would outlive a drop of the same keys, put anew.
+            self.lose_cold(cold, forgotten=True)
+            if self.blocks.n_free >= n:
+                return
 
     def lose(self, ids: IdArray) -> None:
         """The index has no place for these any more."""
         if len(ids):
             self.policy.forget(ids)
-            self.places.leave(ids, forgotten=False)
+            self.places.leave(ids, forgotten=True)
             self.counters.evicted += len(ids)
             self._vanish(ids)
 
@@ -142,6 +147,7 @@ class Shelf:
         self.pinned_bytes -= self.slot_bytes(pinned)
         for kind in Due:
             self.deadlines.clear(kind, ids)
+        self.places.vanish(ids)
         for number, count in zip(
             *np.unique(self.blocks.namespace[ids], return_counts=True), strict=True
         ):

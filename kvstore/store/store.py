@@ -317,6 +317,7 @@ class Store:
         namespace = self._shelf.namespaces.get(command.namespace)
         if len(command.hashes):
             check_hashes(command.hashes)
+            self.nvme.drop(namespace, command.hashes)
             found = np.unique(self._shelf.catalog.find(command.namespace, command.hashes))
             count = self._shelf.drop(found[found >= 0].astype(np.uint32))
         else:

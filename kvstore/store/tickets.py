@@ -61,5 +61,7 @@ class Tickets:
 
     @property
     def next_due_ms(self) -> int | None:
-        """When one of them has to be answered; None: none waits."""
+        """When one of them has to be answered, or somebody to `take` answers; None: none waits."""
+        if self._answers:
+            return 0
         return min((ticket.due_ms for ticket in self._waiting.values()), default=None)

@@ -52,6 +52,7 @@ class _Queue:
 class _Batch:
     """A batch that is being written. last: the checksum of its head."""
 
+    number: int
     namespace: Namespace
     use: Use
     ids: IdArray
@@ -87,10 +88,11 @@ class Writer:
         n = len(shelf.blocks.state) if shelf.places.volumes else 0
         self._queued = np.full(n, _NOT_QUEUED, np.int64)  # the birth that was queued
         self.queued_bytes = 0
-        self.leased: dict[int, IdArray] = {}  # of batches under way
+        self.leased: dict[int, IdArray] = {}  # of batches under way, by their number
+        self._next_batch = 1
         self._syncing: set[int] = set()
         self.sync_wanted = False
-        self.needs_segment = False
+        self.needed: set[int] = set()  # slot sizes in granules for which no segment is free
         self.written = Written()
 
     # -- what is to be written ---------------------------------------------------------
@@ -156,15 +158,31 @@ class Writer:
 
     def pump(self) -> None:
         """Begins what can be begun now."""
-        self.needs_segment = False
+        self.needed.clear()
         self._refill()
         for queue in list(self._queues.values()):
+            if queue.count and not self._fits(queue.namespace):
+                self._void(queue)
             while self._due(queue) and self._write(queue):
                 pass
             if not queue.count:
                 queue.urgent = False
-        if self.sync_wanted:
-            self._sync()
+        self.sync()
+
+    def _void(self, queue: _Queue) -> None:
+        """No volume that is still written can have its blocks."""
+        for ids, births in queue.parts:
+            self._unqueue(ids, births)
+        self.written.refused += queue.count
+        self._empty(queue)
+
+    def _unqueue(self, ids: IdArray, births: npt.NDArray[np.uint32]) -> None:
+        self._queued[ids[self._queued[ids] == births]] = _NOT_QUEUED
+
+    def _empty(self, queue: _Queue) -> None:
+        self.queued_bytes -= queue.count * queue.namespace.slot_bytes
+        queue.parts.clear()
+        queue.count = 0
 
     @property
     def next_due_ms(self) -> int | None:
@@ -174,14 +192,17 @@ class Writer:
             for queue in self._queues.values()
             if queue.count and not self._busy(queue)
         ]
-        if not times or self.needs_segment:
-            return None  # where a segment is needed, its coming free is what is waited for
+        if not times:
+            return None
         late = self._tokens_ms + limits.TICK_MS if self._rate and self._tokens <= 0 else 0
         return max(min(times), late)
 
     def _busy(self, queue: _Queue) -> bool:
+        """Whether it goes on when an operation ends, be it one that gives a segment free."""
         uses = self._open.get(queue.namespace.lineage, [])
-        return bool(uses) and all(use.writing or use.state is not UseState.OPEN for use in uses)
+        if not uses:
+            return queue.namespace.slot_bytes // limits.GRANULE_BYTES in self.needed
+        return all(use.writing or use.state is not UseState.OPEN for use in uses)
 
     def _refill(self) -> None:
         passed = self._shelf.now_ms - self._tokens_ms
@@ -228,6 +249,8 @@ class Writer:
             queue.count -= len(ids)
             self.queued_bytes -= len(ids) * queue.namespace.slot_bytes
             same = (blocks.birth[ids] == births) & (blocks.state[ids] == BlockState.LIVE)
+            same &= ~self._shelf.places.there(ids)  # where it may have gone meanwhile, by a copy
+            self._unqueue(ids[~same], births[~same])
             chosen.append(ids[same])
             count += int(same.sum())
         queue.since_ms = self._shelf.now_ms
@@ -258,7 +281,8 @@ class Writer:
         )
         births = shelf.blocks.birth[ids].copy()
         shelf.blocks.lease(ids)
-        self.leased[id(entries)] = ids
+        batch, self._next_batch = self._next_batch, self._next_batch + 1
+        self.leased[batch] = ids
         use.writing = True
         cost = len(ids) * namespace.slot_bytes + head.size
         self._tokens -= cost
@@ -276,7 +300,7 @@ class Writer:
             ),
             functools.partial(
                 self._batch_written,
-                _Batch(namespace, use, ids, births, entries, checksum_of(head)),
+                _Batch(batch, namespace, use, ids, births, entries, checksum_of(head)),
             ),
         )
 
@@ -284,8 +308,8 @@ class Writer:
         namespace, use, ids, births = batch.namespace, batch.use, batch.ids, batch.births
         entries, last = batch.entries, batch.last
         shelf, volume = self._shelf, self._shelf.places.volumes[use.volume]
-        use.writing = False
-        del self.leased[id(entries)]
+        self._write_ended(use)
+        del self.leased[batch.number]
         same = (shelf.blocks.birth[ids] == births) & (shelf.blocks.state[ids] == BlockState.LIVE)
         self._queued[ids[same]] = _NOT_QUEUED
         shelf.free(shelf.blocks.release(ids))
@@ -302,9 +326,8 @@ class Writer:
         shelf.places.settle(
             ids[same], use, entries["granule"][same].copy(), entries["stamp"][same].copy()
         )
-        volume.forgotten += [
-            (use.segment, use.sequence, place) for place in entries["granule"][~same].tolist()
-        ]
+        gone = entries["granule"][~same].tolist()
+        volume.forget([(use.segment, use.sequence, place) for place in gone])
         self.written.blocks += len(ids)
         payload = len(ids) * namespace.slot_bytes
         self.written.payload_bytes += payload
@@ -331,10 +354,11 @@ class Writer:
         granules = namespace.slot_bytes // limits.GRANULE_BYTES
         volumes = [v for v in self._shelf.places.writable() if v.free and v.holds(granules)]
         if not volumes:
-            self.needs_segment |= not uses
+            self.needed.add(granules)
             return None
         volume = max(volumes, key=lambda v: len(v.free) / v.geometry.n_segments)
         use = volume.begin(namespace.lineage, granules)
+        use.writing = True
         uses.append(use)
         self._shelf.places.open(use)
         header = pack_segment_header(
@@ -364,10 +388,17 @@ class Writer:
         volume = self._shelf.places.volumes[use.volume]
         if use.state is UseState.OPENING:
             use.state = UseState.OPEN
+        self._write_ended(use)
         if outcome.error:
             self.stop(volume, f"a write failed: {outcome.error}")
         else:
             volume.on_disk[use.segment] = use.sequence
+
+    def _write_ended(self, use: Use) -> None:
+        use.writing = False
+        volume = self._shelf.places.volumes[use.volume]
+        if use.state is UseState.OPEN and volume.health is not Health.OK:
+            use.state = UseState.WHOLE
 
     def take_over(self, use: Use) -> None:
         """A use from before the start: it goes on where nothing of its lineage is open."""
@@ -388,11 +419,11 @@ class Writer:
         """The namespace was dropped: its queue is void, and the next block opens a segment."""
         queue = self._queues.pop(lineage, None)
         if queue:
-            self.queued_bytes -= queue.count * queue.namespace.slot_bytes
+            self._empty(queue)
         self._open.pop(lineage, None)
 
     def _close(self, use: Use, volume: Volume) -> None:
-        use.state = UseState.CLOSING
+        use.state, use.writing = UseState.CLOSING, True
         self.let_go(use)
         footer = pack_footer(
             Footer(
@@ -414,7 +445,10 @@ class Writer:
         self.written.nbytes += footer.size
 
     def _closed(self, use: Use, outcome: Outcome) -> None:
-        use.state, use.entries = UseState.WHOLE, []
+        use.entries = []
+        if use.state is UseState.CLOSING:
+            use.state = UseState.WHOLE
+        self._write_ended(use)
         if outcome.error:
             self.stop(self._shelf.places.volumes[use.volume], f"a sync failed: {outcome.error}")
         else:
@@ -427,13 +461,15 @@ class Writer:
             volume.health, volume.why = Health.DEGRADED, why
         for use in volume.uses.values():
             self.let_go(use)
-            if use.state in (UseState.OPEN, UseState.OPENING) and not use.writing:
+            if use.state is UseState.OPEN and not use.writing:
                 use.state = UseState.WHOLE
 
     # -- durability --------------------------------------------------------------------
 
-    def _sync(self) -> None:
-        """One sync for all that was written up to now and is not synced."""
+    def sync(self) -> None:
+        """Where it is wanted: one sync for all that was written up to now and is not synced."""
+        if not self.sync_wanted:
+            return
         pending = False
         for volume in self._shelf.places.writable():
             upto = {

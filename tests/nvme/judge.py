@@ -7,13 +7,13 @@ import copy
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.block import cell_checksums
 from kvstore.layout import Attention, Layout
+from kvstore.nvme.volume import Use
 
 U8 = npt.NDArray[np.uint8]
 Name = tuple[int, int]  # space, number of the key
@@ -57,8 +57,19 @@ class Known:
     """Of one key: the versions that may be served now, and after a restart; when they expire."""
 
     now: set[int] = field(default_factory=set)
+    ever: set[int] = field(default_factory=set)
     later: set[int] = field(default_factory=set)
     expires: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A version that was persisted, and where: no use as long as a restart has yet to find it."""
+
+    version: int
+    use: Use | None = None
+    block: int = -1
+    birth: int = -1
 
 
 class Judge:
@@ -67,7 +78,7 @@ class Judge:
 
     def __init__(self) -> None:
         self.known: dict[Name, Known] = {}
-        self.must: dict[Name, tuple[int, Any]] = {}
+        self.must: dict[Name, Promise] = {}
         self.versions = 0
         self.served = self.acknowledged = self.forgotten = 0
 
@@ -75,7 +86,8 @@ class Judge:
         """Another that goes on from here."""
         other = copy.copy(self)
         other.known = {
-            name: Known(set(k.now), set(k.later), dict(k.expires)) for name, k in self.known.items()
+            name: Known(set(k.now), set(k.ever), set(k.later), dict(k.expires))
+            for name, k in self.known.items()
         }
         other.must = dict(self.must)
         return other
@@ -83,10 +95,11 @@ class Judge:
     def of(self, name: Name) -> Known:
         return self.known.setdefault(name, Known())
 
-    def stored(self, name: Name, version: int, expires_ms: int) -> None:
+    def stored(self, name: Name, version: int, expires_ms: int, or_one_of: set[int]) -> None:
         known = self.of(name)
-        known.now = {version}
+        known.now = {version} | or_one_of
         known.later.add(version)
+        known.ever.add(version)
         if expires_ms:
             known.expires[version] = expires_ms
 
@@ -113,12 +126,19 @@ class Judge:
                 known.now -= over
                 known.later -= over
                 known.expires = {v: t for v, t in known.expires.items() if v not in over}
-                if name in self.must and self.must[name][0] in over:
+                if name in self.must and self.must[name].version in over:
                     del self.must[name]
 
     def restart(self) -> None:
         for known in self.known.values():
             known.now = set(known.later)
+        self.must = {name: Promise(promise.version) for name, promise in self.must.items()}
+
+    def forgive(self) -> None:
+        """What was dropped may come back, and what was persisted may be gone."""
+        for known in self.known.values():
+            known.now, known.later = set(known.ever), set(known.ever)
+        self.must.clear()
 
     def may(self, name: Name) -> set[int]:
         return self.known[name].now if name in self.known else set()

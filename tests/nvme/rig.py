@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from nvme.judge import SLOT_GRANULES, SPACES, Judge, Name, chain, payload, sums
+from nvme.judge import SLOT_GRANULES, SPACES, Judge, Name, Promise, chain, payload, sums
 from nvme.sim_disk import SimDisk
 
 from kvstore import commands as c
@@ -23,23 +23,24 @@ from kvstore import limits
 from kvstore.block import header_bytes, unpack
 from kvstore.errors import KVStoreError, ResourceExhausted
 from kvstore.index import IndexReader, IndexView
+from kvstore.nvme import format as on_disk
+from kvstore.nvme.disk import WaryDisk
 from kvstore.nvme.format import (
     HEADER_GRANULES,
-    LOG_HALVES,
-    SUPERBLOCKS,
     Geometry,
     Superblock,
     aligned,
     unpack_segment_header,
 )
-from kvstore.nvme.ops import Op, Outcome
 from kvstore.nvme.opening import write_superblock
+from kvstore.nvme.ops import Op, Outcome
 from kvstore.nvme.perform import perform
 from kvstore.nvme.recovery import recover, survey
 from kvstore.nvme.slots import check_slot
 from kvstore.nvme.volume import Health, Use, Volume
 from kvstore.store import NvmePolicy, Store, StoreMemory, forgetting
 from kvstore.store.blocks import BlockState
+from kvstore.store.deadlines import Due
 from kvstore.store.shelf import NVME_TIER
 from kvstore.store.tickets import Deferred
 
@@ -47,22 +48,13 @@ UNIT = limits.GRANULE_BYTES
 PATIENT_MS = limits.MAX_DEADLINE_MS
 U8 = npt.NDArray[np.uint8]
 Then = Callable[[Any], None]
+FEW_BLOCKS = 64  # a store of so many has to forget blocks on disk, for want of ids
 _CONNECTIONS = 6
 _IDLE_ROUNDS = 60  # moments of time that may pass until all calls are answered
 
 
-class TightGeometry(Geometry):
-    """Segments begin right behind the log, so that a disk is small."""
-
-    __slots__ = ()
-
-    @property
-    def first_granule(self) -> int:
-        return SUPERBLOCKS + LOG_HALVES * self.log_granules
-
-
 def tight(segment_granules: int = 17, n_segments: int = 6, log_granules: int = 3) -> Geometry:
-    return TightGeometry(
+    return Geometry(
         segment_granules=segment_granules, n_segments=n_segments, log_granules=log_granules
     )
 
@@ -106,23 +98,23 @@ class Wire:
     """A disk under the rig's hand."""
 
     def __init__(self, rig: Rig, sim: SimDisk) -> None:
-        self.rig, self.sim = rig, sim
+        self.rig, self.disk = rig, WaryDisk(sim)
 
     @property
     def nbytes(self) -> int:
-        return self.sim.nbytes
+        return self.disk.nbytes
 
     def read(self, offset: int, buffers: Sequence[U8]) -> None:
         self.rig.between("read")
-        self.sim.read(offset, buffers)
+        self.disk.read(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[U8]) -> None:
         self.rig.between("write")
-        self.sim.write(offset, buffers)
+        self.disk.write(offset, buffers)
 
     def sync(self) -> None:
         self.rig.between("sync")
-        self.sim.sync()
+        self.disk.sync()
 
 
 def formatted(geometry: Geometry, number: int) -> SimDisk:
@@ -135,8 +127,10 @@ def formatted(geometry: Geometry, number: int) -> SimDisk:
 
 @contextlib.contextmanager
 def small_limits() -> Iterator[None]:
-    """Batches, reads and log sectors of a few blocks, so that there are many."""
+    """Batches, reads and log sectors of a few blocks, so that there are many; and disks that are
+    hardly larger than their segments."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_disk, "FIRST_SEGMENT_MULTIPLE", 1)
         patch.setattr(limits, "NVME_WRITE_BYTES", 36 << 10)
         patch.setattr(limits, "NVME_READ_BYTES", 24 << 10)
         patch.setattr(forgetting, "LOG_RECORDS", 5)
@@ -162,7 +156,7 @@ class Rig:
         self.sims = list(sims or [formatted(g, i) for i, g in enumerate(plan.geometries)])
         self.judge = judge or Judge()
         self.now_ms = now_ms
-        self.on_io: Callable[[str], None] | None = None
+        self.on_io: Callable[[Rig, str], None] | None = None
         self.out: list[Op] = []
         self.done: list[Outcome] = []
         self.asked: dict[int, Asked] = {}
@@ -173,6 +167,7 @@ class Rig:
         self._reader: tuple[int, IndexReader] | None = None
         self._open_store()
         self._recoveries = [self._recovery(i) for i in range(len(self.sims))]
+        self.recovering = len(self._recoveries)
         if recovers:
             self.recover()
 
@@ -184,9 +179,7 @@ class Rig:
             self.volumes.append(Volume(number, base, geometry, bytes([number + 1]) * 16))
             base += geometry.n_segments
         self.store = Store(
-            StoreMemory(
-                pool=self.pool, generations=self.generations, new_index=self._new_index
-            ),
+            StoreMemory(pool=self.pool, generations=self.generations, new_index=self._new_index),
             secret=b"s" * 32,
             instance_id=self.rng.getrandbits(62),
             max_blocks=self.plan.max_blocks,
@@ -199,16 +192,18 @@ class Rig:
         self.health = [Health.OK for _ in self.volumes]
         self.me = self.store.connect()
         self.idle = [self.store.connect() for _ in range(_CONNECTIONS)]
-        self.ids = [self._open_space(space) for space in range(len(SPACES))]
+        self.ids = [self._opened(space) for space in range(len(SPACES))]
 
     def _new_index(self, nbytes: int) -> U8:
         self._indexes.append(np.zeros(nbytes, np.uint8))
         return self._indexes[-1]
 
-    def _open_space(self, space: int) -> int:
+    def _opened(self, space: int) -> int:
         name, layout = SPACES[space]
-        opened = self.do(c.OpenNamespace(name=name, layout=layout.encode()))
-        return int(opened.namespace)
+        command = c.OpenNamespace(name=name, layout=layout.encode())
+        opened = self.store.handle(self.me, command, self.now_ms)
+        assert isinstance(opened, c.NamespaceOpened)
+        return opened.namespace
 
     # -- the shell ---------------------------------------------------------------------
 
@@ -233,7 +228,7 @@ class Rig:
     def between(self, kind: str) -> None:
         """Before an I/O."""
         if self.on_io:
-            self.on_io(kind)
+            self.on_io(self, kind)
         if self.depth < 3 and self.rng.random() < self.plan.nesting:
             self.depth += 1
             self.step()
@@ -243,13 +238,16 @@ class Rig:
         """Until all is found that the volumes hold."""
         while self._recoveries:
             self._go_on_recovering()
-        self._find_again()
 
     def _go_on_recovering(self) -> None:
         # Not among the others meanwhile: its own reads may have something else happen.
         one = self._recoveries.pop(self.rng.randrange(len(self._recoveries)))
         if next(one, None):
             self._recoveries.append(one)
+            return
+        self.recovering -= 1
+        if not self.recovering:
+            self._find_again()
 
     def _recovery(self, number: int) -> Iterator[bool]:
         """As `Runner` does it."""
@@ -257,6 +255,7 @@ class Rig:
         volume = self.volumes[number]
         superblock = Superblock(volume_id=volume.id, geometry=volume.geometry)
         try:
+            _reopen(self.sims[number])
             found = survey(disk, superblock, stop=lambda: False)
             assert found is not None
             yield True
@@ -273,13 +272,10 @@ class Rig:
 
     def _find_again(self) -> None:
         """What must be there after a restart is."""
-        for name, (version, _) in list(self.judge.must.items()):
-            use = self._use_of(name)
-            if use is None:
+        for name, promise in list(self.judge.must.items()):
+            if promise.use is None:
                 assert self._may_lose(), f"{name} was persisted, and is not there"
                 del self.judge.must[name]
-            else:
-                self.judge.must[name] = version, use
 
     def _changed(self) -> None:
         """The store did something: begins what it wants, takes answers, looks at all promises."""
@@ -294,24 +290,45 @@ class Rig:
         for number, volume in enumerate(self.volumes):
             assert volume.health >= self.health[number], "a volume got better"
             self.health[number] = volume.health
-        if not self._recoveries:
-            self._look_at_promises()
+        self._look_at_promises()
 
     def _look_at_promises(self) -> None:
-        for name, (_, use) in list(self.judge.must.items()):
-            if self._use_of(name) is not use:
+        birth = self.store._shelf.blocks.birth
+        places = self.store._shelf.places
+        for name, promise in list(self.judge.must.items()):
+            block, use = promise.block, promise.use
+            if (
+                use
+                and birth[block] == promise.birth
+                and places._segment[block] == places._number(use)
+            ):
+                continue
+            uses = self._uses_of(name)
+            if use is None and uses:
+                self.judge.must[name] = self._promise(name, promise.version, uses[-1])
+            elif use and use not in uses:
                 gone = all(use is not other for v in self.volumes for other in v.uses.values())
                 assert gone or self._may_lose(), f"{name} was persisted, and is no longer"
                 del self.judge.must[name]
 
-    def _may_lose(self) -> bool:
-        return self.plan.excused or Health.OFF in self.health
+    def _promise(self, name: Name, version: int, use: Use) -> Promise:
+        block = self._block(name)
+        return Promise(version, use, block, int(self.store._shelf.blocks.birth[block]))
 
-    def _use_of(self, name: Name) -> Use | None:
-        shelf = self.store._shelf
-        found = shelf.catalog.find(self.ids[name[0]], chain(name[0], name[1], 1))
-        ids = found[found >= 0].astype(np.uint32)
-        return shelf.places.use_of(int(ids[0])) if shelf.places.there(ids).any() else None
+    def _block(self, name: Name) -> int:
+        return int(self.store._shelf.catalog.find(self.ids[name[0]], chain(*name, 1))[0])
+
+    def _may_lose(self) -> bool:
+        few_ids = self.plan.max_blocks < FEW_BLOCKS
+        return self.plan.excused or few_ids or Health.OFF in self.health
+
+    def _uses_of(self, name: Name) -> list[Use]:
+        """Where its block lies, and second copies of it."""
+        places, block = self.store._shelf.places, self._block(name)
+        if block < 0:
+            return []
+        first = [places.use_of(block)] if places.there(np.array([block])).all() else []
+        return first + places.copies_of(block)
 
     # -- time --------------------------------------------------------------------------
 
@@ -353,13 +370,9 @@ class Rig:
         try:
             result = self.store.handle(self.me, command, self.now_ms)
         finally:
-            self._changed_after_call()
+            self._changed()
         assert not isinstance(result, Deferred)
         return result
-
-    def _changed_after_call(self) -> None:
-        if hasattr(self, "ids"):
-            self._changed()
 
     def ask(self, command: c.Command, wait_ms: int, then: Then) -> int | None:
         """A call that may wait; `then` gets its answer. Returns its ticket, if it waits."""
@@ -391,7 +404,9 @@ class Rig:
 
     # -- what clients do ---------------------------------------------------------------
 
-    def put(self, space: int, first: int, n: int = 1, *, ttl_ms: int = 0, by_parts: bool = False) -> int:
+    def put(
+        self, space: int, first: int, n: int = 1, *, ttl_ms: int = 0, by_parts: bool = False
+    ) -> int:
         """Stores neighbours of the chain; returns how many were new."""
         put = self._put_by_parts if by_parts else self._put_whole
         self.judge.versions += 1
@@ -409,7 +424,9 @@ class Rig:
         expires = -(-(self.now_ms + ttl_ms) // tick) * tick if ttl_ms else 0
         stored = [first + i for i, each in enumerate(ok) if each]
         for number in stored:
-            self.judge.stored((space, number), version, expires)
+            # Before all is found on the disks, an older one may still take its place.
+            older = self.judge.of((space, number)).later if self.recovering else set()
+            self.judge.stored((space, number), version, expires, older)
         return stored
 
     def _write(self, space: int, number: int, version: int, granule: int) -> None:
@@ -584,17 +601,16 @@ class Rig:
     def _persisted(self, space: int, first: int, durable: U8) -> None:
         for i in np.flatnonzero(durable).tolist():
             name = space, first + i
-            use = self._use_of(name)
-            assert use is not None, f"{name} is persisted, and nowhere"
-            version = self._on_disk(name, use)
-            self.judge.acknowledged += 1
-            self.judge.must[name] = version, use
+            if uses := self._uses_of(name):  # else its segment has made room since the answer
+                self.judge.acknowledged += 1
+                version = self._on_disk(name, uses[0])
+                self.judge.must[name] = self._promise(name, version, uses[0])
 
     def _on_disk(self, name: Name, use: Use) -> int:
         """The version that a power cut leaves there."""
         shelf, space = self.store._shelf, name[0]
         key = chain(*name, 1)
-        ids = shelf.catalog.find(self.ids[space], key).astype(np.uint32)
+        ids = np.array([self._block(name)])
         _, places, stamps = shelf.places.of(ids)
         volume, sim = self.volumes[use.volume], self.sims[use.volume]
         kept = sim._durable if self.plan.honest else sim._content
@@ -640,7 +656,7 @@ class Rig:
         # The number of the namespace is another one from here on.
         connection = self.idle.pop(0) if self.idle else self.me
         result = self.store.handle(connection, command, self.now_ms)
-        self.ids[space] = self._reopened(space)
+        self.ids[space] = self._opened(space)
         if isinstance(result, Deferred):
             self.asked[result.ticket] = Asked(connection, due_ms, dropped)
         else:
@@ -648,13 +664,6 @@ class Rig:
             dropped(result)
         self._changed()
         return result.ticket if isinstance(result, Deferred) else None
-
-    def _reopened(self, space: int) -> int:
-        name, layout = SPACES[space]
-        command = c.OpenNamespace(name=name, layout=layout.encode())
-        opened = self.store.handle(self.me, command, self.now_ms)
-        assert isinstance(opened, c.NamespaceOpened)
-        return opened.namespace
 
     def hint(self, kind: c.HintKind, space: int, first: int, n: int, for_ms: int) -> None:
         with contextlib.suppress(ResourceExhausted):
@@ -671,7 +680,8 @@ class Rig:
         """Makes all of memory free of blocks that are on NVMe too, as later puts would."""
         shelf = self.store._shelf
         live = np.flatnonzero(shelf.blocks.state == BlockState.LIVE).astype(np.uint32)
-        free = live[(shelf.blocks.leases[live] == 0) & shelf.places.there(live)]
+        may_go = (shelf.blocks.leases[live] == 0) & ~shelf.deadlines.has(Due.PIN, live)
+        free = live[may_go & shelf.places.there(live)]
         shelf.policy.forget(free)
         shelf.evict(free)
         self._changed()
@@ -684,7 +694,13 @@ class Rig:
             self.store.nvme.flush()
             self._changed()
             self.finish_ops()
-        return self._next(self.sims, self._seed(seed), recovers=recovers)
+        after = self._next(self.sims, self._seed(seed), recovers=recovers)
+        after.on_io = self.on_io
+        return after
+
+    def killed(self, seed: int, *, recovers: bool = True) -> Rig:
+        """The next life after a kill, on copies of the disks, so that this one can go on."""
+        return self._next([_copied(sim) for sim in self.sims], seed, recovers=recovers)
 
     def crash(self, seed: int | None = None, *, recovers: bool = True) -> Rig:
         """The next life, after a power cut."""
@@ -745,6 +761,20 @@ class Rig:
         assert not stats.nvme_queued_bytes
         assert shelf.blocks.n_free == self.plan.max_blocks
         assert not self.store.nvme.under_way
+
+
+def _reopen(sim: SimDisk) -> None:
+    """As `FileDisk.open`: what is not durable by now is not read."""
+    sim.sync()
+    sim._content[:] = sim._durable
+
+
+def _copied(sim: SimDisk) -> SimDisk:
+    copied = SimDisk(sim.nbytes, seed=0)
+    for name in ("_content", "_durable", "_before"):
+        getattr(copied, name)[:] = getattr(sim, name)
+    copied._unsynced = [(offset, data.copy()) for offset, data in sim._unsynced]
+    return copied
 
 
 def _leading(holds: npt.NDArray[np.bool_]) -> int:
