@@ -49,6 +49,7 @@ PATIENT_MS = limits.MAX_DEADLINE_MS
 U8 = npt.NDArray[np.uint8]
 Then = Callable[[Any], None]
 FEW_BLOCKS = 64  # a store of so many has to forget blocks on disk, for want of ids
+EVERY = NvmePolicy(every=True)
 _CONNECTIONS = 6
 _IDLE_ROUNDS = 60  # moments of time that may pass until all calls are answered
 
@@ -69,7 +70,7 @@ class Plan:
     pool_bytes: int = 192 << 10
     max_blocks: int = 256
     policy: str = "lru"
-    nvme: NvmePolicy = NvmePolicy(every=True)
+    nvme: NvmePolicy = EVERY
     nesting: float = 0.2
     honest: bool = True
     excused: bool = False
