@@ -41,6 +41,7 @@ class Fetcher:
         self._shelf, self._desk = shelf, desk
         self.bytes_coming = 0
         self.scrubbed_blocks = 0
+        self.scrubs = False  # whether a read is under way that nobody waits for
         self.leased: dict[int, IdArray] = {}  # of reads under way
 
     def fetch(self, namespace: Namespace, ids: IdArray, *, keep: IdArray = _NOTHING) -> int:
@@ -183,6 +184,7 @@ class Fetcher:
 
     def scrub(self, namespace: Namespace, volume: Volume, ids: IdArray) -> None:
         """Reads blocks, which have a place, to see whether they are still what they were."""
+        self.scrubs = True
         reading = self._hold(volume, ids)
         runs, keys, stamps = self._where(volume, namespace, ids)
         self._desk.emit(
@@ -200,6 +202,7 @@ class Fetcher:
 
     def _scrubbed(self, reading: _Reading, outcome: Outcome) -> None:
         shelf, ids = self._shelf, reading.ids
+        self.scrubs = False
         self._let_go(reading, outcome)
         if outcome.error:
             return

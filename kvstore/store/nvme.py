@@ -357,8 +357,10 @@ class NvmeTier:
     # -- scrubbing ---------------------------------------------------------------------
 
     def _scrub_due_ms(self) -> int | None:
-        if not self._policy.scrub_bytes_per_s or self._fetcher.bytes_coming:
-            return None  # reads that somebody waits for come first
+        if not self._policy.scrub_bytes_per_s:
+            return None
+        if self._fetcher.scrubs or self._fetcher.bytes_coming:
+            return None  # one at a time, and reads that somebody waits for come first
         return self._scrub_at_ms if any(v.uses for v in self._shelf.places.volumes) else None
 
     def _scrub(self) -> None:
@@ -427,7 +429,10 @@ class NvmeTier:
         volume = shelf.places.volumes[number]
         if segment.segment not in volume.free or volume.health is Health.OFF:
             return 0
-        namespace = self._namespace_of(segment)
+        try:
+            namespace = self._namespace_of(segment)
+        except InvalidArgument:  # blocks that this pool cannot hold, so that none is ever dropped
+            return 0
         if namespace is None:
             volume.leave_unread(segment.segment, segment.sequence)
             return 0
@@ -457,13 +462,10 @@ class NvmeTier:
         return len(ids)
 
     def _namespace_of(self, segment: RecoveredSegment) -> Namespace | None:
-        """None where such blocks cannot be stored here any more."""
+        """None where there is no place for one more, or its slots have another size now."""
         shelf = self._shelf
         total = shelf.room.slabs.total_bytes
-        try:
-            namespace = shelf.namespaces.open(segment.name, segment.layout, total)
-        except InvalidArgument:
-            return None
+        namespace = shelf.namespaces.open(segment.name, segment.layout, total)
         if namespace and namespace.slot_bytes != segment.slot_granules * limits.GRANULE_BYTES:
             return None
         return namespace
@@ -479,11 +481,13 @@ class NvmeTier:
         if len(keys):
             known = shelf.catalog.find(namespace.id, keys)
             twice = known >= 0
+            ids = known[twice].astype(np.uint32)
             shelf.places.add_copies(
-                known[twice].astype(np.uint32),
+                ids,
                 use,
                 entries["granule"][twice],
                 entries["stamp"][twice],
+                serve=shelf.deadlines.times[Due.EXPIRY][ids] == entries["expires_ms"][twice],
             )
             entries, keys = entries[~twice], keys[~twice]
         n = min(len(entries), shelf.blocks.n_free)

@@ -19,6 +19,7 @@ class _Copy(NamedTuple):
     use: Use
     place: int
     stamp: int
+    serves: bool
 
 
 class Places:
@@ -64,19 +65,28 @@ class Places:
         use.add(ids, places)
 
     def add_copies(
-        self, ids: IdArray, use: Use, places: npt.NDArray[np.uint32], stamps: U64
+        self,
+        ids: IdArray,
+        use: Use,
+        places: npt.NDArray[np.uint32],
+        stamps: U64,
+        *,
+        serve: Mask,
     ) -> None:
-        """Second copies of blocks lie there."""
-        for block, place, stamp in zip(ids.tolist(), places.tolist(), stamps.tolist(), strict=True):
-            self._copies.setdefault(block, []).append(_Copy(use, place, stamp))
+        """Second copies of blocks lie there. serve: which may take the place of the first; others
+        expire at another time."""
+        rows = zip(ids.tolist(), places.tolist(), stamps.tolist(), serve.tolist(), strict=True)
+        for block, *copy in rows:
+            self._copies.setdefault(block, []).append(_Copy(use, *copy))
 
     def fall_back(self, ids: IdArray) -> None:
         """Blocks are about to leave memory: a second copy takes the place that they lack."""
         if not self._copies:
             return
         for block in ids[~self.there(ids)].tolist():
-            if copies := self._copies.get(block):
-                copy = copies.pop(0)
+            copies = self._copies.get(block, [])
+            if copy := next((copy for copy in copies if copy.serves), None):
+                copies.remove(copy)
                 places, stamps = np.array([copy.place], np.uint32), np.array([copy.stamp])
                 self.settle(np.array([block], np.uint32), copy.use, places, stamps)
 
@@ -85,8 +95,9 @@ class Places:
         if not self._copies:
             return
         for block in ids.tolist():
-            for use, place, _ in self._copies.pop(block, ()):
-                self.volumes[use.volume].forget([(use.segment, use.sequence, place)])
+            for copy in self._copies.pop(block, ()):
+                use = copy.use
+                self.volumes[use.volume].forget([(use.segment, use.sequence, copy.place)])
 
     def copies_of(self, block: int) -> list[Use]:
         """Where second copies of a block lie."""

@@ -97,6 +97,8 @@ class Judge:
 
     def stored(self, name: Name, version: int, expires_ms: int, or_one_of: set[int]) -> None:
         known = self.of(name)
+        if name in self.must and known.expires.get(self.must[name].version, 0) != expires_ms:
+            del self.must[name]  # one that stays for another time takes its place
         known.now = {version} | or_one_of
         known.later.add(version)
         known.ever.add(version)

@@ -63,6 +63,7 @@ def tight(segment_granules: int = 17, n_segments: int = 6, log_granules: int = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """nesting: how often something else happens inside an operation, before one of its I/Os.
+    pauses: how many things happen in the middle of a put or a get, less one.
     honest: whether the disks keep what they say is synced, so that acknowledgements are checked
     there. excused: whether a persisted block may be lost, because reads fail or bytes rot."""
 
@@ -72,6 +73,7 @@ class Plan:
     policy: str = "lru"
     nvme: NvmePolicy = EVERY
     nesting: float = 0.2
+    pauses: int = 3
     honest: bool = True
     excused: bool = False
     check_each: int = 1
@@ -226,6 +228,22 @@ class Rig:
         self.store.hear(outcome, self.now_ms)
         self._changed()
 
+    def perform_one(self, kind: type[Op], volume: int = 0) -> None:
+        """Carries out the first operation of a kind that is out, and tells nobody."""
+        op = next(op for op in self.out if isinstance(op, kind) and op.volume == volume)
+        self.out.remove(op)
+        self.done.append(perform(op, self.disks, self.pool))
+
+    def hear_one(self) -> None:
+        """Tells what came of the operation that was carried out first."""
+        self.store.hear(self.done.pop(0), self.now_ms)
+        self._changed()
+
+    def carry_out(self, kind: type[Op], volume: int = 0) -> None:
+        """Both."""
+        self.perform_one(kind, volume)
+        self.hear_one()
+
     def between(self, kind: str) -> None:
         """Before an I/O."""
         if self.on_io:
@@ -287,30 +305,39 @@ class Rig:
             asked.then(result)
         self.changes += 1
         if self.changes % self.plan.check_each == 0:
-            self.store.check()
+            self.check()
         for number, volume in enumerate(self.volumes):
             assert volume.health >= self.health[number], "a volume got better"
             self.health[number] = volume.health
         self._look_at_promises()
 
+    def check(self) -> None:
+        """The store's books, and that what is only on disk is there."""
+        self.store.check()
+        shelf = self.store._shelf
+        cold = np.isin(shelf.blocks.state, (BlockState.COLD, BlockState.COMING))
+        assert shelf.places.there(np.flatnonzero(cold)).all(), "a block that is nowhere"
+        if not self.plan.excused and self.plan.honest:
+            assert not shelf.counters.corrupted, "sound disks gave other bytes"
+
     def _look_at_promises(self) -> None:
-        birth = self.store._shelf.blocks.birth
-        places = self.store._shelf.places
         for name, promise in list(self.judge.must.items()):
-            block, use = promise.block, promise.use
-            if (
-                use
-                and birth[block] == promise.birth
-                and places._segment[block] == places._number(use)
-            ):
+            if self._is_kept(promise):
                 continue
-            uses = self._uses_of(name)
+            use, uses = promise.use, self._uses_of(name)
             if use is None and uses:
                 self.judge.must[name] = self._promise(name, promise.version, uses[-1])
             elif use and use not in uses:
                 gone = all(use is not other for v in self.volumes for other in v.uses.values())
                 assert gone or self._may_lose(), f"{name} was persisted, and is no longer"
                 del self.judge.must[name]
+
+    def _is_kept(self, promise: Promise) -> bool:
+        """Whether its block still is where it was, which is quickly seen."""
+        shelf, use = self.store._shelf, promise.use
+        if use is None or shelf.blocks.birth[promise.block] != promise.birth:
+            return False
+        return bool(shelf.places._segment[promise.block] == shelf.places._number(use))
 
     def _promise(self, name: Name, version: int, use: Use) -> Promise:
         block = self._block(name)
@@ -400,7 +427,7 @@ class Rig:
 
     def pause(self) -> None:
         """Others get a turn."""
-        for _ in range(self.rng.randrange(3)):
+        for _ in range(self.rng.randrange(self.plan.pauses)):
             self.step()
 
     # -- what clients do ---------------------------------------------------------------
@@ -753,7 +780,7 @@ class Rig:
         self.settle()
         self.pass_ms(2 * limits.NVME_GATHER_MS)
         self.finish_ops()
-        self.store.check()
+        self.check()
         stats, shelf = self.store.stats(), self.store._shelf
         assert not stats.leased_blocks
         assert not stats.blocks

@@ -47,7 +47,7 @@ def check_all(rig: Rig) -> None:
     rig.get_musts()
     rig.get_all()
     rig.settle()
-    rig.store.check()
+    rig.check()
 
 
 def test_the_power_may_go_at_any_write_or_sync() -> None:
