@@ -128,6 +128,7 @@ def damaged_while_running(count: int, seed: int, *, scrubs: bool) -> Counter[str
     rng = random.Random(seed)
     rig = filled(seed, SCRUBBED if scrubs else PLAN)
     volume, found = rig.volumes[0], Counter[str]()
+    rig.pass_ms(60_000)  # it found nothing to scrub at first, and looks again then
     for n in range(count // EACH_LIFE):
         known = on_disk(rig)
         before = rig.store.stats().corrupted

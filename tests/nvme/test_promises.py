@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nvme.judge import chain
 from nvme.rig import EVERY, PATIENT_MS, Plan, Rig, small_limits, tight
@@ -19,7 +20,7 @@ from kvstore import limits
 from kvstore.nvme.disk import FileDisk, WaryDisk
 from kvstore.nvme.ops import ReadBlocks, Sync, WriteBlocks, WriteRaw
 from kvstore.nvme.runner import Runner
-from kvstore.nvme.volume import Health
+from kvstore.nvme.volume import Health, UseState
 from kvstore.store import NvmePolicy
 
 STEP_BY_STEP = Plan(nesting=0.0, pauses=1)
@@ -45,6 +46,51 @@ def rig_with(*, put: int = 4, **changes: object) -> Rig:
 def crashes(rig: Rig, n: int = 8) -> Iterator[Rig]:
     """What may be there after a power cut."""
     return (rig.crash(seed) for seed in range(n))
+
+
+# -- bytes ---------------------------------------------------------------------------------
+
+
+def test_what_rotted_in_memory_is_not_written() -> None:
+    rig = rig_with(excused=True)
+    rig.put(0, 4)
+    block = rig._block((0, 4))
+    at = int(rig.store._shelf.blocks.granule[block]) * limits.GRANULE_BYTES + 1000
+    rig.pool[at] ^= 1
+    answers: list[c.Persisted] = []
+    rig.ask(
+        c.Persist(namespace=rig.ids[0], hashes=chain(0, 4, 1), wait_ms=PATIENT_MS),
+        PATIENT_MS,
+        answers.append,
+    )
+    rig.settle()
+    assert not answers[0].durable.any()
+    assert rig.store.stats().corrupted == 1
+    assert not rig.get(0, 4)  # nor may anybody have it from memory
+
+
+def test_what_is_written_again_is_looked_at_first() -> None:
+    rig = rig_with(put=0, excused=True)
+    for first in range(0, 16, 4):
+        rig.put(0, first, 4)
+        rig.persist(0, first, 4)
+        rig.settle()
+    rig.demote_all()
+    assert rig.get(0, 0, 4) == 4  # read from disk, so that it is worth being written again
+    rig.demote_all()
+    use = rig._uses_of((0, 0))[0]
+    at = rig.volumes[0].offset(use, int(use.members()[1][0])) + 1000
+    rig.sims[0].flip_bit(np.random.default_rng(1), at, at + 1)
+    for first in range(40, 80, 4):
+        rig.put(0, first, 4)
+        rig.persist(0, first, 4)
+        rig.settle()
+        if use.state is UseState.LEAVING:
+            break
+        rig.demote_all()
+    assert not rig.get(0, 0)
+    assert rig.get(0, 1)
+    assert rig.store.stats().nvme_again_blocks
 
 
 # -- drops ---------------------------------------------------------------------------------
@@ -241,17 +287,97 @@ def test_a_segment_is_not_used_again_while_its_footer_is_written() -> None:
         rig.put(0, first, 2)
         rig.persist(0, first, 2)
         while rig.out:
-            if use := next((u for u in rig.volumes[0].uses.values() if u.state == 2), None):
+            if use := next(
+                (u for u in rig.volumes[0].uses.values() if u.state is UseState.CLOSING), None
+            ):
                 break
             rig.carry_out(type(rig.out[0]))
         if use:
             break
     assert use
     rig.drop_namespace(0)
-    assert rig.volumes[0].uses[use.segment] is use
+    assert rig.volumes[0].uses.get(use.segment) is use
     rig.settle()
     rig.finish_ops()
     assert use.segment in rig.volumes[0].free
+
+
+def test_a_segment_that_is_used_again_is_not_taken_for_what_it_was() -> None:
+    """The log does not say yet that it was over, so that all depends on its new header."""
+    rig = rig_with(put=0)
+    for first in range(0, 48, 4):
+        rig.put(0, first, 4)
+        rig.pass_ms(limits.NVME_GATHER_MS)
+        go_on_without_log(rig)
+        for after in crashes(rig, 3):
+            after.get_all()  # which is seen to find nothing that is damaged
+    assert rig.volumes[0].next_sequence > rig.volumes[0].geometry.n_segments + 2
+
+
+def test_a_segment_is_not_used_again_while_it_is_read() -> None:
+    rig = rig_with()
+    use = rig._uses_of((0, 0))[0]
+    rig.demote_all()
+    command = c.Fetch(namespace=rig.ids[0], hashes=chain(0, 0, 4), wait_ms=PATIENT_MS)
+    rig.ask(command, PATIENT_MS, lambda _: None)
+    reads = [op for op in rig.out if isinstance(op, ReadBlocks)]
+    rig.out = []
+    for first in range(10, 58, 4):
+        rig.put(0, first, 4)
+        rig.pass_ms(limits.NVME_GATHER_MS)
+        rig.finish_ops()
+    assert rig.volumes[0].uses.get(use.segment) is use
+    rig.out += reads
+    rig.finish_ops()
+    rig.check()  # that what was read is whole
+    assert rig.volumes[0].uses.get(use.segment) is not use
+    rig.finish()
+
+
+def test_a_footer_says_only_what_is_durable() -> None:
+    rig = rig_with(put=0)
+    footers = 0
+    for first in range(0, 32, 4):
+        rig.put(0, first, 4)
+        rig.pass_ms(limits.NVME_GATHER_MS)
+        while rig.out:
+            footer = isinstance(rig.out[0], WriteRaw) and rig.out[0].syncs_before
+            rig.perform_one(type(rig.out[0]))
+            footers += footer
+            for after in crashes(rig, 6 if footer else 0):
+                after.get_all()  # which is seen to find nothing that is damaged
+            rig.hear_one()
+    assert footers > 2
+
+
+def test_the_slot_of_a_block_that_comes_is_its_own_until_the_read_has_ended() -> None:
+    rig = rig_with()
+    rig.demote_all()
+    command = c.Fetch(namespace=rig.ids[0], hashes=chain(0, 0, 4), wait_ms=PATIENT_MS)
+    rig.ask(command, PATIENT_MS, lambda _: None)
+    rig.drop(0, 0, 4)
+    for first in range(10, 34, 4):  # as many as there is room for in memory
+        rig.put(0, first, 4)
+    there = [number for number in range(10, 34) if rig.get(0, number)]
+    assert len(there) > 16
+    rig.finish_ops()
+    assert all(rig.get(0, number) for number in there[-8:])
+    rig.finish()
+
+
+def test_a_reader_sees_that_its_slot_was_filled_from_disk() -> None:
+    rig = rig_with()
+    seen: set[tuple[int, int]] = set()
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)):
+        rig.demote_all()
+        for number in order:
+            assert rig.get(0, number)
+        rows = rig.reader().match(rig.ids[0], chain(0, 0, 4))
+        places = set(zip(rows.granules.tolist(), rows.generations.tolist(), strict=True))
+        assert len(places) == 4
+        assert not places & seen
+        seen |= places
+    assert len({granule for granule, _ in seen}) < len(seen)
 
 
 def test_room_is_made_only_where_the_block_fits() -> None:

@@ -1,0 +1,122 @@
+"""What is worth being written, how much of it at a time, and how often the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from nvme.rig import EVERY, UNIT, Plan, Rig, small_limits, tight
+
+from kvstore import limits
+from kvstore.store import NvmePolicy
+
+QUIET = Plan(nesting=0.0, pauses=1)
+READ_AGAIN = replace(QUIET, nvme=NvmePolicy())
+
+
+@pytest.fixture(autouse=True)
+def small() -> Iterator[None]:
+    with small_limits():
+        yield
+
+
+def pass_and_write(rig: Rig, ms: int = limits.NVME_GATHER_MS) -> int:
+    """How many blocks were written in that time."""
+    before = rig.store.stats().nvme_written_blocks
+    rig.pass_ms(ms)
+    rig.finish_ops()
+    return rig.store.stats().nvme_written_blocks - before
+
+
+def test_a_block_that_nobody_reads_is_not_written() -> None:
+    rig = Rig(1, READ_AGAIN)
+    rig.put(0, 0, 6)
+    assert pass_and_write(rig, 60_000) == 0
+    assert rig.get(0, 0, 2) == 2
+    assert pass_and_write(rig) == 2
+
+
+def test_every_block_is_written_where_that_is_wished() -> None:
+    rig = Rig(1, QUIET)
+    rig.put(0, 0, 6)
+    assert pass_and_write(rig) + pass_and_write(rig) == 6
+
+
+def test_a_put_that_asks_for_it_is_written_whether_it_was_read_or_not() -> None:
+    rig = Rig(1, READ_AGAIN)
+    rig.put(0, 0, 4)
+    rig.persist(0, 0, 4)
+    rig.settle()
+    assert len(rig.judge.must) == 4
+    assert rig.store.stats().nvme_written_blocks == 4
+
+
+def test_few_blocks_wait_for_others_to_be_written_with() -> None:
+    rig = Rig(1, QUIET)
+    rig.put(0, 0, 1)
+    assert pass_and_write(rig, limits.NVME_GATHER_MS - 1) == 0
+    assert pass_and_write(rig, 1) == 1
+
+
+@pytest.mark.parametrize("rate", [2 * UNIT, 20 * UNIT])
+def test_what_nobody_waits_for_keeps_to_its_budget(rate: int) -> None:
+    """A second's worth may go at once, and a batch that was begun is written whole."""
+    rig = Rig(1, replace(QUIET, nvme=replace(EVERY, bytes_per_s=rate)))
+    for tenth in range(1, 301):
+        rig.put(0, 4 * tenth, 4)
+        pass_and_write(rig, 100)
+        written = rig.store.stats().nvme_written_bytes
+        # Headers and footers go with what they are of, and are not counted.
+        beside = 3 * UNIT * rig.volumes[0].next_sequence
+        assert written <= rate * (1 + tenth / 10) + limits.NVME_WRITE_BYTES + beside
+    assert written >= rate * 25
+
+
+def test_who_waits_is_not_held_up_by_the_budget() -> None:
+    rig = Rig(1, replace(QUIET, nvme=replace(EVERY, bytes_per_s=1)))
+    for first in range(0, 16, 4):
+        rig.put(0, first, 4)
+        rig.persist(0, first, 4)
+        rig.settle()
+    assert len(rig.judge.must) == 16
+
+
+def test_no_more_waits_to_be_written_than_a_share_of_memory() -> None:
+    rig = Rig(1, replace(QUIET, nvme=replace(EVERY, bytes_per_s=1)))
+    most = rig.plan.pool_bytes // limits.NVME_QUEUE_SHARE
+    for first in range(0, 40, 4):
+        rig.put(0, first, 4)
+        rig.pass_ms(1)
+        assert rig.store.stats().nvme_queued_bytes <= most
+    assert rig.store.stats().nvme_refused_blocks
+
+
+def test_of_a_segment_that_makes_room_no_more_than_a_share_is_written_again() -> None:
+    """All of it was read, so all of it would be worth it."""
+    rig = Rig(1, replace(QUIET, geometries=(tight(17, 4),)))
+    number = 0
+    while not rig.store.stats().nvme_again_blocks:
+        rig.put(0, number, 4)
+        rig.persist(0, number, 4)
+        rig.settle()
+        rig.demote_all()
+        rig.get(0, number, 4)
+        number += 4
+        assert number < 200
+    assert rig.store.stats().nvme_again_blocks <= most_again(rig)
+    for _ in range(20):
+        rig.put(0, number, 4)
+        rig.persist(0, number, 4)
+        rig.settle()
+        rig.get(0, number, 4)
+        number += 4
+    assert rig.store.stats().nvme_again_blocks <= most_again(rig)
+
+
+def most_again(rig: Rig) -> int:
+    """By the segments that have made room so far."""
+    volume = rig.volumes[0]
+    slots = volume.geometry.slots(next(iter(volume.uses.values())).slot_granules)
+    over = volume.next_sequence - 1 - len(volume.uses)
+    return over * -(-slots // limits.NVME_AGAIN_SHARE)
