@@ -51,7 +51,14 @@ FACTS = Facts(
     host=HOST,
     packages=(("numpy", "2.4.0"), ("rich", "15.0.0")),
     rdma=False,
-    daemon=DaemonFacts(version="1.0", pool_bytes=8 * GIB, round_trip_ms=0.05),
+    daemon=DaemonFacts(
+        version="1.0",
+        pool_bytes=8 * GIB,
+        round_trip_ms=0.05,
+        nvme_health=0,
+        nvme_used_bytes=2 * GIB,
+        nvme_total_bytes=9 * GIB,
+    ),
     socket=SOCKET,
 )
 
@@ -71,6 +78,12 @@ def with_socket(**changes: Any) -> Facts:
     return having(socket=dataclasses.replace(SOCKET, **changes))
 
 
+def with_daemon(**changes: Any) -> Facts:
+    """The facts with a daemon that says something else."""
+    assert FACTS.daemon
+    return having(daemon=dataclasses.replace(FACTS.daemon, **changes))
+
+
 def group(gib: int) -> CgroupMemory:
     """A memory cgroup with that limit."""
     return CgroupMemory(folder=Path("/sys/fs/cgroup/x"), limit_bytes=gib * GIB, used_bytes=GIB)
@@ -87,6 +100,11 @@ def test_a_sound_host_passes_every_check() -> None:
     assert len(checks) == len(doctor.CHECKS)
     assert {check.level for check in checks} == {Level.OK}
     assert not any(check.fix for check in checks)
+
+
+def test_a_store_without_nvme_has_no_check_of_it() -> None:
+    checks = doctor.examine(with_daemon(nvme_health=facts.NO_NVME))
+    assert "NVMe" not in {check.name for check in checks}
 
 
 ABSENT = having(daemon=None, problem="nobody there", socket=None)
@@ -114,6 +132,13 @@ FINDINGS: dict[str, tuple[Facts, str, Level, str, str]] = {
     "pool near cgroup": (on(cgroups=(group(9),)), "memory", Level.WARN, "9 GiB", "--dram"),
     "pool over machine": (
         *(on(memory_total_bytes=4 * GIB), "memory", Level.FAIL, "4 GiB in the machine", "--dram"),
+    ),
+    "a volume not written": (
+        *(with_daemon(nvme_health=1), "NVMe", Level.WARN),
+        *("not written any more; 2 GiB of 9 GiB", "log says why"),
+    ),
+    "a volume lost": (
+        *(with_daemon(nvme_health=2), "NVMe", Level.WARN, "is given up", "restart the daemon"),
     ),
     "little memory": (
         *(dataclasses.replace(ABSENT, host=on(memory_available_bytes=GIB // 2).host), "memory"),

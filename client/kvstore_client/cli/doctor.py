@@ -16,7 +16,7 @@ from rich.text import Text
 from kvstore.host import CgroupMemory, Host
 from kvstore.sizes import format_size
 from kvstore_client.cli import output
-from kvstore_client.cli.facts import Facts
+from kvstore_client.cli.facts import NO_NVME, Facts
 
 LEAST_KERNEL = (5, 14)
 SMALL_SHM_BYTES = 64 << 20  # what Docker gives a container
@@ -112,6 +112,19 @@ def check_memory(facts: Facts) -> Check:
     return Check(name="memory", level=Level.WARN, measured=measured, fix=fix)
 
 
+def check_nvme(facts: Facts) -> Check | None:
+    """Does the daemon read and write all of its volumes?"""
+    if facts.daemon is None or facts.daemon.nvme_health == NO_NVME:
+        return None
+    used, total = facts.daemon.nvme_used_bytes, facts.daemon.nvme_total_bytes
+    measured = f"{format_size(used)} of {format_size(total)} in use"
+    if facts.daemon.nvme_health == 0:
+        return Check(name="NVMe", level=Level.OK, measured=measured)
+    state = "is read and not written any more" if facts.daemon.nvme_health == 1 else "is given up"
+    fix = "The daemon's log says why. Mend the disk or its directory, then restart the daemon."
+    return Check(name="NVMe", level=Level.WARN, measured=f"a volume {state}; {measured}", fix=fix)
+
+
 def check_shared_memory(facts: Facts) -> Check:
     """Is /dev/shm large? The pool does not lie there, but engines' own workers need it."""
     nbytes = facts.host.shm_bytes
@@ -190,6 +203,7 @@ CHECKS: tuple[Callable[[Facts], Check | None], ...] = (
     check_socket,
     check_kernel,
     check_memory,
+    check_nvme,
     check_shared_memory,
     check_memlock,
     check_huge_pages,

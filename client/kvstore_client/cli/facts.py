@@ -18,6 +18,7 @@ PACKAGES = (
     *("grpcio", "numpy", "protobuf", "sortedcontainers", "tenacity", "xxhash"),
     *("rich", "typer"),  # this command's own
 )
+NO_NVME = 3  # the store has no volume
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
@@ -28,6 +29,9 @@ class DaemonFacts:
     version: str
     pool_bytes: int
     round_trip_ms: float
+    nvme_health: int = NO_NVME  # the worst volume's `kvstore.nvme.volume.Health`
+    nvme_used_bytes: int = 0
+    nvme_total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,5 +119,12 @@ def _ask(
         raise
     except KVStoreError as error:
         return None, error
-    found = DaemonFacts(version=version, pool_bytes=stats.total_bytes, round_trip_ms=round_trip_ms)
+    found = DaemonFacts(
+        version=version,
+        pool_bytes=stats.total_bytes,
+        round_trip_ms=round_trip_ms,
+        nvme_health=stats.nvme_health,
+        nvme_used_bytes=stats.nvme_used_bytes,
+        nvme_total_bytes=stats.nvme_total_bytes,
+    )
     return found, None
