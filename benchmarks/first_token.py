@@ -1,16 +1,24 @@
 """Time to first token of vLLM with and without us, on a CPU: `python -m benchmarks.first_token`.
 
-For each way to keep KV one engine stores the beginnings of all prompts and ends; then a fresh
-engine of each way serves the same prompts, in turns, so that a drifting machine hurts all alike.
-Every first token is compared with that of vLLM alone. vLLM's prefix cache is off, so that what is
-found was stored by another process. Copies between vLLM's KV memory and its host memory need a GPU;
-on a CPU the offloading connector gets a stand-in for them, for its own file tier and for ours.
+For each way to keep KV one engine stores the beginnings of all prompts and ends; then fresh
+engines, one of each way, serve the same prompts, one after the other in a shuffled order, so that a
+drifting machine hurts all alike. One and the same engine is up to a tenth faster or slower from
+start to start, so all are started several times, and vLLM alone is there twice: how far the two
+are apart says what the other figures are worth. Every first token is compared with that of vLLM
+alone. vLLM's prefix cache is off, so that what is found was stored by another process. Copies
+between vLLM's KV memory and its host memory need a GPU; on a CPU the offloading connector gets a
+stand-in for them, for its own file tier and for ours.
+
+What the connector costs where it finds nothing is measured in one engine: some prompts in a row
+that are looked up, computed and stored, beside as many that say `cache: false`, whose KV is neither
+looked up nor stored, in a shuffled order.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -19,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +42,11 @@ BLOCK = 32
 LENGTH = 20 * BLOCK + 1  # a prompt: 20 blocks, and a token that is always computed
 SHARES = (0.0, 0.5, 0.9)
 VOCABULARY = 49_152
+PLAIN = "vLLM alone"
+AGAIN = f"{PLAIN}, again"
+CONNECTOR = "kvstore, connector"
+IN_A_ROW = 4  # prompts; what is stored behind an answer slows down the next one
+PAIRS = 40
 POOL_BYTES = 6 << 30  # of which each way to us fills a share, also while it serves
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -75,9 +88,9 @@ class Engine:
         self._path = log
         self._ask({**ARGUMENTS, **arguments})
 
-    def serve(self, prompt: list[int]) -> dict[str, Any]:
+    def serve(self, prompt: list[int], **parameters: Any) -> dict[str, Any]:
         """See `first_token_worker`."""
-        return self._ask(prompt)
+        return self._ask([prompt, parameters])
 
     def close(self) -> None:
         """Ends it by itself, so that what it was storing is stored."""
@@ -100,8 +113,9 @@ class Engine:
 def ways(folder: Path, target: str) -> dict[str, dict[str, Any]]:
     """Arguments of each engine."""
     return {
-        "vLLM alone": {},
-        "kvstore, connector": _transfer(
+        PLAIN: {},
+        AGAIN: {},
+        CONNECTOR: _transfer(
             "KVStoreConnector",
             {"target": target, "tenant": "connector"},
             kv_connector_module_path="kvstore_integrations.vllm.connector",
@@ -149,23 +163,29 @@ class Served:
     wrong: int = 0
 
 
-def prompts(rounds: int, repeats: int) -> list[tuple[float, int, list[int]]]:
-    """(share, tokens of whole blocks that were stored before, prompt), in the order of serving."""
-    made, rng = [], random.Random(7)
-    for _ in range(rounds):
-        for share in SHARES:
-            for _ in range(repeats):
-                prompt = [rng.randrange(VOCABULARY) for _ in range(LENGTH)]
-                made.append((share, int(share * LENGTH) // BLOCK * BLOCK, prompt))
-    return made
+Prompt = tuple[float, int, list[int]]  # share, tokens of whole blocks stored before, the tokens
+
+
+def prompts(repeats: int, rng: random.Random) -> list[Prompt]:
+    """In the order of serving."""
+    return [
+        (share, int(share * LENGTH) // BLOCK * BLOCK, _random_tokens(rng))
+        for share in SHARES
+        for _ in range(repeats)
+    ]
+
+
+def _random_tokens(rng: random.Random) -> list[int]:
+    return [rng.randrange(VOCABULARY) for _ in range(LENGTH)]
 
 
 def measure(
-    python: Path, folder: Path, model: Path, rounds: int, repeats: int
-) -> dict[str, dict[float, Served]]:
-    """Serves all prompts in all ways."""
+    python: Path, folder: Path, model: Path, starts: int, repeats: int
+) -> tuple[dict[str, dict[float, Served]], list[float]]:
+    """Serves the prompts of each start in all ways; and `overheads`."""
     found: dict[str, dict[float, Served]] = defaultdict(lambda: defaultdict(Served))
-    work = prompts(rounds, repeats)
+    rng = random.Random(7)
+    work = [prompts(repeats, rng) for _ in range(starts)]
     with daemon(folder / "daemon", POOL_BYTES, "--no-grpc") as server:
         server.connect().close()
         configurations = {
@@ -173,38 +193,64 @@ def measure(
             for name, arguments in ways(folder, server.target).items()
         }
         for name, arguments in configurations.items():
-            if name == "vLLM alone":
+            if name in (PLAIN, AGAIN):
                 continue
             _say(f"storing: {name}")
             with _engine(python, folder / f"{name}.store.log", arguments) as engine:
-                for _, shared, prompt in work:
+                for _, shared, prompt in itertools.chain(*work):
                     if shared:
                         engine.serve(prompt[: shared + 1])
-                engine.serve(prompts(1, 1)[0][2][: BLOCK + 1])  # a step in which stores end
-        with contextlib.ExitStack() as stack:
-            engines = {}
-            for name, arguments in configurations.items():
-                _say(f"starting: {name}")
-                made = _engine(python, folder / f"{name}.log", arguments)
-                engines[name] = stack.enter_context(made)
-            for engine in engines.values():
-                engine.serve(list(range(LENGTH)))  # warms up
-            _say("serving")
-            for number, (share, shared, prompt) in enumerate(work):
-                order = list(engines)
-                turn = number % len(order)
-                answers = {
-                    name: engines[name].serve(prompt) for name in order[turn:] + order[:turn]
-                }
-                plain = answers["vLLM alone"]
-                for name, answer in answers.items():
-                    served = found[name][share]
-                    served.seconds.append(answer["seconds"])
-                    served.against_plain.append(answer["seconds"] / plain["seconds"])
-                    served.cached += answer["cached"]
-                    served.shared += shared
-                    served.wrong += answer["token"] != plain["token"]
-    return found
+                engine.serve(_random_tokens(rng)[: BLOCK + 1])  # a step in which stores end
+        for start, share_of_work in enumerate(work):
+            with contextlib.ExitStack() as stack:
+                engines = {}
+                for name in _shuffled(configurations, rng):
+                    _say(f"start {start + 1} of {starts}: {name}")
+                    made = _engine(python, folder / f"{name}.log", configurations[name])
+                    engines[name] = stack.enter_context(made)
+                for engine in engines.values():
+                    engine.serve(_random_tokens(rng))  # warms up
+                for prompt in share_of_work:
+                    _serve(prompt, {name: engines[name] for name in _shuffled(engines, rng)}, found)
+        _say("what a miss costs")
+        with _engine(python, folder / "miss.log", configurations[CONNECTOR]) as engine:
+            ratios = overheads(engine, rng)
+    return {name: found[name] for name in configurations}, ratios
+
+
+def overheads(engine: Engine, rng: random.Random) -> list[float]:
+    """Of each pair of rows of prompts: seconds of the one that is looked up and stored, to those of
+    the one that is not."""
+    engine.serve(_random_tokens(rng))  # warms up
+    ratios = []
+    for _ in range(PAIRS):
+        seconds = {}
+        for cache in rng.sample([True, False], 2):
+            row = [engine.serve(_random_tokens(rng), cache=cache) for _ in range(IN_A_ROW)]
+            seconds[cache] = sum(answer["seconds"] for answer in row)
+        ratios.append(seconds[True] / seconds[False])
+    return ratios
+
+
+def _shuffled(names: Iterable[str], rng: random.Random) -> list[str]:
+    mixed = list(names)
+    rng.shuffle(mixed)
+    return mixed
+
+
+def _serve(
+    prompt: Prompt, engines: dict[str, Engine], found: dict[str, dict[float, Served]]
+) -> None:
+    share, shared, tokens = prompt
+    answers = {name: engine.serve(tokens) for name, engine in engines.items()}
+    plain = answers[PLAIN]
+    for name, answer in answers.items():
+        served = found[name][share]
+        served.seconds.append(answer["seconds"])
+        served.against_plain.append(answer["seconds"] / plain["seconds"])
+        served.cached += answer["cached"]
+        served.shared += shared
+        served.wrong += answer["token"] != plain["token"]
 
 
 @contextlib.contextmanager
@@ -216,7 +262,7 @@ def _engine(python: Path, log: Path, arguments: dict[str, Any]) -> Iterator[Engi
         engine.close()
 
 
-def table(found: dict[str, dict[float, Served]]) -> str:
+def table(found: dict[str, dict[float, Served]], ratios: list[float]) -> str:
     """Markdown."""
     facts = ", ".join(f"{name} {value}" for name, value in limits.facts().items())
     lines = [f"Machine: {facts}.", ""]
@@ -238,6 +284,13 @@ def table(found: dict[str, dict[float, Served]]) -> str:
                 cell += f", hits {served.cached / served.shared:.0%}"
             cells.append(cell + (f", {served.wrong} WRONG" if served.wrong else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    lines += [
+        "",
+        f"The connector in one engine, {IN_A_ROW} prompts in a row that find nothing and are "
+        f"stored, to as many with `cache: false`: {middle:.3f} of the time (median of "
+        f"{len(ratios)} pairs; quartiles {low:.3f} and {high:.3f}).",
+    ]
     return "\n".join(lines)
 
 
@@ -250,19 +303,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3, help="prompts of each share in a round")
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4, help="prompts of each share in a start")
     options = parser.parse_args()
     model = ensure_smollm2().resolve()
     with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as name:
-        found = measure(options.python, Path(name), model, options.rounds, options.repeats)
+        found, ratios = measure(options.python, Path(name), model, options.starts, options.repeats)
     if options.json:
-        document = {
+        document: dict[str, Any] = {
             name: {str(share): vars(served) for share, served in by_share.items()}
             for name, by_share in found.items()
         }
-        options.json.write_text(json.dumps(document))
-    print(table(found))
+        options.json.write_text(json.dumps({**document, "overheads": ratios}))
+    print(table(found, ratios))
     sys.exit(any(served.wrong for by in found.values() for served in by.values()))
 
 

@@ -1,7 +1,8 @@
 """One vLLM in a process and environment of its own: JSON line by line on standard input.
 
-The first line holds the arguments of `vllm.LLM`. Each further one is a prompt's token ids, answered
-with the seconds to its first token, that token, and how many of the prompt's came from a cache.
+The first line holds the arguments of `vllm.LLM`. Each further one is a prompt's token ids and its
+parameters for the connector, answered with the seconds to its first token, that token, and how many
+of the prompt's came from a cache.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ def main() -> None:
         answer({"error": f"{type(error).__name__}: {error}"})
         return
     answer({})
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
     for line in sys.stdin:
-        prompt: Any = {"prompt_token_ids": json.loads(line)}
+        tokens, parameters = json.loads(line)
+        prompt: Any = {"prompt_token_ids": tokens}
+        sampling = vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"kv_transfer_params": parameters} if parameters else None,
+        )
         begin = time.monotonic()
         (output,) = engine.generate([prompt], sampling, use_tqdm=False)
         answer(

@@ -20,6 +20,7 @@ class _Said(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
+    cache: bool = True
     tenant: str | None = None
     ttl_s: float | None = Field(default=None, gt=0, le=limits.MAX_TTL_MS / 1000)
     session_ends: bool = False
@@ -49,8 +50,8 @@ class RequestOptions:
     def read(cls, said: Mapping[str, Any] | None, *, tenant: str) -> RequestOptions | None:
         """From a request's parameters; tenant: whose it is where it does not say.
 
-        None for parameters that mean nothing: such a request is not cached, because it might be
-        another tenant's.
+        None for a request that is not to be looked up or stored, and for parameters that mean
+        nothing: it might be another tenant's.
         """
         try:
             options = _Said.model_validate(said or {})
@@ -59,6 +60,8 @@ class RequestOptions:
                 f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
             )
             log.warning("a request is not cached, its parameters are wrong: %s", faults)
+            return None
+        if not options.cache:
             return None
         return cls(tenant=options.tenant or tenant, ttl_s=options.ttl_s, hint=_hint(options))
 

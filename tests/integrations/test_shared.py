@@ -122,8 +122,14 @@ def test_a_request_says_whose_it_is_and_what_comes_next() -> None:
         assert options.hint == hint
 
 
+def test_a_request_may_stay_out_of_the_store(caplog: pytest.LogCaptureFixture) -> None:
+    assert RequestOptions.read({"cache": False, "tenant": "a"}, tenant="t") is None
+    assert not caplog.records
+    assert RequestOptions.read({"cache": True}, tenant="t") == RequestOptions(tenant="t")
+
+
 @pytest.mark.parametrize(
-    "said", [{"tenant": ""}, {"tenant": 7}, {"tenant": "a" * 65}, {"tenant": "a b"}, {"ttl_s": -1}]
+    "said", [{"tenant": ""}, {"tenant": 7}, {"tenant": "a" * 65}, {"tenant": "a b"}, {"ttl_s": -1}, {"cache": 0}]
 )
 def test_a_request_whose_parameters_mean_nothing_is_not_cached(
     said: dict[str, Any], caplog: pytest.LogCaptureFixture

@@ -458,6 +458,19 @@ def test_what_a_request_says_of_the_future_reaches_the_store_behind_its_saves(
     assert stored(engine, request) == [6]
 
 
+def test_a_request_that_asks_for_it_is_neither_looked_up_nor_stored(
+    made: Made, server: Daemon
+) -> None:
+    engine = made()
+    request = prompt(1, 6 * TOKENS + 1)
+    engine.serve(request, cache=False)
+    assert stored(engine, request) == [0]
+    engine.serve(request)
+    assert stored(engine, request) == [6]
+    assert made().serve(prompt(1, 6 * TOKENS + 1), cache=False) == 0
+    assert made().serve(prompt(1, 6 * TOKENS + 1)) == 6 * TOKENS
+
+
 # -- what goes wrong -------------------------------------------------------------------
 
 
