@@ -210,8 +210,8 @@ def measure(
                     engines[name] = stack.enter_context(made)
                 for engine in engines.values():
                     engine.serve(_random_tokens(rng))  # warms up
-                for prompt in share_of_work:
-                    _serve(prompt, {name: engines[name] for name in _shuffled(engines, rng)}, found)
+                for asked in share_of_work:
+                    _serve(asked, {name: engines[name] for name in _shuffled(engines, rng)}, found)
         _say("what a miss costs")
         with _engine(python, folder / "miss.log", configurations[CONNECTOR]) as engine:
             ratios = overheads(engine, rng)
