@@ -18,10 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import limits
-from benchmarks.daemon import Daemon, daemon
+from benchmarks.daemon import daemon
 from benchmarks.replay_store import MODEL, whole_slabs
 from benchmarks.replay_tiers import TieredHits, replay_tiers
 from benchmarks.replay_trace import read_trace
@@ -39,7 +40,7 @@ from kvstore_client import KVStoreClient
 
 SIZES = (256 << 10, 1 << 20, 4 << 20)
 TOTAL_BYTES = 1 << 30  # of blocks for each size and round
-VOLUME_BYTES = 2 << 30
+VOLUME_BYTES = 4 << 30
 POOL_BYTES = 1536 << 20
 BATCH_BYTES = 64 << 20  # of one call
 JOBS = (1, 4)
@@ -113,28 +114,42 @@ def _tier_rates(folder: Path, size: int, seed: int, clients: int) -> tuple[float
     rng = np.random.default_rng([seed, size, clients])
     batch = BATCH_BYTES // size // clients
     works = [_Work.of(size, TOTAL_BYTES // size // clients, batch, rng) for _ in range(clients)]
-    filling = _Work.of(size, VOLUME_BYTES // size, BATCH_BYTES // size, rng)
     flags = ("--no-grpc", "--nvme", f"{folder}:{VOLUME_BYTES}", "--nvme-scrub-rate", "0")
-    with daemon(folder / "first", POOL_BYTES, *flags) as server:
+    with _clients(folder / "first", flags, clients) as opened:
         # First all of the file is written once: new room on a disk is slower than old, for fio too.
-        _together(server, [filling], _put)
-        put = _together(server, works, _put)
-    with daemon(folder / "second", POOL_BYTES, *flags) as server:
-        get = _together(server, works, _get)
-        _together(server, works, _compare)
+        for _ in range(VOLUME_BYTES // TOTAL_BYTES):
+            filling = [
+                replace(work, hashes=rng.integers(0, 256, work.hashes.shape, np.uint8))
+                for work in works
+            ]
+            _together(opened, filling, _put)
+        put = _together(opened, works, _put)
+    with _clients(folder / "second", flags, clients) as opened:
+        get = _together(opened, works, _get)
+        _together(opened, works, _compare)
     shutil.rmtree(folder)
     return TOTAL_BYTES / put, TOTAL_BYTES / get
 
 
+@contextlib.contextmanager
+def _clients(folder: Path, flags: tuple[str, ...], count: int) -> Iterator[list[KVStoreClient]]:
+    """Clients of a new daemon that knows what lies on NVMe, and that have mapped its memory."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(daemon(folder, POOL_BYTES, *flags))
+        opened = [stack.enter_context(server.connect()) for _ in range(count)]
+        while not all(client.stats().nvme_ready for client in opened):
+            time.sleep(0.01)
+        for thread in threading.enumerate():
+            if thread.name == "kvstore-populate":
+                thread.join()
+        yield opened
+
+
 def _together(
-    server: Daemon, works: list[_Work], do: Callable[[KVStoreClient, _Work], None]
+    opened: list[KVStoreClient], works: list[_Work], do: Callable[[KVStoreClient, _Work], None]
 ) -> float:
     """Seconds until all clients are through, each on a thread of its own."""
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(server.connect()) for _ in works]
-        while not opened[0].stats().nvme_ready:
-            time.sleep(0.01)
-        threads = stack.enter_context(ThreadPoolExecutor(len(works)))
+    with ThreadPoolExecutor(len(works)) as threads:
         begin = time.monotonic()
         list(threads.map(do, opened, works))
         return time.monotonic() - begin

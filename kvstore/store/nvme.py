@@ -202,8 +202,10 @@ class NvmeTier:
             hope = (self._writer.waits(ids) | self._may_be_synced(ids)) & bool(
                 shelf.places.writable()
             )
-            if (open_ & hope).any() and not last:
-                self._writer.sync_wanted = True
+            comes = ids[open_ & hope]
+            if len(comes) and not last:
+                # One sync for all of them: when the last is written.
+                self._writer.sync_wanted |= not self._writer.waits(comes).any()
                 return None
             answer = np.zeros(len(command.hashes), np.uint8)
             answer[known] = durable

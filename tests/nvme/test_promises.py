@@ -22,6 +22,7 @@ from kvstore.nvme.ops import ReadBlocks, Sync, WriteBlocks, WriteRaw
 from kvstore.nvme.runner import Runner
 from kvstore.nvme.volume import Health, UseState
 from kvstore.store import NvmePolicy
+from kvstore.store.blocks import BlockState
 
 STEP_BY_STEP = Plan(nesting=0.0, pauses=1)
 
@@ -69,6 +70,11 @@ def test_what_rotted_in_memory_is_not_written() -> None:
     assert not rig.get(0, 4)  # nor may anybody have it from memory
 
 
+def is_in_memory(rig: Rig, number: int) -> bool:
+    block = rig._block((0, number))
+    return block >= 0 and rig.store._shelf.blocks.state[block] == BlockState.LIVE
+
+
 def test_what_is_written_again_is_looked_at_first() -> None:
     rig = rig_with(put=0, excused=True)
     for first in range(0, 16, 4):
@@ -84,8 +90,10 @@ def test_what_is_written_again_is_looked_at_first() -> None:
     for first in range(40, 80, 4):
         rig.put(0, first, 4)
         rig.persist(0, first, 4)
+        while rig.step():  # also before it is written, which would notice as well
+            assert not is_in_memory(rig, 0)
         rig.settle()
-        if use.state is UseState.LEAVING:
+        if use.segment not in rig.volumes[0].uses or rig.volumes[0].uses[use.segment] is not use:
             break
         rig.demote_all()
     assert not rig.get(0, 0)
