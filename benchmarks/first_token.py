@@ -193,7 +193,7 @@ def measure(
             for name, arguments in ways(folder, server.target).items()
         }
         for name, arguments in configurations.items():
-            if name in (PLAIN, AGAIN):
+            if name in (PLAIN, AGAIN) or not starts:
                 continue
             _say(f"storing: {name}")
             with _engine(python, folder / f"{name}.store.log", arguments) as engine:
@@ -266,7 +266,18 @@ def table(found: dict[str, dict[float, Served]], ratios: list[float]) -> str:
     """Markdown."""
     facts = ", ".join(f"{name} {value}" for name, value in limits.facts().items())
     lines = [f"Machine: {facts}.", ""]
+    lines += _starts_table(found) if any(found.values()) else []
+    low, middle, high = statistics.quantiles(ratios, n=4)
     lines += [
+        f"The connector in one engine, {IN_A_ROW} prompts in a row that find nothing and are "
+        f"stored, to as many with `cache: false`: {middle:.3f} of the time (median of "
+        f"{len(ratios)} pairs; quartiles {low:.3f} and {high:.3f}).",
+    ]
+    return "\n".join(lines)
+
+
+def _starts_table(found: dict[str, dict[float, Served]]) -> list[str]:
+    lines = [
         f"SmolLM2-135M in fp32, prompts of {LENGTH} tokens. Time to first token: median ms, and "
         "the median of the ratios to vLLM alone, prompt by prompt. Hits: tokens that came from a "
         "cache, of those in shared whole blocks.",
@@ -284,14 +295,7 @@ def table(found: dict[str, dict[float, Served]], ratios: list[float]) -> str:
                 cell += f", hits {served.cached / served.shared:.0%}"
             cells.append(cell + (f", {served.wrong} WRONG" if served.wrong else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    lines += [
-        "",
-        f"The connector in one engine, {IN_A_ROW} prompts in a row that find nothing and are "
-        f"stored, to as many with `cache: false`: {middle:.3f} of the time (median of "
-        f"{len(ratios)} pairs; quartiles {low:.3f} and {high:.3f}).",
-    ]
-    return "\n".join(lines)
+    return [*lines, ""]
 
 
 def _say(text: str) -> None:
@@ -303,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, required=True, help="of an environment with vLLM")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=5, help="0: only what a miss costs")
     parser.add_argument("--repeats", type=int, default=4, help="prompts of each share in a start")
     options = parser.parse_args()
     model = ensure_smollm2().resolve()
