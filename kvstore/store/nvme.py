@@ -457,7 +457,10 @@ class NvmeTier:
         )
         volume.uses[segment.segment] = use
         shelf.places.open(use)
-        ids = self._show(namespace, use, segment.entries)
+        # Of a key that was put anew before its first block was found, the later one comes first.
+        last = _last_of_each(_keys_of(segment.entries))
+        ids = self._show(namespace, use, segment.entries[last])
+        self._show(namespace, use, segment.entries[~last])
         if not segment.whole:
             use.entries = [segment.entries]
             self._writer.take_over(use)
@@ -588,6 +591,14 @@ class NvmeTier:
             for some in ids.values():
                 np.add.at(counts, some, 1)
         return counts
+
+
+def _last_of_each(keys: c.U8) -> npt.NDArray[np.bool_]:
+    """Which of the keys (n, 32) do not come again: bool (n,)."""
+    rows = keys[::-1].copy().view(f"V{limits.KEY_BYTES}").ravel()
+    last = np.zeros(len(keys), np.bool_)
+    last[len(keys) - 1 - np.unique(rows, return_index=True)[1]] = True
+    return last
 
 
 def _keys_of(entries: npt.NDArray[np.void]) -> c.U8:

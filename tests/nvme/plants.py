@@ -14,6 +14,7 @@ from kvstore.nvme import perform, recovery
 from kvstore.nvme.disk import WaryDisk
 from kvstore.nvme.ops import Outcome
 from kvstore.nvme.volume import Volume
+from kvstore.store import nvme
 from kvstore.store.blocks import Blocks, BlockState
 from kvstore.store.fetching import Fetcher
 from kvstore.store.nvme import NvmeTier
@@ -212,6 +213,11 @@ def second_copies_are_not_forgotten(patch: Patch) -> None:
 @plant("test_what_was_dropped_does_not_come_back_when_it_can_be_read_again")
 def a_segment_that_could_not_be_read_is_not_forgotten(patch: Patch) -> None:
     patch.setattr(Volume, "forget_unread", lambda _self: None)
+
+
+@plant("test_a_key_that_was_put_anew_before_it_was_found_keeps_its_own_time")
+def of_two_blocks_in_a_segment_the_first_is_found(patch: Patch) -> None:
+    patch.setattr(nvme, "_last_of_each", lambda keys: np.ones(len(keys), np.bool_))
 
 
 @plant("histories")

@@ -229,6 +229,24 @@ def test_what_was_dropped_does_not_come_back_when_it_can_be_read_again(reads: in
         assert not second.get_all()
 
 
+def test_a_key_that_was_put_anew_before_it_was_found_keeps_its_own_time() -> None:
+    """Both of its blocks are in one segment, and the first has a time to live."""
+    rig = rig_with(put=0)
+    rig.put(0, 0, 3, ttl_ms=700)
+    rig.persist(0, 0, 3)
+    rig.settle()
+    rig = rig.restart(clean=False, recovers=False)
+    rig.put(0, 0, 3)
+    rig.recover()
+    rig.persist(0, 0, 3)
+    rig.settle()
+    (use,) = rig.volumes[0].uses.values()
+    assert sum(map(len, use.entries)) == 6
+    rig = rig.crash(1)
+    rig.pass_ms(1000)
+    assert rig.get(0, 0, 3) == 3
+
+
 def test_what_was_not_dropped_comes_back_when_it_can_be_read_again() -> None:
     rig = rig_with()
     first = rig.crash(1, recovers=False)
