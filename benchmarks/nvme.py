@@ -3,8 +3,8 @@
 Puts wait for the sync of what they put (`persist=True`); gets find every block on NVMe only,
 because the daemon was started anew. Both are timed by a client of the daemon, over shared memory,
 so they hold the copies and all checksums as well. fio does O_DIRECT transfers of the blocks' size
-in a file beside the volume, right before; its writes end in one fdatasync. Both do it one call
-after the other, and four at a time, and the better one counts. The folder has to be on the disk
+in a file beside the volume, right before, and syncs as often. Both do it one call after the other,
+and four at a time, and the better one counts. The folder has to be on the disk
 that is meant.
 """
 
@@ -202,6 +202,7 @@ def fio_rates(folder: Path, size: int) -> tuple[float, float]:
                 f"--numjobs={jobs}",
                 "--direct=1",
                 "--ioengine=psync",
+                f"--fdatasync={BATCH_BYTES // size // jobs}",
                 "--end_fsync=1",
                 "--group_reporting",
                 "--output-format=json",

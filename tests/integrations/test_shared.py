@@ -129,7 +129,15 @@ def test_a_request_may_stay_out_of_the_store(caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize(
-    "said", [{"tenant": ""}, {"tenant": 7}, {"tenant": "a" * 65}, {"tenant": "a b"}, {"ttl_s": -1}, {"cache": 0}]
+    "said",
+    [
+        {"tenant": ""},
+        {"tenant": 7},
+        {"tenant": "a" * 65},
+        {"tenant": "a b"},
+        {"ttl_s": -1},
+        {"cache": 0},
+    ],
 )
 def test_a_request_whose_parameters_mean_nothing_is_not_cached(
     said: dict[str, Any], caplog: pytest.LogCaptureFixture
