@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_proto/v1 \
-	engines/kvstore_engines engines/kvstore_integrations benchmarks
+	kernels/kvstore_kernels engines/kvstore_engines engines/kvstore_integrations benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-vllm test-sglang test-lmcache lint format bench proto clean
+.PHONY: help demo test test-long test-vllm test-sglang test-lmcache test-gpu bench-gpu lint format bench proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,15 @@ test-vllm test-sglang test-lmcache: $(READY) ## a real engine on our store, in i
 	SERVER_PYTHON=$(abspath $(BIN))/python \
 		$$($(BIN)/python tests/integrations/environment.py $(@:test-%=%))/bin/python -m pytest \
 		-c tests/integrations/real/pytest.ini --rootdir=tests tests/integrations/real/$(@:test-%=%)
+
+# On a machine with a GPU, and a Python that has torch, Triton and pytest; nothing is installed.
+GPU_PYTHON ?= python3
+
+test-gpu: ## the kernels on a GPU, against float64 and a hundred times each
+	PYTHONPATH=kernels:engines:. $(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini --rootdir=tests tests/gpu
+
+bench-gpu: ## the kernels' speed beside others and the GPU's own limits
+	PYTHONPATH=kernels:engines:. $(GPU_PYTHON) -m benchmarks.gpu
 
 lint: $(READY) ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .

@@ -1,0 +1,577 @@
+"""Pages collated, scattered and taken to host memory and back, beside what the hardware does.
+
+`python -m benchmarks.gpu.collation`, on a machine with a GPU; `--sweep` tries other ways to cut the
+work, `--json FILE` writes what was measured. Every result is compared with the reference, byte by
+byte, on memory that was poisoned before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.timing import eager_us, graph_us
+from kvstore_kernels.collate import Collator
+from kvstore_kernels.collate_plan import Tuning
+from kvstore_kernels.collate_reference import collate_reference, scatter_reference
+from kvstore_kernels.cuda_runtime import cuda_runtime
+from kvstore_kernels.page_table import CellForm, PageTable, runs_of
+from kvstore_kernels.transfer import Transfer, Transfers
+
+DEVICE = torch.device("cuda", 0)
+MOVED_BYTES = 512 << 20  # by one gather or scatter
+LINK_BYTES = 256 << 20  # by one transfer
+MOST_PIECES = 16_384  # that are copied one by one
+POISON = 0xA5
+ROUNDS = 7
+SWEPT = [
+    Tuning(tile_bytes=tile << 10, thread_bytes=thread, load_policy=policy)
+    for tile, thread, policy in (
+        (8, 128, "evict_first"), (16, 64, "evict_first"), (16, 128, ""), (16, 256, "evict_first"),
+        (32, 64, "evict_first"), (32, 128, "evict_first"), (64, 128, "evict_first"),
+    )
+]  # fmt: skip
+SWEPT_KEPT = [
+    Tuning(kept_elements=kept << 10, thread_bytes=thread)
+    for kept, thread in ((8, 128), (16, 64), (32, 64), (32, 128))
+]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Pools in one form, twice as many pages as are moved, and the rows they become."""
+
+    name: str
+    dims: str = "LKPNHD"
+    layers: int = 32
+    heads: int = 8
+    head_dim: int = 128
+    page_tokens: int = 16
+    block_tokens: int = 16
+    row_heads: int | None = None  # of the whole row, where the pages have some of them
+    cell_layers: int | None = None
+    scaled: bool = False
+
+    @property
+    def kinds(self) -> int:
+        return 2 if "K" in self.dims else 1
+
+    @property
+    def form(self) -> CellForm:
+        return CellForm(
+            layers=self.layers,
+            heads=self.row_heads or self.heads,
+            head_dim=self.head_dim,
+            block_tokens=self.block_tokens,
+            dtype=torch.float8_e4m3fn if self.scaled else torch.bfloat16,
+            kinds=self.kinds,
+            layers_per_cell=self.cell_layers,
+            scaled=self.scaled,
+        )
+
+    @property
+    def piece(self) -> int:
+        """Bytes of one page of one plane."""
+        return self.page_tokens * self.heads * self.head_dim * 2
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in the pages."""
+        return self.layers * self.kinds * self.block_tokens * self.heads * self.head_dim * 2
+
+    @property
+    def both_bytes(self) -> int:
+        """Bytes of a block in the pages, and of what it becomes."""
+        return self.block_bytes + self.form.nbytes * self.heads // self.form.heads
+
+
+PIECES = [
+    Work("4 KiB", heads=1),
+    Work("16 KiB", heads=4),
+    Work("32 KiB"),
+    Work("64 KiB", page_tokens=32, block_tokens=32),
+    Work("256 KiB", page_tokens=128, block_tokens=128),
+]
+LATENT = Work("latent", "LPND", layers=61, heads=1, head_dim=576, page_tokens=64, block_tokens=64)
+QUANTISED = Work("to fp8", scaled=True)
+STORED = Work("as in the store", "PHLKND")
+QUANTISED_LATENT = replace(LATENT, name="latent to fp8", scaled=True)
+FORMS = [
+    Work("heads first", "LKPHND"),
+    Work("2 of 8 heads", heads=2, row_heads=8),
+    Work("8 layers a cell", cell_layers=8),
+    STORED,
+    Work("4 pages a block", block_tokens=64),
+    Work("4 blocks a page", page_tokens=64),
+    LATENT,
+    QUANTISED,
+    replace(QUANTISED, name="to fp8, heads first", dims="LKPHND"),
+    QUANTISED_LATENT,
+]
+LINKED = [PIECES[0], PIECES[1], PIECES[3], PIECES[4], STORED, QUANTISED]
+
+
+class Rig:
+    """A work's pools, filled, and a choice of blocks in any order."""
+
+    def __init__(self, work: Work, nbytes: int, tuning: Tuning | None = None) -> None:
+        self.work, self.form = work, work.form
+        self.blocks = nbytes // work.block_bytes
+        self.pages = 2 * self.blocks * work.block_tokens // work.page_tokens
+        self.pool = self._random() if work.scaled else self._bytes()
+        self.table = PageTable.of(self.pool, work.dims)
+        order = torch.randperm(self.pages, generator=torch.Generator().manual_seed(0))
+        runs = runs_of(order, work.page_tokens, work.block_tokens)
+        self.runs = runs[: self.blocks].contiguous().to(DEVICE)
+        self.collator = Collator(self.table, self.form, tuning=tuning)
+
+    def tuned(self, tuning: Tuning) -> Collator:
+        return Collator(self.table, self.form, tuning=tuning)
+
+    def rows(self) -> torch.Tensor:
+        """Memory for the rows, poisoned."""
+        shape = (self.blocks, -(-self.form.nbytes // 16) * 16)
+        return torch.full(shape, POISON, dtype=torch.uint8, device=DEVICE)
+
+    def poisoned(self) -> torch.Tensor:
+        """Another pool of the same form."""
+        return torch.full_like(self.pool.view(torch.uint8), POISON).view(torch.bfloat16)
+
+    def _shape(self) -> list[int]:
+        work = self.work
+        sizes = {
+            "L": work.layers, "K": 2, "P": self.pages, "N": work.page_tokens, "H": work.heads,
+            "D": work.head_dim,
+        }  # fmt: skip
+        return [sizes[letter] for letter in work.dims]
+
+    def _random(self) -> torch.Tensor:
+        return torch.randn(self._shape(), dtype=torch.bfloat16, device=DEVICE)
+
+    def _bytes(self) -> torch.Tensor:
+        words = torch.randint(-(1 << 15), 1 << 15, self._shape(), dtype=torch.int16, device=DEVICE)
+        return words.view(torch.bfloat16)
+
+
+class Report:
+    """Rows of results, printed as they come and once more at the end."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.results: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+
+    def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """A row that fails is told, and the others go on."""
+        start = time.perf_counter()
+        try:
+            found = measure()
+        except Exception as error:
+            self.failed.append(name)
+            traceback.print_exc()
+            found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+        seconds = time.perf_counter() - start
+        self.results.append({"row": name, **found})
+        text = "  ".join(f"{key} {_text(value)}" for key, value in found.items())
+        self.lines.append(f"{name:34s} {text}")
+        print(f"{self.lines[-1]}   [{seconds:.1f} s]", flush=True)
+
+    def end(self) -> None:
+        print("\n" + "\n".join(self.lines))
+        if self.failed:
+            sys.exit(f"failed: {', '.join(self.failed)}")
+
+
+def _text(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def copy_ceiling() -> dict[str, Any]:
+    """What torch's own copy of as many bytes does, and of four times as many."""
+    found: dict[str, Any] = {}
+    for name, size in (("512 MiB", MOVED_BYTES), ("2 GiB", 4 * MOVED_BYTES)):
+        source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=DEVICE)
+        target = torch.empty_like(source)
+        found[f"{name}, TB/s"] = 2 * size / graph_us([partial(target.copy_, source)] * 2) / 1e6
+    return found
+
+
+def measure_form(work: Work) -> dict[str, Any]:
+    """TB/s, read and written, of gather and scatter; by index_select where that is the same."""
+    rig = Rig(work, MOVED_BYTES)
+    rows = rig.rows()
+    moved = rig.blocks * work.both_bytes
+    gather = moved / graph_us([lambda: rig.collator.collate(rig.runs, rows)] * 2) / 1e6
+    wrong = "" if gathered_right(rig, rows) else " WRONG"
+    pool = rig.poisoned()
+    back = Collator(PageTable.of(pool, work.dims), rig.form)
+    scatter = moved / graph_us([lambda: back.scatter(rig.runs, rows)] * 2) / 1e6
+    wrong += "" if scattered_right(rig, rows, pool) else " WRONG BACK"
+    if wrong:
+        raise AssertionError(f"gather {gather:.2f}, scatter {scatter:.2f} TB/s:{wrong}")
+    found: dict[str, Any] = {"gather": gather, "scatter": scatter}
+    if work in PIECES:
+        found["index_select"] = moved / graph_us([index_select(rig, rows)] * 2) / 1e6
+    return found
+
+
+def gathered_right(rig: Rig, rows: torch.Tensor) -> bool:
+    """Whether rows are the reference's, and what is between them is still poisoned."""
+    rows.fill_(POISON)
+    expected = rig.rows()
+    rig.collator.collate(rig.runs, rows)
+    collate_reference(rig.table, rig.collator.pairing, rig.runs, expected)
+    return torch.equal(rows, expected)
+
+
+def scattered_right(rig: Rig, rows: torch.Tensor, pool: torch.Tensor) -> bool:
+    """Whether a pool is what the reference makes of it, other pages included."""
+    expected = rig.poisoned()
+    table = PageTable.of(expected, rig.work.dims)
+    scatter_reference(table, rig.collator.pairing, rig.runs, rows)
+    pool.view(torch.uint8).fill_(POISON)
+    Collator(PageTable.of(pool, rig.work.dims), rig.form).scatter(rig.runs, rows)
+    return torch.equal(pool.view(torch.uint8), expected.view(torch.uint8))
+
+
+def index_select(rig: Rig, rows: torch.Tensor) -> Callable[[], None]:
+    """The usual way: a call for each plane, into a tensor for each."""
+    planes = [plane.flatten(1) for plane in itertools.chain(*rig.table.views)]
+    there = rows.view(torch.bfloat16).view(len(planes), rig.blocks, -1)
+    pages = rig.runs[:, 0].contiguous()
+
+    def call() -> None:
+        for plane, target in zip(planes, there, strict=True):
+            torch.index_select(plane, 0, pages, out=target)
+
+    return call
+
+
+def sweep_form(work: Work, tunings: list[Tuning]) -> dict[str, Any]:
+    """TB/s of gather / scatter by tuning, and the best of each."""
+    rig = Rig(work, MOVED_BYTES)
+    rows, moved = rig.rows(), rig.blocks * work.both_bytes
+    found: dict[str, tuple[float, float]] = {}
+    for tuning in (Tuning(), *tunings):
+        collator = rig.tuned(tuning)
+        calls = [partial(call, rig.runs, rows) for call in (collator.collate, collator.scatter)]
+        gather, scatter = (moved / graph_us([call] * 2, 11) / 1e6 for call in calls)
+        found[_name(tuning)] = (gather, scatter)
+    best = [max(found, key=lambda name, way=way: found[name][way]) for way in range(2)]  # type: ignore[misc]
+    shown = {name: f"{gather:.2f}/{scatter:.2f}" for name, (gather, scatter) in found.items()}
+    return {**shown, "best gather": best[0], "best scatter": best[1]}
+
+
+def _name(tuning: Tuning) -> str:
+    changed = {
+        key: value for key, value in asdict(tuning).items() if value != getattr(Tuning(), key)
+    }
+    return ",".join(f"{key}={value}" for key, value in changed.items()) or "default"
+
+
+class LinkRig:
+    """A work's pages, and pinned memory for their rows; what was moved is right."""
+
+    def __init__(self, work: Work, host: torch.Tensor) -> None:
+        self.rig = Rig(work, LINK_BYTES)
+        self.runs = self.rig.runs.cpu()
+        nbytes = self.rig.form.nbytes
+        self.host, self.other = host[: 2 * self.rig.blocks * nbytes].view(2, -1, nbytes)
+        self.pool = self.rig.poisoned()
+        self.back = Collator(PageTable.of(self.pool, work.dims), self.rig.form)
+
+    def check(self, out: Transfers, back: Transfers) -> None:
+        """Raises AssertionError unless all bytes arrive both ways, on poisoned memory."""
+        self.host.fill_(POISON)
+        self.pool.view(torch.uint8).fill_(POISON)
+        expected = self.rig.rows()
+        self.rig.collator.collate(self.rig.runs, expected)
+        out.to_host(self.runs, self.host).wait()
+        assert torch.equal(self.host.to(DEVICE), expected), "other bytes on the host"
+        wanted = self.rig.poisoned()
+        form = self.rig.form
+        Collator(PageTable.of(wanted, self.rig.work.dims), form).scatter(self.rig.runs, expected)
+        back.to_pages(self.runs, self.host).wait()
+        same = torch.equal(self.pool.view(torch.uint8), wanted.view(torch.uint8))
+        assert same, "other bytes in the pages"
+        self.other.copy_(self.host)
+
+    def rate(self, *moves: Callable[[], Transfer]) -> float:
+        """GB/s of transfers that are begun together, until the last has arrived."""
+
+        def call() -> None:
+            for transfer in [move() for move in moves]:
+                transfer.wait()
+
+        return float(len(moves) * self.host.numel() / seconds_of(call) / 1e9)
+
+
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def seconds_of(call: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Median time of a call that waits for its end; the first does not count."""
+    times = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(statistics.median(times[1:]))
+
+
+def link_ceiling(host: torch.Tensor) -> dict[str, Any]:
+    """GB/s of one pinned copy, each way and both at once."""
+    size = LINK_BYTES
+    here = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    there = host[: 2 * size].view(2, size)
+    streams = [_stream() for _ in range(2)]
+
+    def copy(*ways: int) -> None:
+        for way in ways:
+            with torch.cuda.stream(streams[way]):
+                pair = (there[0], here[0]) if way == 0 else (here[1], there[1])
+                pair[0].copy_(pair[1], non_blocking=True)
+        torch.cuda.synchronize()
+
+    names = {"D2H": (0,), "H2D": (1,), "both": (0, 1)}
+    return {
+        name: len(ways) * size / seconds_of(partial(copy, *ways)) / 1e9
+        for name, ways in names.items()
+    }
+
+
+def measure_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
+    """GB/s by our pipeline, by batches of copies and by a copy of each piece."""
+    link = LinkRig(work, host)
+    out, back = Transfers(link.rig.collator), Transfers(link.back)
+    link.check(out, back)
+
+    to_host = partial(out.to_host, link.runs, link.host)
+    to_pages = partial(back.to_pages, link.runs, link.other)
+    found = {
+        "D2H": link.rate(to_host),
+        "H2D": link.rate(to_pages),
+        "both": link.rate(to_host, to_pages),
+    }
+    if work in (PIECES[0], PIECES[3]):
+        out, back = Transfers(link.rig.collator, direct=True), Transfers(link.back, direct=True)
+        link.check(out, back)
+        found["zero-copy D2H"] = link.rate(partial(out.to_host, link.runs, link.host))
+        found["zero-copy H2D"] = link.rate(partial(back.to_pages, link.runs, link.other))
+    return {**found, **(by_piece(link) if work in PIECES else {})}
+
+
+def by_piece(link: LinkRig) -> dict[str, Any]:
+    """GB/s of copies that know nothing of kernels: one batch, and one call each."""
+    runtime, piece = cuda_runtime(), link.rig.work.piece
+    pages = link.rig.runs[:, 0].cpu().numpy()
+    planes = [plane.data_ptr() for plane in itertools.chain(*link.rig.table.views)]
+    gpu = (np.array(planes)[:, None] + pages * piece).ravel()[:MOST_PIECES]
+    cpu = link.host.data_ptr() + np.arange(len(gpu)) * piece
+    sizes, stream = np.full(len(gpu), piece), _stream()
+
+    def rate(copy: Callable[..., None], target: Any, source: Any, rounds: int) -> float:
+        def call() -> None:
+            copy(target, source, sizes, stream.cuda_stream)
+            stream.synchronize()
+
+        return float(sizes.sum() / seconds_of(call, rounds) / 1e9)
+
+    found = {}
+    if runtime.has_batches:
+        found["batch D2H"] = rate(runtime.copy_batch, cpu, gpu, 3)
+        found["batch H2D"] = rate(runtime.copy_batch, gpu, cpu, 3)
+    found["each D2H"] = rate(runtime.copy_each, cpu, gpu, 2)
+    found["each H2D"] = rate(runtime.copy_each, gpu, cpu, 2)
+    return found
+
+
+def sweep_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
+    """GB/s D2H / H2D by number and size of buffers."""
+    link = LinkRig(work, host)
+    found = {}
+    for buffers, size in [(2, 8), (3, 2), (3, 4), (3, 8), (3, 16), (2, 16), (4, 8)]:
+        make = partial(Transfers, buffers=buffers, buffer_bytes=size << 20)
+        out, back = make(link.rig.collator), make(link.back)
+        link.check(out, back)
+        away = link.rate(partial(out.to_host, link.runs, link.host))
+        home = link.rate(partial(back.to_pages, link.runs, link.other))
+        found[f"{buffers} x {size} MiB"] = f"{away:.1f}/{home:.1f}"
+    return found
+
+
+def reader() -> tuple[str, Callable[[], object]]:
+    """A kernel that reads much memory for half a millisecond: our decode, or a plain sum."""
+    try:
+        return "decode", _decode()
+    except Exception as error:
+        print(f"decode is not there ({error}), so a sum reads", flush=True)
+    words = torch.ones((2 << 30) // 8, dtype=torch.int64, device=DEVICE)
+    total = torch.empty((), dtype=torch.int64, device=DEVICE)
+    return "sum", lambda: torch.sum(words, dim=0, out=total)
+
+
+def _decode() -> Callable[[], object]:
+    """GQA of 64 sequences of 8192 tokens, 2 GiB of KV."""
+    from kvstore_kernels.gqa_decode import GqaForm, GqaWorkspace, gqa_decode
+
+    batch, length, tokens = 64, 8192, 16
+    form = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=tokens)
+    workspace = GqaWorkspace(form, max_sequences=batch, device=DEVICE)
+    workspace.load(workspace.plan([length] * batch))
+    per_sequence = length // tokens
+    pool = torch.randn(2, batch * per_sequence, 8, tokens, 128, dtype=torch.bfloat16, device=DEVICE)
+    order = torch.randperm(batch * per_sequence, dtype=torch.int32, device=DEVICE)
+    table, lengths = order.view(batch, per_sequence), torch.full((batch,), length).int().to(DEVICE)
+    q = torch.randn(batch, 1, 32, 128, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.empty_like(q)
+
+    def call() -> None:
+        gqa_decode(q, pool[0], pool[1], table, lengths, workspace, out=out)
+
+    call()
+    torch.cuda.synchronize()
+    return call
+
+
+def measure_slowdown(work: Work, host: torch.Tensor) -> dict[str, Any]:
+    """How much longer a memory-bound kernel takes while pages move, in per cent."""
+    name, call = reader()
+    graph = _graph_of(call, 16)
+    link = LinkRig(work, host)
+    ways = {
+        "pipeline": (Transfers(link.rig.collator), Transfers(link.back)),
+        "zero-copy": (
+            Transfers(link.rig.collator, direct=True),
+            Transfers(link.back, direct=True),
+        ),
+    }
+    found: dict[str, Any] = {f"{name} alone, us": eager_us(graph.replay) / 16}
+    for way, (out, back) in ways.items():
+        link.check(out, back)
+        moves = {
+            "D2H": partial(out.to_host, link.runs, link.host),
+            "H2D": partial(back.to_pages, link.runs, link.other),
+        }
+        for direction, move in moves.items():
+            slow, rate = _meanwhile(link, move, graph)
+            alone = eager_us(graph.replay)
+            found[f"{way} {direction}"] = f"{100 * (slow / alone - 1):.1f} % at {rate:.1f} GB/s"
+    return found
+
+
+def _graph_of(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
+    stream = _stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return graph
+
+
+class Mover(threading.Thread):
+    """Moves pages without a pause until it is stopped."""
+
+    def __init__(self, move: Callable[[], Transfer], nbytes: int) -> None:
+        super().__init__()
+        self._move, self._nbytes = move, nbytes
+        self._stop_asked = threading.Event()
+        self.started = threading.Event()
+        self.moved = 0
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            # A stream of its own, or each transfer would wait for the work before it.
+            with torch.cuda.device(DEVICE), torch.cuda.stream(_stream()):
+                last = self._move()
+                self.started.set()
+                while not self._stop_asked.is_set():
+                    following = self._move()
+                    last.wait()
+                    self.moved += self._nbytes
+                    last = following
+                last.wait()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.started.set()
+
+    def stop(self) -> None:
+        """Waits for its end; raises what it has raised."""
+        self._stop_asked.set()
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+
+def _meanwhile(
+    link: LinkRig, move: Callable[[], Transfer], graph: torch.cuda.CUDAGraph
+) -> tuple[float, float]:
+    """us of one replay while another thread moves pages, and at how many GB/s it does."""
+    mover = Mover(move, link.host.numel())
+    mover.start()
+    mover.started.wait()
+    start, before = time.perf_counter(), mover.moved
+    taken = eager_us(graph.replay, 9)
+    rate = (mover.moved - before) / (time.perf_counter() - start) / 1e9
+    mover.stop()
+    torch.cuda.synchronize()
+    return taken, rate
+
+
+def rows_of(report: Report, host: torch.Tensor, *, sweep: bool) -> None:
+    report.row("ceiling, HBM", copy_ceiling)
+    report.row("ceiling, link, GB/s", partial(link_ceiling, host))
+    if sweep:
+        for work in (PIECES[0], PIECES[2], LATENT, QUANTISED):
+            report.row(f"sweep, {work.name}", partial(sweep_form, work, SWEPT))
+        report.row("sweep, kept", partial(sweep_form, QUANTISED_LATENT, SWEPT_KEPT))
+        report.row("sweep, link, GB/s", partial(sweep_link, PIECES[2], host))
+        return
+    for work in (*PIECES, *FORMS):
+        kind = "pieces" if work in PIECES else "form"
+        report.row(f"{kind}: {work.name}, TB/s", partial(measure_form, work))
+    for work in LINKED:
+        report.row(f"link: {work.name}, GB/s", partial(measure_link, work, host))
+    report.row("slowdown of a reader", partial(measure_slowdown, PIECES[2], host))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true", help="try other ways to cut the work")
+    parser.add_argument("--json", type=Path, help="where to write what was measured")
+    options = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    torch.manual_seed(0)
+    host = torch.empty(2 * LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    report = Report()
+    rows_of(report, host, sweep=options.sweep)
+    if options.json:
+        options.json.write_text(json.dumps(report.results, indent=2))
+    report.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Latent attention of many query rows to pages: decode at the speed of the matrix units (Hopper).
+
+For 64 rows (query heads times new tokens) and more of each sequence, in bfloat16; below that,
+reading is the limit and `mla_decode` the kernel. One launch, for compute capability 9.0 only, in
+Gluon (Triton 3.6 to 3.9), since plain Triton leaves half of the matrix units' speed: it can neither
+let two groups of warps take turns nor leave products in flight across a softmax.
+
+Roofline. A token costs 2 * rows * (576 + 512) FLOPs and 1,152 bytes: at 128 rows 242 FLOPs a byte,
+over the 170 at which an H200 turns from memory- to matrix-bound. So the floor is FLOPs over what
+the matrix units sustain: 64 sequences of 16,384 tokens and 128 heads are 292 GFLOP, 385 us at 760
+TFLOP/s, of which a long run keeps 670. A pair of blocks (128 tokens, 64 rows) is 17.8 MFLOP, 4,352
+cycles of one multiprocessor's matrix units, 2.5 us. The next limit is near: each multiprocessor
+takes 144 KiB a pair from the L2, 5.5 TB/s in all at 660 TFLOP/s.
+
+Measured on an H100 with 128 heads: 620 TFLOP/s at 64 x 16384, 15.4 us at 1 x 4096, and 58 us at
+16 x 4096, where merging parts costs most.
+
+How it gets there:
+- One block of threads a multiprocessor, which goes through its items of a `mla_gluon_schedule`:
+  even shares of all arithmetic, with few cuts through sequences.
+- Inside an item, two warpgroups and a loading warp take turns (`mla_gluon_seesaw` tells how). Two
+  tiles of 72 KiB and the queries fill the shared memory; halves of a tile are freed and brought
+  again as soon as they have been multiplied.
+- Tiles of 64 query rows of one sequence run side by side on neighbouring multiprocessors and find
+  each other's tokens in the L2, so that the memory sees each byte about once.
+- Last blocks of fewer than 64 tokens are brought by a box that ends with the last token and begins
+  outside of the page, where the hardware gives zeros. Page numbers outside of the pool give zeros
+  the same way: nothing outside of the pool is ever read, nor stale bytes behind the last token.
+- Parts of one sequence leave float32 partial results, 128 KiB each, and count their arrival at GPU
+  scope. When a worker has no items left it merges its share of every sequence of which it had a
+  part, 64 / parts rows from all of them, so that the merge is as parallel as the products were.
+  Waiting there is safe, since all blocks of the launch run at once and each waits only when its own
+  partial results are there. Counters go back to zero, for the next launch or a graph's replay.
+
+The order of every sum is fixed by the schedule, so equal inputs give bitwise equal outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kvstore_kernels.checks import check_tensor, require
+from kvstore_kernels.compiling import Variant
+from kvstore_kernels.mla_gluon_schedule import (
+    COLUMNS,
+    TileSchedule,
+    most_partials,
+    most_records,
+    plan_tiles,
+)
+from kvstore_kernels.mla_gluon_seesaw import THREADS_REGISTERS, seesaw_kernel
+from kvstore_kernels.mla_reference import RANK, WIDTH
+
+LOG2_E = math.log2(math.e)
+TILE_ROWS = 64
+BLOCK_TOKENS = 64
+MAX_Q_TOKENS = 4
+ALIGNED_ELEMENTS = 8  # 16 bytes, as tensor maps want addresses and strides
+
+OPTIONS = MappingProxyType({"num_warps": 4, "maxnreg": THREADS_REGISTERS})
+_BOX = [1, 64, 64]
+_BOX_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaTilesForm:
+    """What an attention layer's launches have in common. Raises KernelArgumentError.
+
+    heads: query heads. q_tokens: new tokens of each sequence, 1 to 4, all of them in the pages
+    already. page_tokens: a multiple of 64. scale: of the scores.
+    """
+
+    heads: int
+    scale: float
+    q_tokens: int = 1
+    page_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.heads >= 1, "heads", "must be at least 1")
+        require(self.scale > 0, "scale", "must be above 0")
+        require(1 <= self.q_tokens <= MAX_Q_TOKENS, "q_tokens", f"must be 1 to {MAX_Q_TOKENS}")
+        require(
+            self.page_tokens >= 1 and self.page_tokens % BLOCK_TOKENS == 0,
+            "page_tokens",
+            f"must be a multiple of {BLOCK_TOKENS}",
+        )
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a sequence."""
+        return self.heads * self.q_tokens
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 64 query rows of a sequence."""
+        return -(-self.rows // TILE_ROWS)
+
+
+class MlaTilesWorkspace:
+    """The buffers of fixed address that launches of one form need: the schedule, partial results.
+
+    One workspace serves all layers of a model, one launch after another; launches that may run at
+    the same time, on several streams, need one each. Once per step `plan` cuts the sequences (host
+    only) and `load` copies the schedule to the device, before the launches or the replay of a graph
+    that has them. Partial results take 128 KiB twice a worker, 35 MB on an H200.
+
+    max_sequences: of a batch. workers: blocks of threads that run at once; default the device's
+    multiprocessors, and never more: they wait for each other.
+    """
+
+    def __init__(
+        self,
+        form: MlaTilesForm,
+        *,
+        max_sequences: int,
+        device: torch.device | str,
+        workers: int | None = None,
+    ) -> None:
+        require(max_sequences >= 1, "max_sequences", "must be at least 1")
+        self.form = form
+        self.device = torch.empty(0, device=device).device  # with its index
+        self.max_sequences = max_sequences
+        self.workers = workers or _multiprocessors(self.device)
+        require(
+            form.tiles <= self.workers <= max(_multiprocessors(self.device), form.tiles),
+            "workers",
+            f"must be {form.tiles} to the number of the device's multiprocessors",
+        )
+        rows = most_records(max_sequences, form.tiles, self.workers)
+        partials = most_partials(form.tiles, self.workers)
+        self.records = torch.full((rows, COLUMNS), -1, dtype=torch.int32, device=self.device)
+        self.partials = torch.empty(
+            (partials, TILE_ROWS, RANK), dtype=torch.float32, device=self.device
+        )
+        self.lse = torch.empty((partials, 2, TILE_ROWS), dtype=torch.float32, device=self.device)
+        self.counters = torch.zeros((partials, 2), dtype=torch.int32, device=self.device)
+        self.schedule = plan_tiles([], tiles=form.tiles, workers=self.workers)
+
+    def plan(self, lengths: npt.ArrayLike) -> TileSchedule:
+        """Cuts sequences of these lengths, new tokens included; pure host code. Raises
+        KernelArgumentError."""
+        return plan_tiles(lengths, tiles=self.form.tiles, workers=self.workers)
+
+    def load(self, schedule: TileSchedule) -> None:
+        """Makes the launches that follow on this stream, captured ones too, do this schedule.
+        Modifies records. Raises KernelArgumentError when it is for more than max_sequences."""
+        require(
+            len(schedule.lengths) <= self.max_sequences
+            and len(schedule.records) <= len(self.records),
+            "schedule",
+            f"must be for at most {self.max_sequences} sequences",
+        )
+        self.records[: len(schedule.records)].copy_(torch.from_numpy(schedule.records))
+        self.schedule = schedule
+
+
+def mla_decode_tiles(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    workspace: MlaTilesWorkspace,
+    *,
+    out: torch.Tensor | None = None,
+    check: bool = False,
+) -> torch.Tensor:
+    """Causal latent attention of each sequence's last q_tokens tokens to all of its tokens.
+
+    q: (batch, q_tokens, heads, 576) bfloat16, latent part then rope part; heads and tokens evenly
+    spaced. pages: (pages, page_tokens, 576) bfloat16, any page and token strides of whole 16 bytes,
+    so a layer's view of a pool of several layers too. page_table: (batch, max_pages) int32, the
+    pages of each sequence in order; entries past its length do not matter. The lengths are those
+    that the workspace's schedule was made of.
+
+    Returns (batch, q_tokens, heads, 512) bfloat16: `out`, or a new tensor. Queries that see no
+    token (length 0, or new tokens that do not exist) give zeros. Modifies the workspace's partial
+    results. Waits for nothing; may be captured in a graph.
+
+    A page number outside of the pool reads as zeros, which gives a wrong result for that sequence
+    alone. With `check` it raises KernelArgumentError, which waits for the GPU. Raises
+    KernelArgumentError for wrong shapes, dtypes, devices, strides, and for tensors on the CPU.
+    """
+    _check_tensors(q, pages, page_table, workspace)
+    if out is None:
+        out = torch.empty((*q.shape[:3], RANK), dtype=q.dtype, device=q.device)
+    check_tensor("out", out, shape=(*q.shape[:3], RANK), dtypes=(q.dtype,), device=q.device)
+    require(out.is_contiguous(), "out", "must be contiguous")
+    if check:
+        _check_pages(page_table, len(pages), workspace)
+    require(q.device.type == "cuda", "q", f"must be on a CUDA device, not {q.device}")
+    if len(q):
+        _launch(q, pages, page_table, workspace, out)
+    return out
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _check_tensors(
+    q: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, workspace: MlaTilesWorkspace
+) -> None:
+    form, device, batch = workspace.form, workspace.device, len(workspace.schedule.lengths)
+    bf16 = (torch.bfloat16,)
+    check_tensor("q", q, shape=(batch, form.q_tokens, form.heads, WIDTH), dtypes=bf16)
+    require(q.device == device, "workspace", f"must be on {q.device}, not {device}")
+    spaced = form.q_tokens == 1 or q.stride(1) == form.heads * q.stride(2)
+    require(spaced, "q", "must have heads and tokens evenly spaced")
+    check_tensor(
+        "pages", pages, shape=(None, form.page_tokens, WIDTH), dtypes=bf16, device=q.device
+    )
+    require(len(pages) > 0, "pages", "must not be empty")
+    _check_aligned("q", q)
+    _check_aligned("pages", pages)
+    check_tensor(
+        "page_table", page_table, shape=(batch, None), dtypes=(torch.int32,), device=q.device
+    )
+    tokens = page_table.shape[1] * form.page_tokens
+    longest = int(workspace.schedule.lengths.max(initial=0))
+    require(longest <= tokens, "page_table", f"must have pages for {longest} tokens, not {tokens}")
+
+
+def _check_aligned(name: str, tensor: torch.Tensor) -> None:
+    strides = [s for size, s in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
+    require(
+        tensor.data_ptr() % 16 == 0 and not any(s % ALIGNED_ELEMENTS for s in strides),
+        name,
+        "must have its address and strides in whole 16 bytes",
+    )
+
+
+def _check_pages(page_table: torch.Tensor, n_pages: int, workspace: MlaTilesWorkspace) -> None:
+    used = -(-workspace.schedule.lengths // workspace.form.page_tokens)
+    table = page_table.cpu().numpy()
+    numbers = table[np.arange(table.shape[1]) < used[:, None]]
+    require(
+        bool(((numbers >= 0) & (numbers < n_pages)).all()),
+        "page_table",
+        f"must have pages of the pool, 0 to {n_pages - 1}",
+    )
+
+
+def _described(tensor: torch.Tensor) -> Any:
+    """A tensor map over (outer, rows, 576), in boxes of one outer, 64 rows and 64 columns."""
+    outer, rows, width = tensor.shape
+    row = tensor.stride(1) if rows > 1 else width
+    return TensorDescriptor(
+        tensor,
+        [outer, rows, width],
+        [tensor.stride(0) if outer > 1 else rows * row, row, 1],
+        _BOX,
+        _BOX_LAYOUT,
+    )
+
+
+def _launch(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    page_table: torch.Tensor,
+    workspace: MlaTilesWorkspace,
+    out: torch.Tensor,
+) -> None:
+    form = workspace.form
+    kernel: Any = seesaw_kernel
+    kernel[(workspace.workers,)](
+        _described(q.flatten(1, 2)),
+        _described(pages),
+        page_table,
+        workspace.records,
+        out,
+        workspace.partials,
+        workspace.lse,
+        workspace.counters,
+        form.scale * LOG2_E,
+        page_table.stride(0),
+        form.page_tokens,
+        form.rows,
+        form.heads,
+        form.q_tokens,
+        **OPTIONS,
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """The one specialisation, which serves all forms."""
+    boxes = f"tensordesc<bf16[1, 64, 64],{_BOX_LAYOUT!r}>"
+    pointers = {"page_table": "*i32", "records": "*i32", "out": "*bf16", "partials": "*fp32",
+                "lse": "*fp32", "counters": "*i32"}  # fmt: skip
+    sizes = dict.fromkeys(("table_stride", "page_tokens", "rows", "heads", "q_tokens"), "i32")
+    signature = {"q_desc": boxes, "kv_desc": boxes, **pointers, "scale": "fp32", **sizes}
+    yield Variant(
+        name="mla tiles",
+        kernel=seesaw_kernel,
+        signature=signature,
+        aligned=tuple(pointers),
+        options=OPTIONS,
+        gluon=True,
+        max_registers=THREADS_REGISTERS,
+    )
