@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Span:
@@ -28,7 +30,11 @@ class Batch:
     spans: tuple[Span, ...]
 
 
-def make_batch(sequences: Sequence[tuple[Sequence[int], int, int]], block_tokens: int) -> Batch:
+def make_batch(
+    sequences: Sequence[tuple[Sequence[int], int, int]],
+    block_tokens: int,
+    device: torch.device = CPU,
+) -> Batch:
     """A batch from (page table, first position, end position) of each sequence."""
     positions, pages, spans, start = [], [], [], 0
     for table, first, end in sequences:
@@ -36,10 +42,10 @@ def make_batch(sequences: Sequence[tuple[Sequence[int], int, int]], block_tokens
         used = torch.tensor(table[: -(-end // block_tokens)], dtype=torch.int64)
         positions.append(where)
         pages.append(used[where // block_tokens])
-        spans.append(Span(start, end - first, used, end))
+        spans.append(Span(start, end - first, used.to(device), end))
         start += end - first
-    flat = torch.cat(positions)
-    return Batch(flat, torch.cat(pages), flat % block_tokens, tuple(spans))
+    flat = torch.cat(positions).to(device)
+    return Batch(flat, torch.cat(pages).to(device), flat % block_tokens, tuple(spans))
 
 
 class AttentionBackend(Protocol):
@@ -62,8 +68,17 @@ class AttentionBackend(Protocol):
         """
 
 
+def attention_for(device: torch.device) -> AttentionBackend:
+    """The fastest backend there."""
+    if device.type == "cpu":
+        return TorchAttention()
+    from kvstore_engines.kernel_attention import KernelAttention
+
+    return KernelAttention()
+
+
 class TorchAttention:
-    """The CPU backend: gathers each sequence's pages and calls torch's attention."""
+    """For any device: gathers each sequence's pages and calls torch's attention."""
 
     def grouped(
         self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float
@@ -96,7 +111,8 @@ def _attend(
     mask = None
     if span.tokens > 1:
         last = span.context_len - span.tokens
-        mask = torch.ones(span.tokens, span.context_len, dtype=torch.bool).tril(last)
+        mask = torch.ones(span.tokens, span.context_len, dtype=torch.bool, device=q.device)
+        mask = mask.tril(last)
     attended = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=True
     )

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from kvstore_engines.attention import CPU
 from kvstore_engines.config import ModelConfig, load_config
 from kvstore_engines.fields import CheckpointError
 from kvstore_engines.weights import weight_files
@@ -52,12 +53,14 @@ class Checkpoint:
     weights: Weights
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Read a checkpoint folder; every tensor comes back on the CPU in `dtype`."""
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> Checkpoint:
+    """Read a checkpoint folder; every tensor comes back on the device in `dtype`."""
     config = load_config(folder)
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
-        tensors.update((name, t.to(dtype)) for name, t in _load(file).items())
+        tensors.update((name, t.to(device, dtype)) for name, t in _load(file).items())
     if config.tied and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     return Checkpoint(config, Weights(tensors))

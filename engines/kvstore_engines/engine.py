@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvstore.errors import InvalidArgument
-from kvstore_engines.attention import AttentionBackend, TorchAttention, make_batch
+from kvstore_engines.attention import AttentionBackend, attention_for, make_batch
 from kvstore_engines.checkpoint import load_checkpoint
 from kvstore_engines.jobs import Result
 from kvstore_engines.models import build_model
@@ -20,7 +20,7 @@ from kvstore_engines.store_port import BlockStore
 
 
 class Engine:
-    """Runs a checkpoint, or one rank's part of it, on the CPU; used from one thread.
+    """Runs a checkpoint, or one rank's part of it, on a CPU or a GPU; used from one thread.
 
     Each step prefills at most one waiting request and then decodes one token for every running
     one. A request's pages are reserved when it is admitted, so that a running one never stalls.
@@ -37,17 +37,20 @@ class Engine:
         num_pages: int,
         block_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
         attention: AttentionBackend | None = None,
         parallel: Parallel | None = None,
     ) -> None:
         for name, value in (("num_pages", num_pages), ("block_tokens", block_tokens)):
             if value < 1:
                 raise InvalidArgument(name, f"must be at least 1, not {value}")
-        checkpoint = load_checkpoint(model_folder, dtype)
+        self._device = torch.device(device)
+        checkpoint = load_checkpoint(model_folder, dtype, self._device)
         self.config = checkpoint.config
         self.block_tokens = block_tokens
         self._parallel = parallel or SingleRank()
-        self._model = build_model(checkpoint, attention or TorchAttention(), self._parallel)
+        backend = attention or attention_for(self._device)
+        self._model = build_model(checkpoint, backend, self._parallel)
         self.pool = self._model.make_pool(num_pages, block_tokens, dtype)
         writes = self.config.mla is None or self._parallel.rank == 0
         self._prefixes = Prefixes(store, self.pool, block_tokens, self._parallel, writes=writes)
@@ -129,10 +132,12 @@ class Engine:
     def _forward(self, sequences: list[Sequence]) -> None:
         """Compute what each sequence has not computed, append its next token, offer its blocks."""
         batch = make_batch(
-            [(s.pages, s.computed, len(s.token_ids)) for s in sequences], self.block_tokens
+            [(s.pages, s.computed, len(s.token_ids)) for s in sequences],
+            self.block_tokens,
+            self._device,
         )
         fed = [token for s in sequences for token in s.token_ids[s.computed :]]
-        logits = self._model.forward(torch.tensor(fed), batch, self.pool)
+        logits = self._model.forward(torch.tensor(fed, device=self._device), batch, self.pool)
         for sequence, token in zip(sequences, self._choose(logits), strict=True):
             sequence.computed = len(sequence.token_ids)
             sequence.token_ids.append(token)
@@ -141,7 +146,7 @@ class Engine:
     def _choose(self, logits: torch.Tensor) -> list[int]:
         """The likeliest token of each row, as rank 0 sees it: a last bit that differs between
         ranks must not send them different ways."""
-        chosen = logits.argmax(-1).numpy().astype(np.int64)
+        chosen = logits.argmax(-1).cpu().numpy().astype(np.int64)
         agreed = self._parallel.broadcast_bytes(chosen.tobytes())
         tokens: list[int] = np.frombuffer(agreed, np.int64).tolist()
         return tokens

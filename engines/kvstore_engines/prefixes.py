@@ -82,8 +82,9 @@ class Prefixes:
     def _get(self, store: BlockStore, sequence: Sequence, blocks: int) -> GetResult:
         try:
             self._extend_chain(store, sequence, blocks)
-            pages = [self._pool.page_bytes(page) for page in sequence.pages[:blocks]]
-            found = store.get_into(sequence.chain[:blocks], pages)
+            pages = sequence.pages[:blocks]
+            found = store.get_into(sequence.chain[:blocks], self._pool.rows_to_fill(pages))
+            self._pool.filled(pages[: found.n_hit])
         except Exception as error:
             _warn("get failed, prefix is computed instead", error)
             return MISS
@@ -95,7 +96,7 @@ class Prefixes:
         self._extend_chain(store, sequence, last)
         return store.put(
             sequence.chain[first:last],
-            [self._pool.page_bytes(page) for page in sequence.pages[first:last]],
+            self._pool.rows_of(sequence.pages[first:last]),
             put_id=put_id,
             parent=sequence.chain[first - 1].tobytes() if first else b"",
             position=first,

@@ -147,7 +147,7 @@ def test_page_bytes_are_the_block_layout(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     engine = Engine(tmp_path, store=None, num_pages=2, dtype=torch.bfloat16)
     assert engine.pool.storage.shape == (2, 2, 3, 2, 16, 8)
-    view = engine.pool.page_bytes(1)
+    view = engine.pool.rows_of([1])[0]
     view[:] = np.arange(view.size, dtype=np.uint32).astype(np.uint8)
     block = engine.pool.storage[1].contiguous().view(torch.uint8).numpy().reshape(-1)
     assert view.size == 2 * 3 * 2 * 16 * 8 * 2

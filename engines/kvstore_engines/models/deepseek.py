@@ -10,8 +10,6 @@ from kvstore_engines.checkpoint import Weights
 from kvstore_engines.config import MlaConfig, ModelConfig, MoeConfig
 from kvstore_engines.fields import CheckpointError
 from kvstore_engines.models.layers import (
-    Linear,
-    RMSNorm,
     SummedLinear,
     SwiGlu,
     last_rows,
@@ -20,9 +18,10 @@ from kvstore_engines.models.layers import (
     summed_linear,
     swiglu,
 )
+from kvstore_engines.ops import Joint, LayerCache, Linear, Ops, RMSNorm, ops_for
 from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import Parallel, even_share
-from kvstore_engines.rope import inverse_frequencies, rope_tables, rotate
+from kvstore_engines.rope import inverse_frequencies, rope_tables
 
 LATENT_EPS = 1e-6  # the latent norms do not follow rms_norm_eps in the reference model
 
@@ -74,10 +73,9 @@ class _Moe:
 @dataclass(frozen=True)
 class _Layer:
     attention_norm: RMSNorm
-    q_down: Linear | None
-    q_down_norm: RMSNorm | None
-    q: Linear
-    latent: Linear
+    down: Joint  # to the queries, or their low-rank form, and to what is cached
+    q_norm: RMSNorm | None  # of the low-rank form
+    q_up: Linear | None
     latent_norm: RMSNorm
     key_up: torch.Tensor  # (this rank's heads, qk_nope_head_dim, kv_lora_rank)
     value_up: torch.Tensor  # (this rank's heads, v_head_dim, kv_lora_rank)
@@ -100,7 +98,9 @@ class DeepseekModel:
         weights: Weights,
         attention: AttentionBackend,
         parallel: Parallel,
+        ops: Ops | None = None,
     ) -> None:
+        """ops: those of the weights' device where there are none."""
         if config.mla is None:
             raise CheckpointError("kv_lora_rank", "field is missing")
         self._config = config
@@ -108,62 +108,66 @@ class DeepseekModel:
         self._attention = attention
         shape = (config.vocab_size, config.hidden_size)
         self._embed = weights.shaped("model.embed_tokens.weight", shape)
+        self._ops = ops or ops_for(self._embed.device)
         self._layers = [
-            _layer(config, config.mla, weights, parallel, i) for i in range(config.layers)
+            _layer(config, config.mla, weights, parallel, self._ops, index=i)
+            for i in range(config.layers)
         ]
-        self._norm = RMSNorm(weights["model.norm.weight"], config.rms_eps)
+        last = RMSNorm(weights["model.norm.weight"], config.rms_eps)
+        self._norms_after = [*(layer.attention_norm for layer in self._layers[1:]), last]
         self._head = weights.shaped("lm_head.weight", shape)
-        self._frequencies = inverse_frequencies(config.rope, config.mla.qk_rope_head_dim)
+        frequencies = inverse_frequencies(config.rope, config.mla.qk_rope_head_dim)
+        self._frequencies = frequencies.to(self._embed.device)
         self._scale = config.mla.key_dim**-0.5 * config.rope.softmax_factor
 
     def make_pool(self, num_pages: int, block_tokens: int, dtype: torch.dtype) -> PagePool:
         """Pages [layers, block_tokens, kv_lora_rank + qk_rope_head_dim]."""
         shape = (self._config.layers, block_tokens, self._mla.width)
-        return PagePool(num_pages, shape, layer_dim=1, dtype=dtype)
+        return PagePool(num_pages, shape, layer_dim=1, dtype=dtype, device=self._embed.device)
 
     def forward(self, token_ids: torch.Tensor, batch: Batch, pool: PagePool) -> torch.Tensor:
         """token_ids (tokens,) int64 -> logits (sequences, vocab) of each span's last token."""
         x = F.embedding(token_ids, self._embed)
         factor = self._config.rope.attention_factor
-        tables = rope_tables(self._frequencies, batch.positions, x.dtype, factor)
-        for i, layer in enumerate(self._layers):
-            x = x + self._attend(layer, layer.attention_norm(x), tables, batch, pool.layer(i))
-            x = x + layer.mlp(layer.mlp_norm(x))
-        return F.linear(self._norm(last_rows(x, batch)), self._head)
+        cos, sin = rope_tables(self._frequencies, batch.positions, x.dtype, factor)
+        normed = self._ops.norm(x, self._layers[0].attention_norm)
+        for i, (layer, norm_after) in enumerate(zip(self._layers, self._norms_after, strict=True)):
+            cache = LayerCache(pool.layer(i), batch, cos, sin)
+            attended = self._attend(layer, normed, cache)
+            x, normed = self._ops.add_norm(x, attended, layer.mlp_norm)
+            x, normed = self._ops.add_norm(x, layer.mlp(normed), norm_after)
+        return F.linear(last_rows(normed, batch), self._head)
 
-    def _attend(
-        self,
-        layer: _Layer,
-        x: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        batch: Batch,
-        pages: torch.Tensor,
-    ) -> torch.Tensor:
+    def _attend(self, layer: _Layer, x: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         """Write the batch's latents to the pages, then attend; x (tokens, hidden)."""
         m = self._mla
-        latent, key = layer.latent(x).split_with_sizes((m.kv_lora_rank, m.qk_rope_head_dim), dim=-1)
-        key = rotate(key[:, None], *tables, interleaved=m.rope_interleave)[:, 0]
-        pages[batch.pages, batch.offsets] = torch.cat((layer.latent_norm(latent), key), dim=-1)
-        q = self._query(layer, x, tables)
-        mixed = self._attention.latent(q, pages, batch, self._scale, m.kv_lora_rank)
+        narrow, cached = layer.down(x)
+        q = self._ops.append_latent(
+            torch.unflatten(self._query(layer, narrow), -1, (-1, m.key_dim)),
+            cached,
+            layer.key_up,
+            layer.latent_norm,
+            cache,
+            interleaved=m.rope_interleave,
+        )
+        mixed = self._attention.latent(q, cache.pages, cache.batch, self._scale, m.kv_lora_rank)
         return layer.o(torch.einsum("thr,hvr->thv", mixed, layer.value_up).flatten(1))
 
-    def _query(
-        self, layer: _Layer, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """(tokens, this rank's heads, width): the key's up-projection is folded into the query, so
-        that the cache is attended to as it is stored."""
-        m = self._mla
-        if layer.q_down is not None and layer.q_down_norm is not None:
-            x = layer.q_down_norm(layer.q_down(x))
-        q = torch.unflatten(layer.q(x), -1, (-1, m.key_dim))
-        nope, rope = q.split_with_sizes((m.qk_nope_head_dim, m.qk_rope_head_dim), dim=-1)
-        folded = torch.einsum("thn,hnr->thr", nope, layer.key_up)
-        return torch.cat((folded, rotate(rope, *tables, interleaved=m.rope_interleave)), dim=-1)
+    def _query(self, layer: _Layer, narrow: torch.Tensor) -> torch.Tensor:
+        """(tokens, this rank's heads * key_dim), where `narrow` is not that already."""
+        if layer.q_up is None or layer.q_norm is None:
+            return narrow
+        return layer.q_up(self._ops.norm(narrow, layer.q_norm))
 
 
 def _layer(
-    config: ModelConfig, mla: MlaConfig, weights: Weights, parallel: Parallel, index: int
+    config: ModelConfig,
+    mla: MlaConfig,
+    weights: Weights,
+    parallel: Parallel,
+    ops: Ops,
+    *,
+    index: int,
 ) -> _Layer:
     name = f"model.layers.{index}"
     at = f"{name}.self_attn"
@@ -174,12 +178,14 @@ def _layer(
     )
     heads = parallel.kv_heads(config.heads)  # each query head has a key and value head of its own
     key_up, value_up = _up_projections(config, mla, weights, f"{at}.kv_b_proj.weight", heads)
+    whole_q = linear(weights, q, rows=_slice(heads, mla.key_dim))
+    first_q = linear(weights, f"{at}.q_a_proj", config.qkv_bias) if low else whole_q
+    latent = linear(weights, f"{at}.kv_a_proj_with_mqa", config.qkv_bias)
     return _Layer(
         attention_norm=RMSNorm(weights[f"{name}.input_layernorm.weight"], config.rms_eps),
-        q_down=linear(weights, f"{at}.q_a_proj", config.qkv_bias) if low else None,
-        q_down_norm=RMSNorm(weights[f"{at}.q_a_layernorm.weight"], LATENT_EPS) if low else None,
-        q=linear(weights, q, rows=_slice(heads, mla.key_dim)),
-        latent=linear(weights, f"{at}.kv_a_proj_with_mqa", config.qkv_bias),
+        down=ops.joint(first_q, latent),
+        q_norm=RMSNorm(weights[f"{at}.q_a_layernorm.weight"], LATENT_EPS) if low else None,
+        q_up=whole_q if low else None,
         latent_norm=RMSNorm(weights[f"{at}.kv_a_layernorm.weight"], LATENT_EPS),
         key_up=key_up,
         value_up=value_up,
@@ -187,7 +193,7 @@ def _layer(
             weights, f"{at}.o_proj", parallel, _slice(heads, mla.v_head_dim), config.o_bias
         ),
         mlp_norm=RMSNorm(weights[f"{name}.post_attention_layernorm.weight"], config.rms_eps),
-        mlp=_mlp(config, weights, parallel, index),
+        mlp=_mlp(config, weights, parallel, ops, index),
     )
 
 
@@ -207,11 +213,13 @@ def _up_projections(
     return key_up, value_up
 
 
-def _mlp(config: ModelConfig, weights: Weights, parallel: Parallel, index: int) -> SwiGlu | _Moe:
+def _mlp(
+    config: ModelConfig, weights: Weights, parallel: Parallel, ops: Ops, index: int
+) -> SwiGlu | _Moe:
     name = f"model.layers.{index}.mlp"
     moe = config.moe
     if moe is None or index < moe.first_dense:
-        return split_swiglu(weights, name, parallel, config.mlp_bias)
+        return split_swiglu(ops, weights, name, parallel, config.mlp_bias)
     corrected = moe.method == "noaux_tc"
     mine = even_share(moe.experts, parallel.rank, parallel.size)
     return _Moe(
@@ -219,6 +227,6 @@ def _mlp(config: ModelConfig, weights: Weights, parallel: Parallel, index: int) 
         parallel=parallel,
         router=weights[f"{name}.gate.weight"],
         correction=weights[f"{name}.gate.e_score_correction_bias"] if corrected else None,
-        experts={i: swiglu(weights, f"{name}.experts.{i}") for i in mine},
-        shared=split_swiglu(weights, f"{name}.shared_experts", parallel, config.mlp_bias),
+        experts={i: swiglu(ops, weights, f"{name}.experts.{i}") for i in mine},
+        shared=split_swiglu(ops, weights, f"{name}.shared_experts", parallel, config.mlp_bias),
     )

@@ -1,4 +1,4 @@
-"""The parts both families share: linear maps, RMSNorm and SwiGLU, whole or one rank's share."""
+"""The parts both families share: linear maps and SwiGLU, whole or one rank's share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,46 +8,21 @@ import torch.nn.functional as F  # noqa: N812 - the name every torch program use
 
 from kvstore_engines.attention import Batch
 from kvstore_engines.checkpoint import Weights
+from kvstore_engines.ops import Joint, Linear, Ops
 from kvstore_engines.parallel import Parallel, even_share
-
-
-@dataclass(frozen=True)
-class Linear:
-    """weight (out, in), bias (out,) or none."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out)."""
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class RMSNorm:
-    """weight (dim,); the mean square is taken in float32 whatever the dtype."""
-
-    weight: torch.Tensor
-    eps: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., dim) -> the same shape and dtype."""
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
 
 
 @dataclass(frozen=True)
 class SwiGlu:
     """The gated feed-forward network."""
 
-    gate: Linear
-    up: Linear
+    ops: Ops
+    gate_up: Joint
     down: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) -> the same shape."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.ops.silu_mul(*self.gate_up(x)))
 
 
 @dataclass(frozen=True)
@@ -81,20 +56,23 @@ def summed_linear(
     return SummedLinear(weight, weights[f"{name}.bias"] if bias else None, parallel)
 
 
-def swiglu(weights: Weights, name: str, bias: bool = False) -> SwiGlu:
+def swiglu(ops: Ops, weights: Weights, name: str, bias: bool = False) -> SwiGlu:
     """The feed-forward network called `name`."""
     gate, up, down = (
         linear(weights, f"{name}.{part}_proj", bias) for part in ("gate", "up", "down")
     )
-    return SwiGlu(gate, up, down)
+    return SwiGlu(ops, ops.joint(gate, up), down)
 
 
-def split_swiglu(weights: Weights, name: str, parallel: Parallel, bias: bool = False) -> SwiGlu:
+def split_swiglu(
+    ops: Ops, weights: Weights, name: str, parallel: Parallel, bias: bool = False
+) -> SwiGlu:
     """This rank's share of the inner width of the feed-forward network called `name`."""
     inner = even_share(len(weights[f"{name}.gate_proj.weight"]), parallel.rank, parallel.size)
     share = slice(inner.start, inner.stop)
     gate, up = (linear(weights, f"{name}.{part}_proj", bias, share) for part in ("gate", "up"))
-    return SwiGlu(gate, up, summed_linear(weights, f"{name}.down_proj", parallel, share, bias))
+    down = summed_linear(weights, f"{name}.down_proj", parallel, share, bias)
+    return SwiGlu(ops, ops.joint(gate, up), down)
 
 
 def _owned(weight: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
@@ -105,4 +83,6 @@ def _owned(weight: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
 
 def last_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The last token's row of each span, (sequences, hidden)."""
+    if len(batch.spans) == len(x):  # a token each: choosing them would wait for the GPU
+        return x
     return x[[span.start + span.tokens - 1 for span in batch.spans]]

@@ -9,8 +9,6 @@ from kvstore_engines.attention import AttentionBackend, Batch
 from kvstore_engines.checkpoint import Weights
 from kvstore_engines.config import ModelConfig
 from kvstore_engines.models.layers import (
-    Linear,
-    RMSNorm,
     SummedLinear,
     SwiGlu,
     last_rows,
@@ -18,20 +16,18 @@ from kvstore_engines.models.layers import (
     split_swiglu,
     summed_linear,
 )
+from kvstore_engines.ops import HeadNorms, Joint, LayerCache, Ops, RMSNorm, ops_for
 from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import Parallel
-from kvstore_engines.rope import inverse_frequencies, rope_tables, rotate
+from kvstore_engines.rope import inverse_frequencies, rope_tables
 
 
 @dataclass(frozen=True)
 class _Layer:
     attention_norm: RMSNorm
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: Joint
+    head_norms: HeadNorms | None
     o: SummedLinear
-    q_norm: RMSNorm | None
-    k_norm: RMSNorm | None
     mlp_norm: RMSNorm
     mlp: SwiGlu
 
@@ -70,52 +66,52 @@ class LlamaModel:
         weights: Weights,
         attention: AttentionBackend,
         parallel: Parallel,
+        ops: Ops | None = None,
     ) -> None:
+        """ops: those of the weights' device where there are none."""
         self._config = config
         self._attention = attention
         share = _Share.of(config, parallel)
         self._kv_heads = share.kv_heads
         shape = (config.vocab_size, config.hidden_size)
         self._embed = weights.shaped("model.embed_tokens.weight", shape)
-        self._layers = [_layer(config, weights, share, i) for i in range(config.layers)]
-        self._norm = RMSNorm(weights["model.norm.weight"], config.rms_eps)
+        self._ops = ops or ops_for(self._embed.device)
+        self._layers = [_layer(config, weights, share, self._ops, i) for i in range(config.layers)]
+        last = RMSNorm(weights["model.norm.weight"], config.rms_eps)
+        self._norms_after = [*(layer.attention_norm for layer in self._layers[1:]), last]
         self._head = weights.shaped("lm_head.weight", shape)
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+        frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._frequencies = frequencies.to(self._embed.device)
 
     def make_pool(self, num_pages: int, block_tokens: int, dtype: torch.dtype) -> PagePool:
         """Pages [this rank's kv_heads, layers, 2, block_tokens, head_dim]."""
         c = self._config
         shape = (len(self._kv_heads), c.layers, 2, block_tokens, c.head_dim)
-        return PagePool(num_pages, shape, layer_dim=2, dtype=dtype)
+        return PagePool(num_pages, shape, layer_dim=2, dtype=dtype, device=self._embed.device)
 
     def forward(self, token_ids: torch.Tensor, batch: Batch, pool: PagePool) -> torch.Tensor:
         """token_ids (tokens,) int64 -> logits (sequences, vocab) of each span's last token."""
         x = F.embedding(token_ids, self._embed)
         factor = self._config.rope.attention_factor
-        tables = rope_tables(self._frequencies, batch.positions, x.dtype, factor)
-        for i, layer in enumerate(self._layers):
-            x = x + self._attend(layer, layer.attention_norm(x), tables, batch, pool.layer(i))
-            x = x + layer.mlp(layer.mlp_norm(x))
-        return F.linear(self._norm(last_rows(x, batch)), self._head)
+        cos, sin = rope_tables(self._frequencies, batch.positions, x.dtype, factor)
+        normed = self._ops.norm(x, self._layers[0].attention_norm)
+        for i, (layer, norm_after) in enumerate(zip(self._layers, self._norms_after, strict=True)):
+            cache = LayerCache(pool.layer(i), batch, cos, sin)
+            attended = self._attend(layer, normed, cache)
+            x, normed = self._ops.add_norm(x, attended, layer.mlp_norm)
+            x, normed = self._ops.add_norm(x, layer.mlp(normed), norm_after)
+        return F.linear(last_rows(normed, batch), self._head)
 
-    def _attend(
-        self,
-        layer: _Layer,
-        x: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        batch: Batch,
-        pages: torch.Tensor,
-    ) -> torch.Tensor:
+    def _attend(self, layer: _Layer, x: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         """Write the batch's keys and values to the pages, then attend; x (tokens, hidden)."""
         dim = self._config.head_dim
-        q, k, v = (torch.unflatten(part(x), -1, (-1, dim)) for part in (layer.q, layer.k, layer.v))
-        q = rotate(layer.q_norm(q) if layer.q_norm else q, *tables)
-        k = rotate(layer.k_norm(k) if layer.k_norm else k, *tables)
-        pages[batch.pages, :, :, batch.offsets] = torch.stack((k, v), dim=2)
-        return layer.o(self._attention.grouped(q, pages, batch, dim**-0.5).flatten(1))
+        q, k, v = (torch.unflatten(part, -1, (-1, dim)) for part in layer.qkv(x))
+        q = self._ops.append_grouped(q, k, v, layer.head_norms, cache)
+        attended = self._attention.grouped(q, cache.pages, cache.batch, dim**-0.5)
+        return layer.o(attended.flatten(1))
 
 
-def _layer(config: ModelConfig, weights: Weights, share: _Share, index: int) -> _Layer:
+def _layer(config: ModelConfig, weights: Weights, share: _Share, ops: Ops, index: int) -> _Layer:
     name = f"model.layers.{index}"
     at = f"{name}.self_attn"
     for part, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
@@ -126,15 +122,16 @@ def _layer(config: ModelConfig, weights: Weights, share: _Share, index: int) -> 
     def norm(path: str) -> RMSNorm:
         return RMSNorm(weights[f"{path}.weight"], config.rms_eps)
 
+    q, k, v = (
+        linear(weights, f"{at}.{part}_proj", config.qkv_bias, rows)
+        for part, rows in (("q", share.q_rows), ("k", share.kv_rows), ("v", share.kv_rows))
+    )
     normed = config.model_type == "qwen3"
     return _Layer(
         attention_norm=norm(f"{name}.input_layernorm"),
-        q=linear(weights, f"{at}.q_proj", config.qkv_bias, share.q_rows),
-        k=linear(weights, f"{at}.k_proj", config.qkv_bias, share.kv_rows),
-        v=linear(weights, f"{at}.v_proj", config.qkv_bias, share.kv_rows),
+        qkv=ops.joint(q, k, v),
+        head_norms=HeadNorms(norm(f"{at}.q_norm"), norm(f"{at}.k_norm")) if normed else None,
         o=summed_linear(weights, f"{at}.o_proj", share.parallel, share.q_rows, config.o_bias),
-        q_norm=norm(f"{at}.q_norm") if normed else None,
-        k_norm=norm(f"{at}.k_norm") if normed else None,
         mlp_norm=norm(f"{name}.post_attention_layernorm"),
-        mlp=split_swiglu(weights, f"{name}.mlp", share.parallel, config.mlp_bias),
+        mlp=split_swiglu(ops, weights, f"{name}.mlp", share.parallel, config.mlp_bias),
     )

@@ -1,0 +1,132 @@
+"""Attention on a GPU: new tokens of running sequences by the decode kernels, prompts by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from kvstore_engines.attention import Batch, Span, TorchAttention
+from kvstore_kernels.decode import DecodeWorkspace, Rules, decode_attention
+from kvstore_kernels.errors import KernelArgumentError
+
+_Form = tuple[object, ...]
+_READY = ("gqa_decode", "mla_decode", "mla_gluon")  # flex would be compiled for minutes
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A batch, divided. rest: the same tokens, with the spans of several tokens alone. rows: (n,)
+    int64, the tokens of the other spans in the batch; table: (n, most pages) int32; lengths: (n,)
+    int32."""
+
+    batch: Batch
+    rest: Batch
+    rows: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Step:
+        device = batch.positions.device
+        single = [span for span in batch.spans if span.tokens == 1]
+        rest = tuple(span for span in batch.spans if span.tokens > 1)
+        return cls(
+            batch=batch,
+            rest=Batch(batch.positions, batch.pages, batch.offsets, rest),
+            rows=torch.tensor([span.start for span in single], dtype=torch.int64, device=device),
+            table=_table(single, device),
+            lengths=torch.tensor(_lengths(single), dtype=torch.int32, device=device),
+        )
+
+
+def _lengths(spans: Sequence[Span]) -> list[int]:
+    return [span.context_len for span in spans]
+
+
+def _table(spans: Sequence[Span], device: torch.device) -> torch.Tensor:
+    if not spans:
+        return torch.empty((0, 1), dtype=torch.int32, device=device)
+    return pad_sequence([span.page_table for span in spans], batch_first=True).int()
+
+
+class KernelAttention:
+    """Plans each batch once, for all layers; not thread-safe.
+
+    What no kernel takes (float32 for one) is left to torch.
+    """
+
+    def __init__(self) -> None:
+        self._torch = TorchAttention()
+        self._step: _Step | None = None
+        self._workspace: DecodeWorkspace | None = None
+        self._taken = set[_Form]()
+        self._refused = set[_Form]()
+
+    def grouped(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float
+    ) -> torch.Tensor:
+        """See `AttentionBackend.grouped`."""
+        k, v = layer_pages.unbind(2)
+        step = self._step_of(batch)
+        decoded = self._decode(q, k, v, step, scale)
+        if decoded is None:
+            return self._torch.grouped(q, layer_pages, batch, scale)
+        out = self._torch.grouped(q, layer_pages, step.rest, scale)
+        out[step.rows] = decoded
+        return out
+
+    def latent(
+        self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float, rank: int
+    ) -> torch.Tensor:
+        """See `AttentionBackend.latent`."""
+        step = self._step_of(batch)
+        decoded = self._decode(q, layer_pages, None, step, scale)
+        if decoded is None or decoded.shape[-1] != rank:
+            return self._torch.latent(q, layer_pages, batch, scale, rank)
+        out = self._torch.latent(q, layer_pages, step.rest, scale, rank)
+        out[step.rows] = decoded
+        return out
+
+    def _step_of(self, batch: Batch) -> _Step:
+        if self._step is None or self._step.batch is not batch:
+            self._step = _Step.of(batch)
+            n = len(self._step.rows)
+            if n:
+                workspace = self._room_for(n, batch.positions.device)
+                workspace.step(_lengths([s for s in batch.spans if s.tokens == 1]))
+        return self._step
+
+    def _room_for(self, sequences: int, device: torch.device) -> DecodeWorkspace:
+        """A workspace for at least so many; twice as many as the last one, so that few are made."""
+        if self._workspace is None or self._workspace.max_sequences < sequences:
+            most = 1 << max(sequences - 1, 7).bit_length()
+            self._workspace = DecodeWorkspace(max_sequences=most, device=device)
+        return self._workspace
+
+    def _decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | None,
+        step: _Step,
+        scale: float,
+    ) -> torch.Tensor | None:
+        """(n, heads, dim of the values) of the new tokens; None where there are none, or no kernel
+        for them."""
+        form = (q.shape[1:], q.dtype, k.shape[1:], k.dtype, scale)
+        if not len(step.rows) or form in self._refused:
+            return None
+        assert self._workspace is not None
+        arguments = (q[step.rows][:, None], k, v, step.table, step.lengths, self._workspace)
+        rules = Rules(scale=scale)
+        if form not in self._taken:
+            try:
+                choice = decode_attention(*arguments, rules=rules, explain=True)
+            except KernelArgumentError:
+                choice = None
+            (self._taken if choice and choice.kernel in _READY else self._refused).add(form)
+            return self._decode(q, k, v, step, scale)
+        return decode_attention(*arguments, rules=rules)[:, 0]
