@@ -17,6 +17,7 @@ from kvstore_engines.parallel import Parallel, SingleRank
 from kvstore_engines.prefixes import Prefixes
 from kvstore_engines.sequence import Sequence, check_request
 from kvstore_engines.store_port import BlockStore
+from kvstore_kernels.ranges import DECODE, PREFILL, span
 
 
 class Engine:
@@ -91,7 +92,8 @@ class Engine:
         if self._waiting and self._waiting[0].pages_needed <= self.pool.free_pages:
             self._prefill(self._waiting.popleft())
         if decoding:
-            self._forward(decoding)
+            with span(DECODE):
+                self._forward(decoding)
         return self._retire()
 
     def generate(
@@ -120,6 +122,7 @@ class Engine:
             )
         return needed
 
+    @span(PREFILL)
     def _prefill(self, sequence: Sequence) -> None:
         sequence.pages = self.pool.allocate(sequence.pages_needed)
         self._running.append(sequence)

@@ -13,6 +13,7 @@ from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import Parallel
 from kvstore_engines.sequence import Sequence
 from kvstore_engines.store_port import MISS, BlockStore, EndsSessions, GetResult
+from kvstore_kernels.ranges import GET, PUT, span
 
 log = logging.getLogger(__name__)
 PUT_ID_BYTES = 16
@@ -79,6 +80,7 @@ class Prefixes:
         except Exception as error:
             _warn("hint failed, the store does not know of a session's end", error)
 
+    @span(GET)
     def _get(self, store: BlockStore, sequence: Sequence, blocks: int) -> GetResult:
         try:
             self._extend_chain(store, sequence, blocks)
@@ -90,6 +92,7 @@ class Prefixes:
             return MISS
         return found if 0 < found.n_hit <= blocks else MISS
 
+    @span(PUT)
     def _put(
         self, store: BlockStore, sequence: Sequence, first: int, last: int, put_id: bytes
     ) -> int:
