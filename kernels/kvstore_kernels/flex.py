@@ -96,12 +96,13 @@ class Options:
 # Measured on an H200 without a mask, 8 KV heads of 128 in bfloat16, pages of 16, one warp, three
 # stages; microseconds by the number of splits:
 #
-#     64 x 8192   1: 484   3: 549   6: 510
-#     16 x 4096   4: 71.6   9: 74.9   18: 80.3
-#     1 x 4096    32: 13.1   64: 12.5   128: 13.5
+#     64 x 8192   1: 484   2: 487   3: 549   6: 510
+#     16 x 4096   4: 71.6   6: 71.6   9: 74.9   18: 80.3
+#     1 x 4096    32: 13.1   64: 12.4   128: 13.5
 #
 # With two warps 1.11 times as long, with four stages 0.96 to 1.13 times. 3 splits of 64 x 8192 are
-# a few more blocks of threads than run at once, and those wait for all others.
+# a few more blocks of threads than run at once, and those wait for all others. With 2 splits ALiBi
+# and a soft cap take 494; their blocks are slower, but there are enough of them.
 TILE, WARP_ROWS, STAGES = 16, 16, 3
 MAX_TILE_ROWS = 64
 # Two to each quarter of a multiprocessor's registers, however many of them a mod takes.
