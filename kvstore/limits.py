@@ -54,3 +54,7 @@ NVME_SCRUB_MS = 50  # between two reads of the scrubber
 MAX_EARLY_DROPS = 1 << 18  # keys that are dropped before all is found that lies on NVMe
 MAX_FORGET_MS = 5000  # how long a drop waits to be durable; then it is answered all the same
 MAX_CASTS = 16  # commands that wait on a client for the next call to take them along
+MAX_MEMBERS = 4096  # of a cluster
+MAX_MEMBER_WEIGHT = 1024
+MAX_REPLICAS = 7
+MAX_AGENT_BYTES = 64 << 10  # of what describes a transfer agent

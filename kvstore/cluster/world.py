@@ -1,0 +1,104 @@
+"""What the cluster's coroutines stand on: time, messages, tasks, one node's store, and transfers.
+
+The daemon implements it over an event loop, gRPC and NIXL; a simulation over a heap of events under
+a seed. Coroutines await only what is offered here, so both run the same code.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore.layout import Layout
+from kvstore.transfer.base import Pieces
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Task(Protocol[T_co]):
+    """A coroutine that runs by itself."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def result(self) -> T_co:
+        """What it returned, once it is done; raises what it raised."""
+
+    def cancel(self) -> None:
+        """Ends it where it waits; nobody asks for its result any more."""
+
+
+class World(Protocol):
+    """Time, tasks and messages of one process."""
+
+    @property
+    def random(self) -> random.Random:
+        """Where all that is random comes from."""
+
+    def now_ms(self) -> float:
+        """Monotonic time, in milliseconds from some moment."""
+
+    async def sleep(self, ms: float) -> None:
+        """Waits."""
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> Task[T]:
+        """Runs a coroutine beside the caller."""
+
+    async def wait(self, tasks: Sequence[Task[Any]], timeout_ms: float) -> None:
+        """Until one of these that was not done is done, or all are, or for so long."""
+
+    async def call(self, address: str, message: Any, timeout_ms: float) -> Any:
+        """Sends a message of `messages` to the node at an address, and returns its answer.
+
+        Raises what the node raised; `Unavailable` where nobody is there, `DeadlineExceeded` where
+        no answer came in time: then the message may have been carried out, or may yet be.
+        """
+
+
+class Memory(Protocol):
+    """The memory of another process that a node is connected to, see `transfer.base.Remote`."""
+
+    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
+        """`Remote.read`, on a thread that may block."""
+
+    async def write(self, pieces: Pieces, timeout_ms: float) -> None:
+        """`Remote.write`, likewise."""
+
+    async def close(self) -> None:
+        """`Remote.close`, likewise."""
+
+
+class NodeStore(Protocol):
+    """One node's own store, and its pool as it is mapped in the node's process."""
+
+    @property
+    def instance(self) -> int:
+        """Differs in each life of the store."""
+
+    async def command(self, command: c.Command, timeout_ms: float) -> Any:
+        """Carries out one command, as a client that writes the pool itself. Raises as `Link.call`;
+        `Unavailable` once the store has gone, after which nothing works any more."""
+
+    def look(self, namespace: int, hashes: c.U8) -> c.U8:
+        """The tier code of each of the blocks, 0 for one that is not stored: uint8 (n,). Reads the
+        index alone: blocks are not read by it in the sense of eviction."""
+
+    def addresses(self, layout: Layout, granules: c.U32) -> c.U64:
+        """Where the payloads in these slots lie in this process: uint64 (n,)."""
+
+    def headers(self, layout: Layout, granules: c.U32) -> c.U8:
+        """The headers in front of them, of leased blocks: uint8 (n, header bytes), a copy."""
+
+    async def sums(self, layout: Layout, granules: c.U32) -> c.U64:
+        """The checksums of all cells of what lies in these slots now: uint64 (n, cells). May run
+        on another thread."""
+
+
+Mask = npt.NDArray[np.bool_]

@@ -1,0 +1,1 @@
+"""Moving bytes between two processes' memories: one Protocol, several ways."""

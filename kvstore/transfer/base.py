@@ -1,0 +1,94 @@
+"""What moves blocks between hosts: agents, each other's memory, reads and writes in pieces.
+
+One side is passive: it registers memory and hands its agent's description over the control channel.
+The other side connects to that description, and reads and writes. A server is always the active
+side towards a client, and a replica towards the node it pulls from; so nobody can write to a
+server's pool, and a client's landing ring is written by the servers it asked alone.
+
+All calls block and may be made from several threads; they belong on worker threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import KVStoreError
+
+Bytes1D = npt.NDArray[np.uint8]
+U64 = npt.NDArray[np.uint64]
+
+
+class TransferFailed(KVStoreError):  # noqa: N818 - it did
+    """Raised when bytes did not arrive: the other side is gone, or refused. What has arrived of
+    them means nothing; whether more may yet arrive is said by `Remote.close` alone."""
+
+    code = 11
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """What goes where, in bytes: three arrays (n,) uint64 of equal length.
+
+    local and remote are addresses in the two processes; neighbours are best merged before.
+    """
+
+    local: U64
+    remote: U64
+    nbytes: U64
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return int(self.nbytes.sum())
+
+
+class Remote(Protocol):
+    """The registered memory of another process."""
+
+    def read(self, pieces: Pieces, timeout_s: float) -> None:
+        """Copies from the other process to this one; all has arrived when it returns.
+
+        `TransferFailed`; `DeadlineExceeded` after `timeout_s`, when bytes may still arrive in
+        local memory until `close` has returned.
+        """
+
+    def write(self, pieces: Pieces, timeout_s: float) -> None:
+        """Copies from this process to the other one, which can see all of it when this returns.
+
+        `TransferFailed`; `DeadlineExceeded` after `timeout_s`, when local memory may still be read
+        until `close` has returned.
+        """
+
+    def close(self) -> None:
+        """Ends the connection. When it returns no byte of an earlier call moves any more, neither
+        into local memory nor out of it; calls that other threads are in have failed. Safe to call
+        twice. `TransferFailed` where that cannot be had: then the memory stays in use."""
+
+
+class Agent(Protocol):
+    """This process, as others reach it, and as it reaches others."""
+
+    @property
+    def kind(self) -> str:
+        """The transport's name in settings: nixl, ucxx or grpc."""
+
+    def register(self, memory: Bytes1D) -> None:
+        """Lets connected processes read and write this memory (uint8, contiguous), for as long as
+        the agent lives; it is kept alive and must not be unmapped before `close`. Only before
+        `describe`. `TransferFailed` where the transport cannot."""
+
+    def describe(self) -> bytes:
+        """What another process needs to reach this agent's registered memory; at most
+        `limits.MAX_AGENT_BYTES`. It goes over the authenticated control channel only."""
+
+    def connect(self, description: bytes, timeout_s: float) -> Remote:
+        """Reaches another agent of the same kind. `TransferFailed` where nobody is there,
+        `ProtocolError` for a description that is none, `DeadlineExceeded`."""
+
+    def close(self) -> None:
+        """Ends the agent. When it returns no byte lands in registered memory any more, whoever
+        sent it: this is what revokes a landing ring. Closes its remotes too."""
