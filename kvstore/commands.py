@@ -342,6 +342,28 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """Asks for the blocks among the `most` block ids from `first` on (at most `MAX_KEYS_PER_CALL`):
+    from 0 on, page by page, it names every block that was there all the time."""
+
+    first: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scanned:
+    """`following` is the next page's `first`, 0 after the last. `put_ids` is uint8 (n, 16),
+    `namespaces` the blocks' namespace ids, `expires_ms` when they expire in Unix time, 0 for never.
+    """
+
+    following: int
+    namespaces: U32
+    hashes: U8
+    put_ids: U8
+    expires_ms: U64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Describe:
     """Asks what this store is and which namespaces it holds."""
 
@@ -397,6 +419,7 @@ Command = (
     | Drop
     | Hint
     | Explain
+    | Scan
     | Stat
     | Describe
 )
@@ -409,6 +432,7 @@ Result = (
     | Leased
     | Persisted
     | Explained
+    | Scanned
     | Stats
     | Description
     | Count

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any, get_args
 
 from kvstore import commands, errors
-from kvstore.channel.records import FRAME as FRAME  # whoever reads a stream needs it
+from kvstore.channel import records
 from kvstore.channel.records import Codec
 
 WIRE_VERSION = 4
+FRAME = records.FRAME
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,8 @@ _TYPES: dict[int, type] = {
     32: commands.Fetch,
     33: commands.Persist,
     34: commands.Persisted,
+    35: commands.Scan,
+    36: commands.Scanned,
 }
 _CODEC = Codec(
     _TYPES,

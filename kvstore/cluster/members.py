@@ -22,6 +22,7 @@ class MemberState(enum.StrEnum):
     JOINING = "joining"  # new blocks go to it, older ones are still being brought
     UP = "up"
     DRAINING = "draining"  # nothing new goes to it, what it has is being taken away
+    OUT = "out"  # drained: nothing is looked for there, until it joins again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -93,8 +94,9 @@ class View:
 
     @property
     def settled(self) -> bool:
-        """Whether all members are up, so that blocks are where one ranking says."""
-        return all(member.state == MemberState.UP for member in self.members)
+        """Whether nobody joins or drains, so that blocks are where one ranking says."""
+        moving = (MemberState.JOINING, MemberState.DRAINING)
+        return not any(member.state in moving for member in self.members)
 
 
 def encode_view(view: View) -> bytes:

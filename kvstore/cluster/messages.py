@@ -78,7 +78,7 @@ class Ping:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     """serving: 1 once the node answers for its blocks. settled: the last epoch for which it has
-    brought all of its blocks to where they belong, -1 for none. generations: see `Generations`."""
+    brought all of its blocks to where they belong, -1 for none."""
 
     name: str
     run: int
@@ -132,11 +132,9 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """tiers: the tier code of each, 0 for one that is not there. hot: how many more copies than R
-    the block's segment has. epoch: of the node."""
+    """tiers: the tier code of each, 0 for one that is not there. epoch: of the node."""
 
     tiers: U8
-    hot: U8
     epoch: int
 
 
@@ -160,7 +158,8 @@ class Get:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Got:
     """tiers: where each block was that has been written, 0 for one that has not. headers: of the
-    blocks in front of each other, uint8 (n, header bytes), zeros for those that are not there."""
+    blocks, uint8 (n, header bytes), zeros for those that are not there. hot: uint8 (n,),
+    how many more copies than R the block's segment has."""
 
     tiers: U8
     headers: U8
@@ -201,8 +200,10 @@ class Spread:
     namespace: int
     instance: int
     hashes: U8
+    ttl_ms: int
     copies: int
     wait_ms: int
+    persist: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +223,8 @@ class Pull:
     """A node that has blocks asks another one to read them from its pool; answered by `Pulled`.
 
     name and layout: of the namespace. source: the sender's name. put_ids: (n, 16). parents:
-    (n, 32), zeros where unknown. positions: uint32, 2**32 - 1 where unknown. expires_ms: uint64,
-    from now, 0 for never.
+    (n, 32), zeros where unknown. positions: uint32, 2**32 - 1 where unknown. ttl_ms: uint64, from
+    now, 0 for ever.
     """
 
     source: str
@@ -237,7 +238,7 @@ class Pull:
     checksums: U64
     parents: U8
     positions: U32
-    expires_ms: U64
+    ttl_ms: U64
     wait_ms: int
     persist: int
 
@@ -360,6 +361,13 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """Asks that a member that was drained takes blocks again; answered likewise."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AskStatus:
     """Asks for the node's counters; answered by a `Status`."""
 
@@ -418,6 +426,7 @@ CODEC = Codec(
                 commands.Stats,
                 commands.Describe,
                 commands.Description,
+                Join,
             ),
             start=1,
         )

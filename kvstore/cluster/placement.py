@@ -26,6 +26,8 @@ SPARE = 1  # ranks behind the R best that may stand in for one of them
 OVERLOAD = 1.25  # times the mean load: above it a member's blocks go to the next rank
 PUT_ID_BYTES = 16
 _PLACE_BYTES = 8
+_PLACED = b"\xc1\x05"  # how put ids begin whose blocks a cluster placed
+NONCE_BYTES = 8 - len(_PLACED)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64
 
 
@@ -60,21 +62,23 @@ def places_of(chain: U8, *, position: int, segment: int, first_place: int | None
 
 def new_put_id(nonce: bytes, place: int) -> bytes:
     """A put id of blocks of one place: it names the attempt, and tells every node that stores it
-    where the blocks belong. nonce: 8 bytes, new for each attempt."""
-    return nonce[:_PLACE_BYTES] + place.to_bytes(_PLACE_BYTES, "little")
+    where the blocks belong. nonce: `NONCE_BYTES`, new for each attempt."""
+    return _PLACED + nonce + place.to_bytes(_PLACE_BYTES, "little")
 
 
-def places_of_put_ids(put_ids: U8) -> U64:
-    """The places that put ids (n, 16) carry: uint64 (n,)."""
-    places: U64 = np.ascontiguousarray(put_ids[:, _PLACE_BYTES:]).view("<u8").ravel()
-    return places.astype(np.uint64)
+def places_of_put_ids(put_ids: U8) -> tuple[U64, npt.NDArray[np.bool_]]:
+    """The places that put ids (n, 16) carry, uint64 (n,), and which of them do, bool (n,): others
+    are of blocks that some client put into one node's store, for itself alone."""
+    places = np.ascontiguousarray(put_ids[:, -_PLACE_BYTES:]).view("<u8").ravel()
+    placed = (put_ids[:, : len(_PLACED)] == np.frombuffer(_PLACED, np.uint8)).all(axis=1)
+    return places.astype(np.uint64), placed
 
 
 class Ranking:
     """Who comes first for a place, in one view.
 
-    `targets` rank the members that new blocks go to (not those that drain); `earlier` those that
-    older blocks may still be with (not those that are just joining).
+    `targets` rank the members that new blocks go to (up or joining); `earlier` those that older
+    blocks may still be with (up or draining).
     """
 
     def __init__(self, view: View) -> None:
@@ -84,10 +88,9 @@ class Ranking:
         self._seeds = np.array(seeds, np.uint64)
         self._weights = np.array([member.weight for member in view.members], np.float64)
         states = [member.state for member in view.members]
-        self._new = np.array([s != MemberState.DRAINING for s in states], bool)
-        self._old = np.array([s != MemberState.JOINING for s in states], bool)
-        if not self._old.any():  # the first members of all bring nothing along
-            self._old[:] = True
+        up, joining, draining = MemberState.UP, MemberState.JOINING, MemberState.DRAINING
+        self._new = np.array([s in (up, joining) for s in states], bool)
+        self._old = np.array([s in (up, draining) for s in states], bool)
 
     def targets(self, places: U64, *, most: int | None = None) -> Ranks:
         """The members' numbers in the order in which blocks of these places prefer them.
@@ -105,7 +108,7 @@ class Ranking:
         copies it has, because it is hot."""
         at = np.array([place], np.uint64)
         most = self.copies + SPARE + extra
-        found = self.targets(at, most=most)[0].tolist()
+        found: list[int] = self.targets(at, most=most)[0].tolist()
         if not self.view.settled:
             found += [n for n in self.earlier(at)[0].tolist() if n not in found]
         return found

@@ -10,10 +10,8 @@ import random
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from kvstore import commands as c
+from kvstore.cluster.messages import Hello, Welcomed
 from kvstore.layout import Layout
 from kvstore.transfer.base import Pieces
 
@@ -45,6 +43,9 @@ class World(Protocol):
     def now_ms(self) -> float:
         """Monotonic time, in milliseconds from some moment."""
 
+    def unix_ms(self) -> int:
+        """Unix time in milliseconds, which may jump: only for times that others have set so."""
+
     async def sleep(self, ms: float) -> None:
         """Waits."""
 
@@ -54,12 +55,33 @@ class World(Protocol):
     async def wait(self, tasks: Sequence[Task[Any]], timeout_ms: float) -> None:
         """Until one of these that was not done is done, or all are, or for so long."""
 
+    async def wait_all(self, tasks: Sequence[Task[Any]], timeout_ms: float) -> None:
+        """Until all of these are done, or for so long; what is not done by then is cancelled."""
+
     async def call(self, address: str, message: Any, timeout_ms: float) -> Any:
         """Sends a message of `messages` to the node at an address, and returns its answer.
 
         Raises what the node raised; `Unavailable` where nobody is there, `DeadlineExceeded` where
         no answer came in time: then the message may have been carried out, or may yet be.
         """
+
+    async def attach(self, address: str, hello: Hello, timeout_ms: float) -> Attachment:
+        """Begins a session with the node at an address. Raises as `call`."""
+
+
+class Attachment(Protocol):
+    """A connection to a node that carries a session."""
+
+    @property
+    def welcomed(self) -> Welcomed:
+        """What the node said."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is over; it does not come back."""
+
+    async def close(self) -> None:
+        """Ends it: the node forgets the session."""
 
 
 class Memory(Protocol):
@@ -73,6 +95,30 @@ class Memory(Protocol):
 
     async def close(self) -> None:
         """`Remote.close`, likewise."""
+
+
+class Transfers(Protocol):
+    """A node's transfer agent, with its pool registered, see `transfer.base.Agent`."""
+
+    @property
+    def kind(self) -> str:
+        """Of the agent."""
+
+    def describe(self) -> bytes:
+        """For other nodes, which read from the pool."""
+
+    async def connect(self, kind: str, agent: bytes, timeout_ms: float) -> Memory:
+        """Reaches another process's agent; `InvalidArgument` for one of another kind."""
+
+
+class Ledger(Protocol):
+    """The little that a node must remember when its process has died."""
+
+    def load(self) -> bytes:
+        """What was saved last; empty where nothing was."""
+
+    def save(self, data: bytes) -> None:
+        """Durable when this returns. Raises OSError."""
 
 
 class NodeStore(Protocol):
@@ -99,6 +145,3 @@ class NodeStore(Protocol):
     async def sums(self, layout: Layout, granules: c.U32) -> c.U64:
         """The checksums of all cells of what lies in these slots now: uint64 (n, cells). May run
         on another thread."""
-
-
-Mask = npt.NDArray[np.bool_]

@@ -13,6 +13,7 @@ IdArray = npt.NDArray[np.uint32]
 Granules = npt.NDArray[np.uint32]
 NO_BLOCK = np.uint32(0xFFFFFFFF)
 NO_GRANULE = np.uint32(0xFFFFFFFF)  # of a block without a slot
+_PUT_ID_BYTES = 16
 
 
 class BlockState(enum.IntEnum):
@@ -46,6 +47,7 @@ class Blocks:
         self._parent = np.full(max_blocks, NO_BLOCK, np.uint32)
         self._parent_birth = np.zeros(max_blocks, np.uint32)
         self.birth = np.zeros(max_blocks, np.uint32)
+        self.put_id = np.zeros((max_blocks, _PUT_ID_BYTES), np.uint8)  # of those in the index
         self._place = np.zeros(max_blocks, np.uint32)  # scratch of `tails`
         self._at_granule = np.full(granules, NO_BLOCK, np.uint32)
         self._free = np.arange(max_blocks - 1, -1, -1, dtype=np.uint32)
@@ -201,6 +203,12 @@ class Blocks:
         """All blocks of a namespace that can be found."""
         found = np.isin(self.state, _IN_INDEX) & (self.namespace == namespace)
         return np.flatnonzero(found).astype(np.uint32)
+
+    def page(self, first: int, most: int) -> tuple[IdArray, int]:
+        """Blocks in the index among `most` ids from `first` on, and where to go on (0: over)."""
+        last = min(first + most, self.state.size)
+        ids = np.arange(first, last, dtype=np.uint32)
+        return ids[self.in_index(ids)], last if last < self.state.size else 0
 
     def at(self, granules: Granules) -> IdArray:
         """The live blocks whose slots begin at these granules, `NO_BLOCK` where there is none."""

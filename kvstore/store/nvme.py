@@ -515,6 +515,7 @@ class NvmeTier:
         self._forget_entries(use, entries[~shown])
         ids, keys, entries = ids[shown], keys[shown], entries[shown]
         shelf.blocks.appear_cold(ids, namespace.id)
+        shelf.blocks.put_id[ids] = entries["put_id"]
         namespace.blocks += len(ids)
         shelf.places.settle(ids, use, entries["granule"].copy(), entries["stamp"].copy())
         self._link(namespace, ids, entries)

@@ -65,6 +65,8 @@ def publish(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.
         generations[whole.granules[~shown]] += np.uint64(1)  # odd: nobody's to read
         ids, keys = ids[shown], keys[shown]
     shelf.blocks.appear(ids, namespace.id)
+    put_ids = np.frombuffer(whole.put_ids, np.uint8).reshape(len(whole.ids), -1)
+    shelf.blocks.put_id[whole.ids] = put_ids
     namespace.blocks += len(ids)
     _link(shelf, namespace, whole, shown, parents)
     shelf.policy.admit(ids, keys[:, :8].copy().view(np.uint64).ravel())
@@ -124,6 +126,7 @@ def publish_one(shelf: Shelf, namespace: Namespace, whole: WholeBlock) -> bool:
         generations[whole.granule] = generation + 1  # odd: nobody's to read
         return False
     shelf.blocks.appear_one(whole.block, namespace.id, parent)
+    shelf.blocks.put_id[whole.block] = np.frombuffer(whole.put_id, np.uint8)
     namespace.blocks += 1
     ids = np.array([whole.block], np.uint32)
     shelf.policy.admit(ids, np.frombuffer(whole.key, np.uint64, 1))

@@ -356,6 +356,23 @@ class Store:
         tiers = np.where(stored, np.where(live, DRAM_TIER, NVME_TIER), 0).astype(np.uint8)
         return c.Explained(status=status, tiers=tiers, when_ms=when_ms)
 
+    def _scan(self, command: c.Scan) -> c.Scanned:
+        most = limits.MAX_KEYS_PER_CALL
+        if not 0 < command.most <= most:
+            raise InvalidArgument("most", f"1 to {most}, please")
+        if not 0 <= command.first < self._shelf.blocks.state.size:
+            raise InvalidArgument("first", "is where no page begins")
+        ids, following = self._shelf.blocks.page(command.first, command.most)
+        words = self._shelf.catalog.words_of(ids)
+        hashes = words.view(np.uint8).reshape(len(ids), limits.KEY_BYTES)
+        return c.Scanned(
+            following=following,
+            namespaces=self._shelf.blocks.namespace[ids],
+            hashes=hashes,
+            put_ids=self._shelf.blocks.put_id[ids],
+            expires_ms=self._shelf.deadlines.times[Due.EXPIRY][ids].astype(np.uint64),
+        )
+
     # -- invariants --------------------------------------------------------------------
 
     def check(self) -> None:
@@ -420,6 +437,7 @@ _HANDLERS: dict[type, Callable[[Store, int, Connection, Any], c.Result | Deferre
     c.Drop: lambda store, number, _who, command: store._drop(number, command),
     c.Hint: lambda store, _number, _who, command: store._hint(command),
     c.Explain: lambda store, _number, _who, command: store._explain(command),
+    c.Scan: lambda store, _number, _who, command: store._scan(command),
     c.Stat: lambda store, _number, _who, _command: store.stats(),
     c.Describe: lambda store, _number, _who, _command: store._describe(),
 }

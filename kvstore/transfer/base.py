@@ -52,8 +52,10 @@ class Remote(Protocol):
     def read(self, pieces: Pieces, timeout_s: float) -> None:
         """Copies from the other process to this one; all has arrived when it returns.
 
+        `InvalidArgument` for pieces that lie outside of the memory registered here.
         `TransferFailed`; `DeadlineExceeded` after `timeout_s`, when bytes may still arrive in
-        local memory until `close` has returned.
+        local memory until `close` has returned. After either the remote may be of no more use, and
+        is best closed.
         """
 
     def write(self, pieces: Pieces, timeout_s: float) -> None:
@@ -65,7 +67,8 @@ class Remote(Protocol):
 
     def close(self) -> None:
         """Ends the connection. When it returns no byte of an earlier call moves any more, neither
-        into local memory nor out of it; calls that other threads are in have failed. Safe to call
+        into local memory nor out of it; calls that other threads are in have failed. What had left
+        before may yet land in the other process: only its own `Agent.close` ends that. Safe to call
         twice. `TransferFailed` where that cannot be had: then the memory stays in use."""
 
 
@@ -79,7 +82,8 @@ class Agent(Protocol):
     def register(self, memory: Bytes1D) -> None:
         """Lets connected processes read and write this memory (uint8, contiguous), for as long as
         the agent lives; it is kept alive and must not be unmapped before `close`. Only before
-        `describe`. `TransferFailed` where the transport cannot."""
+        `describe` and `connect`. `InvalidArgument` for memory that is none of that, or registered
+        already; `TransferFailed` where the transport cannot."""
 
     def describe(self) -> bytes:
         """What another process needs to reach this agent's registered memory; at most

@@ -1,0 +1,233 @@
+"""How a node's blocks get to other nodes: held under a lease, offered, and pulled by the others."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore.block import fixed_fields
+from kvstore.cluster.intake import NO_POSITION
+from kvstore.cluster.members import Member, View, encode_view
+from kvstore.cluster.messages import Learn, Pull, Pulled, PutStatus, WrongEpoch
+from kvstore.cluster.placement import places_of_put_ids
+from kvstore.cluster.site import Site, Space
+from kvstore.cluster.world import Task
+from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
+
+_SUMS_AT = 104  # where a block header's checksums begin, see `kvstore.block`
+_ANSWER_MS = 20.0  # for a node to say how it went, beside the time that its work may take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Held:
+    """Blocks in memory under a lease: where they are, and what their headers say."""
+
+    space: Space
+    hashes: c.U8
+    granules: c.U32
+    headers: c.U8
+    put_ids: c.U8
+    places: c.U64
+
+    def rows(self, which: c.U32) -> Held:
+        """Some of them."""
+        return Held(
+            space=self.space,
+            hashes=self.hashes[which],
+            granules=self.granules[which],
+            headers=self.headers[which],
+            put_ids=self.put_ids[which],
+            places=self.places[which],
+        )
+
+
+@asynccontextmanager
+async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncIterator[Held]:
+    """Keeps the leading stored blocks of a chain in memory meanwhile; brings them from NVMe."""
+    await _bring(site, space, hashes, site.world.now_ms() + wait_ms)
+    lease = c.Lease(namespace=space.number, hashes=hashes)
+    leased: c.Leased = await site.store.command(lease, site.policy.call_ms)
+    try:
+        n = len(leased.granules)
+        headers = site.store.headers(space.layout, leased.granules)
+        put_ids = np.ascontiguousarray(fixed_fields(headers)["put_id"]) if n else _NO_IDS
+        places, _placed = places_of_put_ids(put_ids)
+        yield Held(
+            space=space,
+            hashes=hashes[:n],
+            granules=leased.granules,
+            headers=headers,
+            put_ids=put_ids,
+            places=places,
+        )
+    finally:
+        if leased.lease:
+            await site.store.command(c.Release(lease=leased.lease), site.policy.call_ms)
+
+
+async def _bring(site: Site, space: Space, hashes: c.U8, end_ms: float) -> None:
+    """Has leading blocks brought from NVMe, as long as more come."""
+    before = -1
+    while True:
+        tiers = site.store.look(space.number, hashes)
+        stored, warm = _leading(tiers > 0), _leading((tiers > 0) & (tiers != _NVME))
+        left_ms = end_ms - site.world.now_ms()
+        if warm >= stored or warm <= before or left_ms <= 0:
+            return
+        before = warm
+        fetch = c.Fetch(namespace=space.number, hashes=hashes[:stored], wait_ms=int(left_ms))
+        await site.store.command(fetch, left_ms + site.policy.call_ms)
+
+
+def _leading(holds: npt.NDArray[np.bool_]) -> int:
+    return len(holds) if holds.all() else int(holds.argmin())
+
+
+async def push(
+    site: Site,
+    held: Held,
+    to: Member,
+    *,
+    view: View,
+    timeout_ms: float,
+    persist: bool = False,
+    ttl_ms: c.U64 | None = None,
+) -> Pulled:
+    """Has another node pull blocks that are held. Raises as `World.call`; the other's opinion of
+    this node's health is its own."""
+    fixed = fixed_fields(held.headers)
+    positions = fixed["position"].astype(np.int64)
+    n_cells = held.space.layout.n_cells
+    sums = held.headers[:, _SUMS_AT : _SUMS_AT + 8 * n_cells]
+    pull = Pull(
+        source=site.me.name,
+        epoch=view.epoch,
+        name=held.space.name,
+        layout=held.space.layout.encode(),
+        generation=site.generation(held.space.mark),
+        put_ids=held.put_ids,
+        hashes=held.hashes,
+        addresses=site.store.addresses(held.space.layout, held.granules),
+        checksums=np.ascontiguousarray(sums).view("<u8").astype(np.uint64),
+        parents=np.ascontiguousarray(fixed["parent"]),
+        positions=np.where(positions < 0, NO_POSITION, positions).astype(np.uint32),
+        ttl_ms=np.zeros(len(held.hashes), np.uint64) if ttl_ms is None else ttl_ms,
+        wait_ms=int(max(timeout_ms - _ANSWER_MS, 1)),
+        persist=int(persist),
+    )
+    pulled: Pulled = await call(site, to, pull, timeout_ms)
+    there = int(np.count_nonzero(pulled.status == PutStatus.STORED))
+    site.counters.pushed_blocks += there
+    site.counters.pushed_bytes += there * held.space.layout.block_bytes
+    return pulled
+
+
+async def call(site: Site, to: Member, message: object, timeout_ms: float) -> Any:
+    """`World.call` to a member, whose health is learnt from how it goes."""
+    try:
+        answer = await site.world.call(to.address, message, timeout_ms)
+    except DeadlineExceeded:
+        site.health.failed(to.name)
+        raise
+    except Unavailable:
+        site.health.failed(to.name, at_once=True)
+        raise
+    except WrongEpoch as error:
+        site.health.answered(to.name)
+        if not site.learn(error.view) and not error.view:
+            await tell_view(site, to)
+        raise
+    site.health.answered(to.name)
+    return answer
+
+
+async def tell_view(site: Site, to: Member) -> None:
+    """Tells a member that has an earlier view which one is later."""
+    await site.world.call(to.address, Learn(view=encode_view(site.view)), site.policy.call_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Spread:
+    """copies: uint8 (n,), at how many nodes each block is, this one among them. persisted: uint8
+    (n,), 1 where all of those have synced it."""
+
+    copies: c.U8
+    persisted: c.U8
+
+
+async def spread(
+    site: Site,
+    held: Held,
+    *,
+    copies: int,
+    view: View,
+    end_ms: float,
+    ttl_ms: int,
+    persist: bool,
+    own: c.U8,
+) -> Spread:
+    """Brings blocks of one place to `copies` nodes, this one among them: to the best of the ranking
+    at once, and to the next one for each that fails. own: 1 where this node has synced a block."""
+    n = len(held.hashes)
+    ttls = np.full(n, ttl_ms, np.uint64)
+    found = np.ones(n, np.uint8)
+    persisted = own.copy()
+    if not n or copies <= 1:
+        return Spread(copies=found, persisted=persisted)
+    waiting, _mine = site.partners(int(held.places[0]))
+    running: list[tuple[Member, Task[Pulled]]] = []
+    short = copies - 1
+    while (short > 0 and waiting) or running:
+        while len(running) < short and waiting:
+            to = waiting.pop(0)
+            left = max(end_ms - site.world.now_ms(), 1.0)
+            work = push(site, held, to, view=view, timeout_ms=left, persist=persist, ttl_ms=ttls)
+            running.append((to, site.world.spawn(work)))
+        await site.world.wait([task for _, task in running], end_ms - site.world.now_ms())
+        over = [(to, task) for to, task in running if task.done]
+        if not over:  # out of time: what they may yet do is for the next round of anti-entropy
+            for _to, task in running:
+                task.cancel()
+            break
+        for entry in over:
+            running.remove(entry)
+            there = _outcome(entry[1], view.epoch)
+            if there is None:
+                continue
+            stored, synced = there
+            if stored.all():
+                short -= 1
+            found += stored
+            persisted &= np.where(stored, synced, persisted)
+    return Spread(copies=found, persisted=persisted)
+
+
+def _outcome(task: Task[Pulled], epoch: int) -> tuple[c.U8, c.U8] | None:
+    """Which blocks a node has, and has synced; None where it has answered in no valid way."""
+    try:
+        pulled = task.result()
+    except KVStoreError:
+        return None
+    if pulled.epoch != epoch:
+        return None  # it has moved on since: what it stored may belong elsewhere by now
+    stored = np.isin(pulled.status, (PutStatus.STORED, PutStatus.EXISTS)).astype(np.uint8)
+    return stored, pulled.persisted & stored
+
+
+def groups(places: c.U64) -> Sequence[c.U32]:
+    """The rows of each place, in order."""
+    if not len(places):
+        return []
+    order = np.argsort(places, kind="stable").astype(np.uint32)
+    edges = np.flatnonzero(np.diff(places[order])) + 1
+    return np.split(order, edges)
+
+
+_NVME = 2
+_NO_IDS = np.empty((0, 16), np.uint8)

@@ -1,0 +1,258 @@
+"""How a node learns who is a member, and how the members' list changes.
+
+Whoever has the least name of those that are registered keeps the list: it takes out who is gone,
+lets in who has come, and ends a joining or a draining once all members have brought their blocks to
+where they belong. Each change is a compare-and-swap of the epoch, so two keepers do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore.cluster.coordination import Coordination
+from kvstore.cluster.copies import call, tell_view
+from kvstore.cluster.members import Member, MemberState, View
+from kvstore.cluster.messages import (
+    AskGenerations,
+    AskView,
+    Generations,
+    Learn,
+    Ping,
+    Pong,
+    WrongEpoch,
+)
+from kvstore.cluster.site import Site
+from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, Unavailable
+
+_AWAY = (Unavailable, DeadlineExceeded)
+_TRIES = 5
+ForgetAll = Callable[[str, bytes, int], Awaitable[int]]
+
+
+class Membership:
+    """One node's part in it. forget_all: of the node."""
+
+    def __init__(self, site: Site, coordination: Coordination, forget_all: ForgetAll) -> None:
+        self._site, self._coordination, self._forget_all = site, coordination, forget_all
+        self.coordinated = False  # whether the last look at the coordination worked
+        self._was_member = False
+
+    async def run(self) -> None:
+        """Registers, then follows and keeps the list for ever. Never ends by itself, but for
+        `InvalidArgument`: another living node has this one's name."""
+        site = self._site
+        registered = False
+        while True:
+            try:
+                if not registered:
+                    await self._coordination.register(site.me)
+                    registered = True
+                await self._round()
+                self.coordinated = True
+                await self._coordination.changed(site.policy.watch_s)
+            except _AWAY:  # the data path goes on under the last view
+                self.coordinated = False
+                await site.world.sleep(site.policy.retry_ms)
+
+    async def _round(self) -> None:
+        site = self._site
+        present = await self._coordination.registered()
+        view = await self._coordination.view()
+        if view is not None:
+            site.adopt(view)
+        await self._serve()
+        names = [member.name for member in present]
+        if site.me.name in names and site.me.name == min(names):
+            wanted = self.wanted(view, present)
+            if wanted is not None and await self._coordination.advance(wanted):
+                site.adopt(wanted)
+                await self._serve()
+
+    def wanted(self, view: View | None, present: Sequence[Member]) -> View | None:
+        """The next view, None where the present one is right. present: who is registered."""
+        site = self._site
+        if view is None:
+            members = tuple(replace(member, state=MemberState.UP) for member in present)
+            return View(epoch=1, replicas=site.replicas, members=members)
+        here = {member.name: member for member in present}
+        gone = [member.name for member in view.members if member.name not in here]
+        if gone:
+            return view.without(*gone)
+        again = [
+            replace(here[m.name], state=m.state)
+            for m in view.members
+            if (here[m.name].run, here[m.name].address, here[m.name].weight)
+            != (m.run, m.address, m.weight)
+        ]
+        if again:
+            return view.with_members(again)
+        moving = [m for m in view.members if m.state in (MemberState.JOINING, MemberState.DRAINING)]
+        if moving:
+            if not self._all_settled(view):
+                return None  # one move at a time, so that readers look in two places at most
+            after = {MemberState.JOINING: MemberState.UP, MemberState.DRAINING: MemberState.OUT}
+            return view.with_members([replace(m, state=after[m.state]) for m in moving])
+        new = [member for name, member in here.items() if view.find(name) is None]
+        if new:
+            empty = not any(m.state == MemberState.UP for m in view.members)
+            state = MemberState.UP if empty else MemberState.JOINING
+            return view.with_members([replace(member, state=state) for member in new])
+        return None
+
+    def _all_settled(self, view: View) -> bool:
+        site = self._site
+        holders = [m for m in view.members if m.state in (MemberState.UP, MemberState.DRAINING)]
+        settled = {**site.settled_at, site.me.name: site.settled}
+        return all(settled.get(member.name, -1) >= view.epoch for member in holders)
+
+    # -- serving -----------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Begins to serve once this node knows what was forgotten while it was no member, or was
+        not there at all; ends it when it is a member no more."""
+        site = self._site
+        member = site.role is not None
+        if not (member and self._was_member):
+            site.serving = False
+        self._was_member = member
+        if member and not site.serving and await self._learn_generations():
+            site.serving = True
+
+    async def _learn_generations(self) -> bool:
+        """Whether somebody who could know was asked. A drop is acknowledged only when all members
+        have done it, so any one of them that was a member all the time knows; where no other one
+        can be reached, those that are gone leave the view, or (a static list) never acknowledged
+        a drop without this node."""
+        site = self._site
+        others = [m for m in site.others() if m.state != MemberState.JOINING]
+        if not others:
+            return True
+        heard = False
+        for member in others:
+            try:
+                found = await call(site, member, AskGenerations(), site.policy.call_ms)
+            except KVStoreError:
+                continue
+            assert isinstance(found, Generations)
+            await self._catch_up(found)
+            heard = True
+        return heard or site.world.now_ms() >= self._lonely_until_ms
+
+    async def _catch_up(self, found: Generations) -> None:
+        names = found.names.split("\n") if found.names else []
+        layouts = found.layouts.split("\n") if found.layouts else []
+        for name, layout, number in zip(names, layouts, found.numbers.tolist(), strict=True):
+            await self._forget_all(name, layout.encode(), number)
+
+    @property
+    def _lonely_until_ms(self) -> float:
+        if self._lonely_ms is None:
+            self._lonely_ms = self._site.world.now_ms() + self._site.policy.learn_ms
+        return self._lonely_ms
+
+    _lonely_ms: float | None = None
+
+    async def generations(self) -> Generations:
+        """What this node knows of namespaces that were forgotten as a whole."""
+        site = self._site
+        known = list(site.forgotten.items())
+        return Generations(
+            names="\n".join(name for (name, _layout), _n in known),
+            layouts="\n".join(layout for (_name, layout), _n in known),
+            numbers=np.array([n for _, n in known], np.uint64),
+            serving=int(site.serving),
+        )
+
+    # -- health ------------------------------------------------------------------------
+
+    async def pong(self) -> Pong:
+        """How this node is."""
+        site = self._site
+        stats: c.Stats = await site.store.command(c.Stat(), site.policy.call_ms)
+        site.loads[site.me.name] = (stats.used_bytes, stats.total_bytes)
+        return Pong(
+            name=site.me.name,
+            run=site.me.run,
+            epoch=site.view.epoch,
+            serving=int(site.serving),
+            settled=site.settled,
+            used_bytes=stats.used_bytes,
+            total_bytes=stats.total_bytes,
+            blocks=stats.blocks,
+        )
+
+    async def ping_for_ever(self) -> None:
+        """Asks some members how they are, those that are suspected among them each time."""
+        site = self._site
+        while True:
+            await site.world.sleep(site.policy.ping_ms)
+            others = site.others()
+            suspected = [m for m in others if site.health.suspects(m.name)]
+            sound = [m for m in others if not site.health.suspects(m.name)]
+            if len(sound) > site.policy.pings:
+                sound = site.world.random.sample(sound, site.policy.pings)
+            tasks = [site.world.spawn(self._ping(m)) for m in (*suspected, *sound)]
+            await site.world.wait_all(tasks, 2 * site.policy.ping_timeout_ms)
+
+    async def _ping(self, member: Member) -> None:
+        site = self._site
+        suspected = site.health.suspects(member.name)
+        try:
+            ping = Ping(epoch=site.view.epoch)
+            pong = await call(site, member, ping, site.policy.ping_timeout_ms)
+        except KVStoreError:
+            return
+        assert isinstance(pong, Pong)
+        if pong.name != member.name:  # somebody else lives there now
+            site.health.failed(member.name, at_once=True)
+            return
+        site.loads[member.name] = (pong.used_bytes, pong.total_bytes)
+        site.settled_at[member.name] = pong.settled
+        if suspected:
+            site.missed.add(member.name)  # it may lack what was stored meanwhile
+        try:
+            if pong.epoch > site.view.epoch:
+                learnt = await call(site, member, AskView(), site.policy.call_ms)
+                assert isinstance(learnt, Learn)
+                site.learn(learnt.view)
+            elif pong.epoch < site.view.epoch:
+                await tell_view(site, member)
+        except (*_AWAY, WrongEpoch):
+            return
+
+    # -- changes that an administrator asks for ----------------------------------------
+
+    async def drain(self, name: str) -> View:
+        """Begins to take a member's blocks away. `InvalidArgument`, `Unavailable`."""
+        return await self._change(name, MemberState.DRAINING)
+
+    async def join(self, name: str) -> View:
+        """Lets a drained (or draining) member take blocks again."""
+        return await self._change(name, MemberState.JOINING)
+
+    async def _change(self, name: str, state: MemberState) -> View:
+        for _ in range(_TRIES):
+            view = await self._coordination.view()
+            if view is None:
+                raise Unavailable("the cluster has no members yet: try again in a moment")
+            member = view.find(name)
+            if member is None:
+                known = ", ".join(m.name for m in view.members)
+                raise InvalidArgument("name", f"{name!r} is no member; members are {known}")
+            if state == MemberState.DRAINING:
+                if member.state in (MemberState.DRAINING, MemberState.OUT):
+                    return view
+                left = sum(m.state in (MemberState.UP, MemberState.JOINING) for m in view.members)
+                if left < 2:
+                    raise InvalidArgument("name", f"{name} is the only member that takes blocks")
+            elif member.state in (MemberState.UP, MemberState.JOINING):
+                return view
+            wanted = view.with_members([replace(member, state=state)])
+            if await self._coordination.advance(wanted):
+                self._site.adopt(wanted)
+                return wanted
+        raise Unavailable("the members' list cannot be changed now: is it a static one?")

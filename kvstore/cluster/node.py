@@ -1,0 +1,724 @@
+"""One node of a cluster: what it answers to clients and to other nodes.
+
+Handlers run to their end even where nobody waits for the answer any more: what they hold (leases,
+slots, another process's memory) goes back only in their own last steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.block import fixed_fields
+from kvstore.cluster import messages as m
+from kvstore.cluster.coordination import Coordination
+from kvstore.cluster.copies import Held, groups, hold, spread
+from kvstore.cluster.heat import Heat
+from kvstore.cluster.intake import Arrivals, give_up, take_in
+from kvstore.cluster.members import Member, encode_view
+from kvstore.cluster.membership import Membership
+from kvstore.cluster.repair import Repair
+from kvstore.cluster.site import NodePolicy, Site, Space, mark_of
+from kvstore.cluster.world import Attachment, Ledger, Memory, NodeStore, Transfers, World
+from kvstore.errors import (
+    InvalidArgument,
+    KVStoreError,
+    PermissionDenied,
+    ProtocolError,
+    ResourceExhausted,
+    StaleNamespace,
+    Unavailable,
+)
+from kvstore.session.parts import part_of
+from kvstore.transfer.base import Pieces, TransferFailed
+
+_STORED = (m.PutStatus.STORED, m.PutStatus.EXISTS)
+_PLAIN = NodePolicy()
+_ROUNDS = 3  # views under which one put is tried
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One process that is connected. memory: None for one that offers none."""
+
+    name: str
+    memory: Memory | None
+
+
+@dataclass(slots=True, eq=False)
+class _Pool:
+    """Another node's pool, as this node reads from it."""
+
+    run: int
+    attachment: Attachment
+    memory: Memory
+
+
+class Node:
+    """Answers messages by `handle`; `run` does what has to be done without being asked.
+
+    store: this node's, through which all blocks go. transfers: with the store's pool registered.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        store: NodeStore,
+        transfers: Transfers,
+        coordination: Coordination,
+        ledger: Ledger,
+        *,
+        me: Member,
+        replicas: int,
+        policy: NodePolicy = _PLAIN,
+    ) -> None:
+        """`ProtocolError` for a ledger of another format."""
+        self.site = Site(world, store, ledger, me=me, replicas=replicas, policy=policy)
+        self.membership = Membership(self.site, coordination, self.forget_all)
+        self.repair = Repair(self.site)
+        self.heat = Heat(self.site)
+        self._transfers = transfers
+        self._sessions: dict[int, _Session] = {}
+        self._next_session = 1
+        self._pools: dict[str, _Pool] = {}
+        self._background = 0
+
+    async def run(self) -> None:
+        """Until it is cancelled: membership, repair, and what is hot."""
+        tasks = [
+            self.site.world.spawn(self.membership.run()),
+            self.site.world.spawn(self.membership.ping_for_ever()),
+            self.site.world.spawn(self.repair.run()),
+            self.site.world.spawn(self.heat.run()),
+        ]
+        try:
+            while not any(task.done for task in tasks):
+                await self.site.world.wait(tasks, 3_600_000.0)
+        finally:
+            for task in tasks:
+                task.cancel()
+        for task in tasks:
+            if task.done:
+                task.result()
+
+    async def close(self) -> None:
+        """Ends the connections to other nodes' pools."""
+        for pool in self._pools.values():
+            await self._close_pool(pool)
+        self._pools.clear()
+
+    # -- sessions ----------------------------------------------------------------------
+
+    async def hello(self, hello: m.Hello, *, is_node: bool) -> m.Welcomed:
+        """Begins a session. `InvalidArgument` for another transfer kind, `ProtocolError` for
+        another version, `ResourceExhausted` for too many."""
+        if hello.version != m.MESSAGES_VERSION:
+            raise ProtocolError(
+                f"the other side speaks version {hello.version} of the cluster's protocol, "
+                f"{self.site.me.name} speaks {m.MESSAGES_VERSION}: run the same release on both"
+            )
+        if len(self._sessions) >= limits.MAX_CLUSTER_SESSIONS:
+            raise ResourceExhausted(
+                f"{limits.MAX_CLUSTER_SESSIONS} sessions are open at {self.site.me.name}",
+                retry_after_ms=limits.RETRY_AFTER_MS,
+            )
+        number = self._next_session
+        self._next_session += 1
+        memory = None
+        if hello.agent:
+            timeout_ms = self.site.policy.call_ms
+            memory = await self._transfers.connect(hello.kind, hello.agent, timeout_ms)
+        self._sessions[number] = _Session(hello.name, memory)
+        return m.Welcomed(
+            version=m.MESSAGES_VERSION,
+            session=number,
+            name=self.site.me.name,
+            run=self.site.me.run,
+            kind=self._transfers.kind,
+            agent=self._transfers.describe() if is_node else b"",
+            view=encode_view(self.site.view),
+        )
+
+    async def ended(self, session: int) -> None:
+        """The connection that carried a session is over."""
+        known = self._sessions.pop(session, None)
+        if known and known.memory:
+            try:
+                await known.memory.close()
+            except KVStoreError:
+                self.site.counters.failed_transfers += 1
+
+    @property
+    def sessions(self) -> int:
+        """How many are open."""
+        return len(self._sessions)
+
+    # -- the one handler ---------------------------------------------------------------
+
+    async def handle(self, message: Any, *, is_node: bool) -> Any:
+        """The answer to a message of a client or a node; raises a `KVStoreError`."""
+        kind = type(message)
+        handler = _HANDLERS.get(kind)
+        if handler is None:
+            raise ProtocolError(f"{kind.__name__} is no question to a node")
+        if kind in _BETWEEN_NODES and not is_node:
+            raise PermissionDenied(f"{kind.__name__} is for nodes alone")
+        return await handler(self, message)
+
+    async def _ping(self, message: m.Ping) -> m.Pong:
+        del message
+        return await self.membership.pong()
+
+    async def _learn(self, message: m.Learn) -> m.Pong:
+        self.site.learn(message.view)
+        return await self.membership.pong()
+
+    async def _ask_view(self, message: m.AskView) -> m.Learn:
+        del message
+        return m.Learn(view=encode_view(self.site.view))
+
+    async def _open(self, message: m.Open) -> m.Opened:
+        self.site.check_serving()
+        space = await self.site.open(message.name, message.layout)
+        return m.Opened(
+            namespace=space.number,
+            instance=space.instance,
+            key=space.key,
+            generation=self.site.generation(space.mark),
+        )
+
+    # -- reading -----------------------------------------------------------------------
+
+    async def _look(self, message: m.Look) -> m.Seen:
+        self.site.check_serving()
+        space = self.site.space(message.namespace, message.instance)
+        tiers = self.site.store.look(space.number, _checked(message.hashes))
+        return m.Seen(tiers=tiers, epoch=self.site.view.epoch)
+
+    async def _get(self, message: m.Get) -> m.Got:
+        site = self.site
+        site.check_serving()
+        space = site.space(message.namespace, message.instance)
+        hashes = _checked(message.hashes)
+        if len(message.addresses) != len(hashes):
+            raise InvalidArgument("addresses", "expected one for each block")
+        memory = self._memory_of(message.session)
+        site.counters.gets += 1
+        n, end_ms = len(hashes), site.world.now_ms() + message.wait_ms
+        tiers = site.store.look(space.number, hashes)
+        headers: c.U8 | None = None
+        hot = np.zeros(n, np.uint8)
+        done = 0
+        # What is in memory goes first, while what is on NVMe comes.
+        while done < n:
+            async with hold(site, space, hashes[done:], end_ms - site.world.now_ms()) as held:
+                k = len(held.hashes)
+                if k:
+                    await self._send(memory, held, message, done, end_ms)
+                    if headers is None:
+                        headers = np.zeros((n, held.headers.shape[1]), np.uint8)
+                    headers[done : done + k] = held.headers
+                    hot[done : done + k] = self.heat.read(held)
+            done += k
+            if not k or site.world.now_ms() >= end_ms:
+                break
+        tiers[:done] = np.maximum(tiers[:done], 1)
+        tiers[done:] = 0
+        none = np.zeros((n, 0), np.uint8)
+        epoch = site.view.epoch
+        return m.Got(
+            tiers=tiers, headers=none if headers is None else headers, hot=hot, epoch=epoch
+        )
+
+    async def _send(
+        self, memory: Memory, held: Held, message: m.Get, done: int, end_ms: float
+    ) -> None:
+        """Writes leased blocks to the sender's memory. They stay leased until no byte of them is
+        read any more, which after a failure is when its memory is closed."""
+        site, layout = self.site, held.space.layout
+        part = part_of(layout, message.cells)
+        k = len(held.hashes)
+        starts = site.store.addresses(layout, held.granules)
+        targets = message.addresses[done : done + k]
+        runs = np.array(part.runs, np.uint64).reshape(-1, 3)  # in the block, in the part, bytes
+        pieces = Pieces(
+            local=(starts[:, None] + runs[None, :, 0]).ravel(),
+            remote=(targets[:, None] + runs[None, :, 1]).ravel(),
+            nbytes=np.tile(runs[:, 2], k),
+        )
+        try:
+            await memory.write(pieces, max(end_ms - site.world.now_ms(), 1.0))
+        except KVStoreError:
+            site.counters.failed_transfers += 1
+            await give_up(site, memory, np.empty(0, np.uint32))
+            raise
+        site.counters.sent_blocks += k
+        site.counters.sent_bytes += k * part.nbytes
+
+    # -- writing -----------------------------------------------------------------------
+
+    async def _put(self, message: m.Put) -> m.Stored:
+        site = self.site
+        site.check_serving()
+        site.fence(message.epoch)
+        space = site.space(message.namespace, message.instance)
+        hashes = _checked(message.hashes)
+        _check_put(message, space)
+        site.counters.puts += 1
+        n, end_ms = len(hashes), site.world.now_ms() + message.wait_ms
+        status = np.full(n, m.PutStatus.EXISTS, np.uint8)
+        absent = np.flatnonzero(site.store.look(space.number, hashes) == 0)
+        if len(absent):
+            memory = self._memory_of(message.session)
+            arrivals = _arrivals(message).rows(absent)
+            left_ms = max(end_ms - site.world.now_ms(), 1.0)
+            status[absent] = await take_in(site, space, memory, arrivals, left_ms)
+        there = np.flatnonzero(np.isin(status, _STORED))
+        answer = await self._make_copies(
+            space,
+            hashes[there],
+            copies=message.copies,
+            end_ms=end_ms,
+            ttl_ms=message.ttl_ms,
+            persist=bool(message.persist),
+        )
+        copies, persisted = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
+        copies[there], persisted[there] = answer.copies, answer.persisted
+        return m.Stored(status=status, copies=copies, persisted=persisted, epoch=answer.epoch)
+
+    async def _spread(self, message: m.Spread) -> m.Stored:
+        site = self.site
+        site.check_serving()
+        site.fence(message.epoch)
+        space = site.space(message.namespace, message.instance)
+        return await self._make_copies(
+            space,
+            _checked(message.hashes),
+            copies=message.copies,
+            end_ms=site.world.now_ms() + message.wait_ms,
+            ttl_ms=message.ttl_ms,
+            persist=bool(message.persist),
+        )
+
+    async def _make_copies(
+        self, space: Space, hashes: c.U8, *, copies: int, end_ms: float, ttl_ms: int, persist: bool
+    ) -> m.Stored:
+        """Waits for `copies` of blocks that are stored here, all under one view: where that changes
+        meanwhile, again under the later one. The others of R come in the background."""
+        site, n = self.site, len(hashes)
+        found, synced = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
+        view = site.view
+        for _ in range(_ROUNDS):
+            view = site.view
+            found[:], synced[:] = 0, 0
+            async with hold(site, space, hashes, end_ms - site.world.now_ms()) as held:
+                own = np.zeros(len(held.hashes), np.uint8)
+                if persist:
+                    own = await self._persist(space, held.hashes, end_ms)
+                for rows in groups(held.places):
+                    done = await spread(
+                        site,
+                        held.rows(rows),
+                        copies=min(copies, view.replicas),
+                        view=view,
+                        end_ms=end_ms,
+                        ttl_ms=ttl_ms,
+                        persist=persist,
+                        own=own[rows],
+                    )
+                    found[rows], synced[rows] = done.copies, done.persisted
+            if site.view is view or site.world.now_ms() >= end_ms:
+                break
+        if site.view is not view:  # what was counted under it may be nowhere that a reader looks
+            found[:] = np.minimum(found, 1)
+        if n and copies < view.replicas:
+            self._later(space, hashes, ttl_ms)
+        status = np.where(found > 0, m.PutStatus.STORED, m.PutStatus.FAILED).astype(np.uint8)
+        return m.Stored(status=status, copies=found, persisted=synced, epoch=view.epoch)
+
+    def _later(self, space: Space, hashes: c.U8, ttl_ms: int) -> None:
+        """Copies that nobody waits for; past the limit they are left to anti-entropy."""
+        if self._background >= self.site.policy.most_background:
+            return
+        self._background += 1
+
+        async def work() -> None:
+            try:
+                end_ms = self.site.world.now_ms() + self.site.policy.transfer_ms
+                await self._make_copies(
+                    space,
+                    hashes,
+                    copies=self.site.view.replicas,
+                    end_ms=end_ms,
+                    ttl_ms=ttl_ms,
+                    persist=False,
+                )
+            except KVStoreError:
+                self.repair.wake()
+            finally:
+                self._background -= 1
+
+        self.site.world.spawn(work())
+
+    async def _persist(self, space: Space, hashes: c.U8, end_ms: float) -> c.U8:
+        left_ms = max(end_ms - self.site.world.now_ms(), 0.0)
+        if not len(hashes):
+            return np.empty(0, np.uint8)
+        command = c.Persist(namespace=space.number, hashes=hashes, wait_ms=int(left_ms))
+        persisted: c.Persisted = await self.site.store.command(
+            command, left_ms + self.site.policy.call_ms
+        )
+        return persisted.durable
+
+    async def _pull(self, message: m.Pull) -> m.Pulled:
+        """Copies blocks from the node that asks. Where this node has a block of another put, the
+        smaller put id stays in the end, so that all replicas become copies of one put."""
+        site = self.site
+        site.check_serving()
+        site.fence(message.epoch)
+        space = await self._space_of(message.name, message.layout, message.generation)
+        hashes = _checked(message.hashes)
+        n, end_ms = len(hashes), site.world.now_ms() + message.wait_ms
+        arrivals = _arrivals_of_pull(message, space)
+        status = np.full(n, m.PutStatus.EXISTS, np.uint8)
+        tiers = site.store.look(space.number, hashes)
+        beaten = await self._beaten(space, hashes, message.put_ids, np.flatnonzero(tiers))
+        absent = np.flatnonzero((tiers == 0) | beaten)
+        if len(absent):
+            memory = await self._pool_of(message.source)
+            if beaten.any():
+                site.counters.replaced += int(beaten.sum())
+                drop = c.Drop(namespace=space.number, hashes=hashes[beaten])
+                await site.store.command(drop, site.policy.call_ms)
+            left_ms = max(end_ms - site.world.now_ms(), 1.0)
+            taken = await take_in(site, space, memory, arrivals.rows(absent), left_ms)
+            status[absent] = taken
+            stored = int(np.count_nonzero(taken == m.PutStatus.STORED))
+            site.counters.pulled_blocks += stored
+            site.counters.pulled_bytes += stored * space.layout.block_bytes
+        persisted = np.zeros(n, np.uint8)
+        if message.persist:
+            persisted = await self._persist(space, hashes, end_ms)
+        return m.Pulled(status=status, persisted=persisted, epoch=site.view.epoch)
+
+    async def _beaten(
+        self, space: Space, hashes: c.U8, put_ids: c.U8, there: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which blocks this node has in memory of a put whose id is above the one offered."""
+        beaten = np.zeros(len(hashes), bool)
+        for row in there.tolist():  # only where a put meets another of the same key
+            async with hold(self.site, space, hashes[row : row + 1], 0.0) as held:
+                if len(held.hashes):
+                    own = fixed_fields(held.headers)["put_id"][0].tobytes()
+                    beaten[row] = own > put_ids[row].tobytes()
+        return beaten
+
+    async def _pool_of(self, name: str) -> Memory:
+        """A connection to another node's pool, made anew where it was lost."""
+        site = self.site
+        member = site.view.find(name)
+        if member is None:
+            raise InvalidArgument("source", f"{name!r} is no member")
+        known = self._pools.get(name)
+        if known and not known.attachment.lost:
+            return known.memory
+        if known:
+            await self._close_pool(known)
+            self._pools.pop(name, None)
+        hello = m.Hello(
+            version=m.MESSAGES_VERSION,
+            name=site.me.name,
+            kind=self._transfers.kind,
+            agent=b"",
+            epoch=site.view.epoch,
+        )
+        attachment = await site.world.attach(member.address, hello, site.policy.call_ms)
+        welcomed = attachment.welcomed
+        try:
+            memory = await self._transfers.connect(
+                welcomed.kind, welcomed.agent, site.policy.call_ms
+            )
+        except BaseException:
+            await attachment.close()
+            raise
+        other = self._pools.get(name)
+        if other:  # another message was faster
+            await memory.close()
+            await attachment.close()
+            return other.memory
+        pool = _Pool(run=welcomed.run, attachment=attachment, memory=_Closing(memory, attachment))
+        self._pools[name] = pool
+        return pool.memory
+
+    async def _close_pool(self, pool: _Pool) -> None:
+        try:
+            await pool.memory.close()
+        except KVStoreError:
+            self.site.counters.failed_transfers += 1
+
+    def _memory_of(self, session: int) -> Memory:
+        known = self._sessions.get(session)
+        if known is None:
+            raise Unavailable(f"session {session} is over: begin another one")
+        if known.memory is None:
+            raise InvalidArgument("session", "offers no memory to transfer to or from")
+        return known.memory
+
+    # -- between nodes -----------------------------------------------------------------
+
+    async def _space_of(self, name: str, layout: bytes, generation: int) -> Space:
+        """A namespace at the sender's generation. `StaleNamespace` where it is behind this one's;
+        where it is ahead, this node forgets first what it missed."""
+        mark = mark_of(name, layout)
+        own = self.site.generation(mark)
+        if generation < own:
+            raise StaleNamespace(f"{name} was forgotten since: {generation} is not {own}")
+        if generation > own:
+            await self.forget_all(name, layout, generation)
+        return await self.site.open(name, layout)
+
+    async def _compare(self, message: m.Compare) -> m.Compared:
+        self.site.check_serving()
+        self.site.fence(message.epoch)
+        space = await self._space_of(message.name, message.layout, message.generation)
+        own = await self.repair.digests(space.number, message.source)
+        if own.shape != message.digests.shape:
+            raise ProtocolError(f"{len(message.digests)} digests, expected {len(own)}")
+        differ = (own != message.digests).astype(np.uint8)
+        return m.Compared(differ=differ, epoch=self.site.view.epoch)
+
+    async def _offer(self, message: m.Offer) -> m.Wanted:
+        self.site.check_serving()
+        self.site.fence(message.epoch)
+        space = await self._space_of(message.name, message.layout, message.generation)
+        hashes = _checked(message.hashes)
+        wants = (self.site.store.look(space.number, hashes) == 0).astype(np.uint8)
+        there = np.flatnonzero(wants == 0)
+        if len(there):
+            own = await self.repair.put_ids(space.number, hashes[there])
+            above = [a > b for a, b in zip(own, map(bytes, message.put_ids[there]), strict=True)]
+            wants[there[above]] = 1
+        return m.Wanted(wants=wants, epoch=self.site.view.epoch)
+
+    async def _forget(self, message: m.Forget) -> c.Count:
+        if message.all_of_it:
+            blocks = await self.forget_all(message.name, message.layout, message.generation)
+            return c.Count(blocks=blocks)
+        space = await self.site.open(message.name, message.layout)
+        drop = c.Drop(namespace=space.number, hashes=_checked(message.hashes))
+        count: c.Count = await self.site.store.command(drop, self.site.policy.call_ms)
+        return count
+
+    async def forget_all(self, name: str, layout: bytes, generation: int) -> int:
+        """Forgets a namespace up to a generation; how many blocks that were. The blocks first: a
+        node that dies in between is asked again, because it never answered."""
+        site, mark = self.site, mark_of(name, layout)
+        if site.generation(mark) >= generation:
+            return 0
+        space = await site.open(name, layout)
+        drop = c.Drop(namespace=space.number, hashes=np.empty((0, limits.KEY_BYTES), np.uint8))
+        count: c.Count = await site.store.command(drop, 2 * limits.MAX_FORGET_MS)
+        site.forget_space(space)
+        site.forgotten[mark] = max(generation, site.generation(mark))
+        site.save()
+        return count.blocks
+
+    async def _ask_generations(self, message: m.AskGenerations) -> m.Generations:
+        del message
+        return await self.membership.generations()
+
+    # -- the rest ----------------------------------------------------------------------
+
+    async def _doubt(self, message: m.Doubt) -> c.Count:
+        """Blocks that did not arrive as their headers say are looked at here: a damaged one must
+        not be promised again."""
+        site = self.site
+        space = site.space(message.namespace, message.instance)
+        bad = 0
+        for key in _checked(message.hashes):
+            row = key.reshape(1, -1)
+            async with hold(site, space, row, site.policy.call_ms) as held:
+                if not len(held.hashes):
+                    continue
+                sums = await site.store.sums(space.layout, held.granules)
+                n_cells = space.layout.n_cells
+                said = np.ascontiguousarray(held.headers[:, 104 : 104 + 8 * n_cells]).view("<u8")
+                if (sums == said).all():
+                    continue
+            site.counters.corrupted += 1
+            bad += 1
+            drop = c.Drop(namespace=space.number, hashes=row)
+            await site.store.command(drop, site.policy.call_ms)
+        if bad:
+            self.repair.wake()
+        return c.Count(blocks=bad)
+
+    async def _advise(self, message: m.Advise) -> c.Count:
+        space = self.site.space(message.namespace, message.instance)
+        hint = c.Hint(
+            namespace=space.number,
+            kind=message.kind,
+            for_ms=message.for_ms,
+            hashes=_checked(message.hashes),
+        )
+        count: c.Count = await self.site.store.command(hint, self.site.policy.call_ms)
+        return count
+
+    async def _ask(self, message: m.Ask) -> c.Explained:
+        space = self.site.space(message.namespace, message.instance)
+        explain = c.Explain(namespace=space.number, hashes=_checked(message.hashes))
+        said: c.Explained = await self.site.store.command(explain, self.site.policy.call_ms)
+        return said
+
+    async def _drain(self, message: m.Drain) -> m.Learn:
+        return m.Learn(view=encode_view(await self.membership.drain(message.name)))
+
+    async def _join(self, message: m.Join) -> m.Learn:
+        return m.Learn(view=encode_view(await self.membership.join(message.name)))
+
+    async def _status(self, message: m.AskStatus) -> m.Status:
+        del message
+        pong = await self.membership.pong()
+        counters = self.site.counters
+        names = list(counters.__slots__)
+        values = [getattr(counters, name) for name in names]
+        names += ["sessions", "repair_left_blocks"]
+        values += [self.sessions, self.repair.left_blocks]
+        return m.Status(
+            pong=m.CODEC.encode(pong),
+            view=encode_view(self.site.view),
+            suspects="\n".join(self.site.health.names),
+            names="\n".join(names),
+            values=np.array(values, np.uint64),
+        )
+
+    async def _stat(self, message: c.Stat) -> Any:
+        return await self.site.store.command(message, self.site.policy.call_ms)
+
+
+class _Closing:
+    """A node's pool, whose connection ends with it."""
+
+    def __init__(self, memory: Memory, attachment: Attachment) -> None:
+        self._memory, self._attachment = memory, attachment
+
+    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
+        """See `Memory.read`."""
+        if self._attachment.lost:
+            raise TransferFailed("the other node is gone")
+        await self._memory.read(pieces, timeout_ms)
+
+    async def write(self, pieces: Pieces, timeout_ms: float) -> None:
+        """Never: other nodes write their own pools."""
+        del pieces, timeout_ms
+        raise PermissionDenied("nobody writes to another node's pool")
+
+    async def close(self) -> None:
+        """See `Memory.close`."""
+        try:
+            await self._memory.close()
+        finally:
+            await self._attachment.close()
+
+
+def _checked(hashes: c.U8) -> c.U8:
+    if hashes.shape[1:] != (limits.KEY_BYTES,):
+        raise InvalidArgument("hashes", f"{hashes.shape} is not (n, {limits.KEY_BYTES})")
+    if len(hashes) > limits.MAX_KEYS_PER_CALL:
+        raise InvalidArgument("hashes", f"at most {limits.MAX_KEYS_PER_CALL} in one call, please")
+    return hashes
+
+
+def _check_put(message: m.Put, space: Space) -> None:
+    n = len(message.hashes)
+    if not n:
+        raise InvalidArgument("hashes", "at least one, please")
+    if len(message.put_id) != 16:
+        raise InvalidArgument("put_id", "must have 16 bytes")
+    if message.checksums.shape != (n, space.layout.n_cells):
+        raise InvalidArgument("checksums", f"expected ({n}, {space.layout.n_cells})")
+    if message.addresses.shape != (n,):
+        raise InvalidArgument("addresses", "expected one for each block")
+    if len(np.unique(message.hashes, axis=0)) != n:
+        raise InvalidArgument("hashes", "a key comes twice")
+    if not 0 <= message.ttl_ms <= limits.MAX_TTL_MS:
+        raise InvalidArgument("ttl_ms", f"0 to {limits.MAX_TTL_MS}, please")
+    if not 1 <= message.copies <= limits.MAX_REPLICAS:
+        raise InvalidArgument("copies", f"1 to {limits.MAX_REPLICAS}, please")
+    if len(message.parent) not in (0, limits.KEY_BYTES):
+        raise InvalidArgument("parent", f"must have {limits.KEY_BYTES} bytes, or none")
+
+
+def _arrivals(message: m.Put) -> Arrivals:
+    n = len(message.hashes)
+    parents = np.zeros((n, limits.KEY_BYTES), np.uint8)
+    positions = np.full(n, 0xFFFFFFFF, np.uint32)
+    if message.position >= 0:
+        parents[1:] = message.hashes[:-1]
+        if message.parent:
+            parents[0] = np.frombuffer(message.parent, np.uint8)
+        positions = (message.position + np.arange(n)).astype(np.uint32)
+    return Arrivals(
+        hashes=message.hashes,
+        addresses=message.addresses,
+        checksums=message.checksums,
+        put_ids=np.tile(np.frombuffer(message.put_id, np.uint8), (n, 1)),
+        parents=parents,
+        positions=positions,
+        ttl_ms=np.full(n, message.ttl_ms, np.uint64),
+    )
+
+
+def _arrivals_of_pull(message: m.Pull, space: Space) -> Arrivals:
+    n = len(message.hashes)
+    shapes = {
+        "put_ids": (message.put_ids.shape, (n, 16)),
+        "addresses": (message.addresses.shape, (n,)),
+        "checksums": (message.checksums.shape, (n, space.layout.n_cells)),
+        "parents": (message.parents.shape, (n, limits.KEY_BYTES)),
+        "positions": (message.positions.shape, (n,)),
+        "ttl_ms": (message.ttl_ms.shape, (n,)),
+    }
+    for name, (found, expected) in shapes.items():
+        if found != expected:
+            raise InvalidArgument(name, f"is {found}, expected {expected}")
+    return Arrivals(
+        hashes=message.hashes,
+        addresses=message.addresses,
+        checksums=message.checksums,
+        put_ids=message.put_ids,
+        parents=message.parents,
+        positions=message.positions,
+        ttl_ms=message.ttl_ms,
+    )
+
+
+_BETWEEN_NODES = frozenset((m.Pull, m.Compare, m.Offer, m.AskGenerations, m.Learn))
+_HANDLERS: dict[type, Callable[[Node, Any], Awaitable[Any]]] = {
+    m.Ping: Node._ping,
+    m.Learn: Node._learn,
+    m.AskView: Node._ask_view,
+    m.Open: Node._open,
+    m.Look: Node._look,
+    m.Get: Node._get,
+    m.Put: Node._put,
+    m.Spread: Node._spread,
+    m.Pull: Node._pull,
+    m.Compare: Node._compare,
+    m.Offer: Node._offer,
+    m.Forget: Node._forget,
+    m.AskGenerations: Node._ask_generations,
+    m.Doubt: Node._doubt,
+    m.Advise: Node._advise,
+    m.Ask: Node._ask,
+    m.Drain: Node._drain,
+    m.Join: Node._join,
+    m.AskStatus: Node._status,
+    c.Stat: Node._stat,
+    c.Describe: Node._stat,
+}

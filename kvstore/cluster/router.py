@@ -1,0 +1,836 @@
+"""A client's part of a cluster: whom it asks for which blocks, and whom next when that one fails.
+
+A read goes to the best member for each segment, and at once to the next one where that fails, is
+suspected or is slow. A miss is believed only when every member that may have the block has said so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore.cluster import messages as m
+from kvstore.cluster.members import Member, MemberState, View, decode_view
+from kvstore.cluster.placement import SPARE, Ranking, new_put_id
+from kvstore.cluster.site import Health
+from kvstore.cluster.world import Attachment, Task, World
+from kvstore.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    KVStoreError,
+    ResourceExhausted,
+    StaleNamespace,
+    Unavailable,
+)
+from kvstore.layout import Layout
+
+_NO_NODE = "no node of the cluster answers"
+_GONE = (Unavailable, DeadlineExceeded)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterPolicy:
+    """Times in milliseconds. hedge_ms: how long a get may take before another replica is asked as
+    well. grace_ms: beyond a get's time, how long its end is waited for, in the background."""
+
+    call_ms: float = 1000.0
+    hedge_ms: float = 40.0
+    grace_ms: float = 10_000.0
+    suspect_after: int = 1
+    ping_ms: float = 250.0
+    ping_timeout_ms: float = 250.0
+    in_flight: int = 8
+    piece_bytes: int = 16 << 20
+    hot_segments: int = 4096
+
+
+class ClientMemory(Protocol):
+    """The memory of a client that nodes read from and write to."""
+
+    @property
+    def kind(self) -> str:
+        """Of its transfer agent."""
+
+    @property
+    def generation(self) -> int:
+        """Changes when the ring, and with it the agent, was made anew."""
+
+    def describe(self) -> bytes:
+        """See `Agent.describe`."""
+
+    def take(self, blocks: int, nbytes: int) -> c.U64 | None:
+        """Room in the landing ring for so many blocks: addresses, uint64 (n,); None for none."""
+
+    def give(self, addresses: c.U64) -> None:
+        """Nobody writes there any more."""
+
+    def lose(self, addresses: c.U64) -> None:
+        """Somebody may still write there: nobody uses it again before the ring is made anew."""
+
+
+# Told of rows (of the get) that have landed at addresses, with their headers: which are sound.
+Accept = Callable[[npt.NDArray[np.intp], c.U64, c.U8], Awaitable[npt.NDArray[np.bool_]]]
+
+
+@dataclass(slots=True, eq=False)
+class ClusterSpace:
+    """A namespace of a cluster. numbers: by member, what it is called there, and in which life."""
+
+    name: str
+    layout: Layout
+    key: bytes = field(repr=False)
+    generation: int
+    numbers: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Puts:
+    """n blocks to be put, at addresses in the client's registered memory, each with its place."""
+
+    hashes: c.U8
+    addresses: c.U64
+    checksums: c.U64
+    places: c.U64
+    parent: bytes
+    position: int
+    ttl_ms: int
+    copies: int
+    persist: bool
+    here: bool = False  # they are in the store of the node that is asked already
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PutOutcome:
+    """status: `PutStatus` at the node that was asked. copies: at how many nodes each block is."""
+
+    status: c.U8
+    copies: c.U8
+    persisted: c.U8
+
+
+@dataclass(slots=True)
+class RouterCounters:
+    """What has happened since the start."""
+
+    hedged: int = 0
+    failed_over: int = 0
+    corrupted: int = 0
+    lost_landings: int = 0
+    views: int = 0
+
+
+class Router:
+    """Finds, gets and puts blocks. seeds: addresses of some nodes, of which one must answer."""
+
+    def __init__(
+        self,
+        world: World,
+        memory: ClientMemory,
+        seeds: Sequence[str],
+        policy: RouterPolicy | None = None,
+    ) -> None:
+        """`InvalidArgument` without seeds."""
+        if not seeds:
+            raise InvalidArgument("seeds", "the address of one node at least, please")
+        self._world, self._memory, self._seeds = world, memory, list(seeds)
+        self.policy = policy or RouterPolicy()
+        self.health = Health(self.policy.suspect_after)
+        self.counters = RouterCounters()
+        self.view: View | None = None
+        self._ranking = Ranking(View(epoch=0, replicas=1, members=()))
+        self._sessions: dict[str, tuple[int, Attachment]] = {}
+        self._attaching: dict[str, Task[int]] = {}
+        self._hot: dict[int, int] = {}
+        self._near: str = ""  # the member on this host, asked first where it has the block
+
+    # -- members -----------------------------------------------------------------------
+
+    async def refresh(self) -> View:
+        """The view of the first node that answers. `Unavailable`."""
+        known = [member.address for member in self.view.members] if self.view else []
+        for address in dict.fromkeys((*known, *self._seeds)):
+            try:
+                answer = await self._world.call(address, m.AskView(), self.policy.call_ms)
+            except _GONE:
+                continue
+            if self._learn(answer.view) and self.view and self.view.members:
+                return self.view
+        if self.view is None or not self.view.members:
+            raise Unavailable(f"{_NO_NODE}: tried {', '.join(self._seeds)}")
+        return self.view
+
+    def _learn(self, encoded: bytes) -> bool:
+        view = decode_view(encoded)
+        if self.view is None or view.epoch > self.view.epoch:
+            self.view, self._ranking = view, Ranking(view)
+            self.counters.views += 1
+        return True
+
+    async def _present(self) -> View:
+        return self.view if self.view is not None and self.view.members else await self.refresh()
+
+    async def run(self) -> None:
+        """For ever: asks members that are suspected whether they are back."""
+        while True:
+            await self._world.sleep(self.policy.ping_ms)
+            if self.view is None:
+                continue
+            away = [member for member in self.view.members if self.health.suspects(member.name)]
+            tasks = [self._world.spawn(self._ping(member)) for member in away]
+            await self._world.wait_all(tasks, 2 * self.policy.ping_timeout_ms)
+
+    async def _ping(self, member: Member) -> None:
+        assert self.view
+        try:
+            ping = m.Ping(epoch=self.view.epoch)
+            pong = await self._world.call(member.address, ping, self.policy.ping_timeout_ms)
+        except KVStoreError:
+            return
+        if pong.name == member.name and pong.serving:
+            self.health.answered(member.name)
+
+    async def call(self, member: Member, message: Any, timeout_ms: float) -> Any:
+        """`World.call` to a member; learns from how it goes whether to avoid it."""
+        try:
+            answer = await self._world.call(member.address, message, timeout_ms)
+        except _GONE:
+            self.health.failed(member.name)
+            raise
+        except m.WrongEpoch as error:
+            if error.view:
+                self._learn(error.view)
+            raise
+        self.health.answered(member.name)
+        epoch = getattr(answer, "epoch", 0)
+        if self.view and epoch > self.view.epoch:
+            try:
+                newer = await self._world.call(member.address, m.AskView(), self.policy.call_ms)
+                self._learn(newer.view)
+            except KVStoreError:
+                pass
+        return answer
+
+    # -- namespaces and sessions -------------------------------------------------------
+
+    async def open(self, name: str, layout: Layout) -> ClusterSpace:
+        """The namespace, opened at one member; at others when they are asked. `Unavailable`,
+        `InvalidArgument`."""
+        view = await self._present()
+        error: KVStoreError = Unavailable(_NO_NODE)
+        for member in self._by_health(view.members):
+            space = ClusterSpace(name=name, layout=layout, key=b"", generation=0)
+            try:
+                opened = await self._open_at(member, space)
+            except InvalidArgument:
+                raise
+            except KVStoreError as other:
+                error = other
+                continue
+            space.key, space.generation = opened.key, opened.generation
+            return space
+        raise error
+
+    async def _open_at(self, member: Member, space: ClusterSpace) -> m.Opened:
+        message = m.Open(name=space.name, layout=space.layout.encode())
+        opened: m.Opened = await self.call(member, message, self.policy.call_ms)
+        if space.key and opened.key != space.key:
+            raise InvalidArgument(
+                "secret", f"{member.name} has another cluster secret than the other nodes"
+            )
+        space.numbers[member.name] = (opened.namespace, opened.instance)
+        return opened
+
+    async def _number(self, member: Member, space: ClusterSpace) -> tuple[int, int]:
+        known = space.numbers.get(member.name)
+        if known is None:
+            await self._open_at(member, space)
+            known = space.numbers[member.name]
+        return known
+
+    async def _asked(
+        self,
+        member: Member,
+        space: ClusterSpace,
+        make: Callable[[int, int], Any],
+        timeout_ms: float,
+    ) -> Any:
+        """A call about a namespace, which is opened again where the member restarted."""
+        try:
+            return await self.call(member, make(*await self._number(member, space)), timeout_ms)
+        except StaleNamespace:
+            space.numbers.pop(member.name, None)
+            return await self.call(member, make(*await self._number(member, space)), timeout_ms)
+
+    async def _session(self, member: Member) -> int:
+        """The number of this client's session at a member, begun where there is none."""
+        generation = self._memory.generation
+        known = self._sessions.get(member.name)
+        if known and known[0] == generation and not known[1].lost:
+            return known[1].welcomed.session
+        task = self._attaching.get(member.name)
+        if task is None or task.done:
+            task = self._attaching[member.name] = self._world.spawn(self._attach(member))
+        await self._world.wait([task], self.policy.call_ms)
+        if not task.done:
+            raise DeadlineExceeded(f"{member.name} began no session in time")
+        return task.result()
+
+    async def _attach(self, member: Member) -> int:
+        old = self._sessions.pop(member.name, None)
+        if old:
+            await old[1].close()
+        generation = self._memory.generation
+        hello = m.Hello(
+            version=m.MESSAGES_VERSION,
+            name="",
+            kind=self._memory.kind,
+            agent=self._memory.describe(),
+            epoch=self.view.epoch if self.view else 0,
+        )
+        try:
+            made = await self._world.attach(member.address, hello, self.policy.call_ms)
+        except _GONE:
+            self.health.failed(member.name)
+            raise
+        self._sessions[member.name] = (generation, made)
+        return made.welcomed.session
+
+    async def close(self) -> None:
+        """Ends all sessions."""
+        for _generation, attachment in self._sessions.values():
+            await attachment.close()
+        self._sessions.clear()
+
+    # -- who is asked ------------------------------------------------------------------
+
+    def _by_health(self, members: Iterable[Member]) -> list[Member]:
+        """Those that answer first; those that are out never."""
+        known = [member for member in members if member.state != MemberState.OUT]
+        return sorted(known, key=lambda member: self.health.suspects(member.name))
+
+    def _readers(self, places: c.U64) -> dict[int, list[Member]]:
+        """By place, who may have its blocks, the best first."""
+        assert self.view
+        members, unique = self.view.members, np.unique(places)
+        extra = max((self._hot.get(int(p), 0) for p in unique.tolist()), default=0)
+        most = self._ranking.copies + SPARE + extra
+        rows = self._ranking.targets(unique, most=most).tolist()
+        if not self.view.settled:
+            earlier = self._ranking.earlier(unique).tolist()
+            rows = [[*a, *(n for n in b if n not in a)] for a, b in zip(rows, earlier, strict=True)]
+        found = {}
+        for place, row in zip(unique.tolist(), rows, strict=True):
+            order = self._by_health(members[n] for n in row)
+            hot = self._hot.get(place, 0)
+            if hot:  # all of its copies share the load
+                copies = self._ranking.copies + hot
+                head = order[:copies]
+                self._world.random.shuffle(head)
+                order = self._by_health((*head, *order[copies:]))
+            found[place] = order
+        return found
+
+    # -- match -------------------------------------------------------------------------
+
+    async def match(
+        self, space: ClusterSpace, chain: c.U8, places: c.U64, timeout_ms: float
+    ) -> c.U8:
+        """The tiers of the longest stored leading part of a chain: uint8 (count,)."""
+        await self._present()
+        end_ms = self._world.now_ms() + timeout_ms
+        readers = self._readers(places)
+        left = [list(readers[place]) for place in places.tolist()]
+        tiers = np.zeros(len(chain), np.uint8)
+        rows = list(range(len(chain)))
+        while rows and self._world.now_ms() < end_ms:
+            by_member: dict[str, tuple[Member, list[int]]] = {}
+            for row in rows:
+                if left[row]:
+                    member = left[row].pop(0)
+                    by_member.setdefault(member.name, (member, []))[1].append(row)
+            if not by_member:
+                break
+            await self._look_at(space, chain, by_member, tiers, end_ms)
+            # Only what ends the leading part is worth asking for elsewhere, with its segment, and
+            # whatever nobody has answered for before it.
+            count = len(tiers) if tiers.all() else int(tiers.argmin())
+            if count == len(chain):
+                break
+            place = places[count]
+            behind = [row for row in range(count, len(chain)) if places[row] == place]
+            rows = [row for row in behind if not tiers[row] and left[row]]
+        count = len(tiers) if tiers.all() else int(tiers.argmin())
+        return tiers[:count]
+
+    async def _look_at(
+        self,
+        space: ClusterSpace,
+        chain: c.U8,
+        by_member: dict[str, tuple[Member, list[int]]],
+        tiers: c.U8,
+        end_ms: float,
+    ) -> None:
+        async def look(member: Member, rows: list[int]) -> None:
+            hashes = np.ascontiguousarray(chain[rows])
+            left_ms = min(self.policy.call_ms, end_ms - self._world.now_ms())
+            seen: m.Seen = await self._asked(
+                member,
+                space,
+                lambda number, instance: m.Look(namespace=number, instance=instance, hashes=hashes),
+                max(left_ms, 1.0),
+            )
+            tiers[rows] = seen.tiers
+
+        tasks = [self._world.spawn(look(*entry)) for entry in by_member.values()]
+        await self._world.wait_all(tasks, max(end_ms - self._world.now_ms(), 1.0))
+        for task in tasks:
+            _swallow(task)
+
+    # -- get ---------------------------------------------------------------------------
+
+    async def get(
+        self,
+        space: ClusterSpace,
+        chain: c.U8,
+        places: c.U64,
+        *,
+        cells: c.U32,
+        nbytes: int,
+        accept: Accept,
+        timeout_ms: float,
+    ) -> c.U8:
+        """Gets blocks, in whatever order they come; the tier of each, 0 for a miss: uint8 (n,).
+
+        nbytes: of the cells of one block. accept: copies a block from where it landed to where it
+        is wanted, and says whether the copy is sound; only then it counts.
+        """
+        await self._present()
+        get = _Get(self, space, chain, places, cells=cells, nbytes=nbytes, accept=accept)
+        return await get.run(self._world.now_ms() + timeout_ms)
+
+    # -- put ---------------------------------------------------------------------------
+
+    async def put(self, space: ClusterSpace, puts: Puts, timeout_ms: float) -> PutOutcome:
+        """Puts blocks segment by segment, several at once. What fails is NO_SPACE or FAILED."""
+        await self._present()
+        n, end_ms = len(puts.hashes), self._world.now_ms() + timeout_ms
+        outcome = PutOutcome(
+            status=np.full(n, m.PutStatus.FAILED, np.uint8),
+            copies=np.zeros(n, np.uint8),
+            persisted=np.zeros(n, np.uint8),
+        )
+        edges = np.flatnonzero(np.diff(puts.places)) + 1
+        segments = [s for s in np.split(np.arange(n), edges) if len(s)]
+        running: list[Task[None]] = []
+        while segments or running:
+            while segments and len(running) < self.policy.in_flight:
+                rows = segments.pop(0)
+                running.append(
+                    self._world.spawn(self._put_segment(space, puts, rows, outcome, end_ms))
+                )
+            await self._world.wait(running, end_ms - self._world.now_ms())
+            over = [task for task in running if task.done]
+            for task in over:
+                running.remove(task)
+                _swallow(task)
+            if not over:
+                for task in running:
+                    task.cancel()
+                break
+        return outcome
+
+    async def _put_segment(
+        self,
+        space: ClusterSpace,
+        puts: Puts,
+        rows: npt.NDArray[np.intp],
+        outcome: PutOutcome,
+        end_ms: float,
+    ) -> None:
+        """To the best member that takes it, and to the next ones for what that one could not."""
+        place = int(puts.places[rows[0]])
+        tried: set[str] = set()
+        nonce = self._world.random.randbytes(6)
+        while True:
+            assert self.view
+            view = self.view
+            order = [view.members[n] for n in self._ranking.targets(_one(place))[0].tolist()]
+            order = [member for member in self._by_health(order) if member.name not in tried]
+            left_ms = end_ms - self._world.now_ms()
+            if not order or left_ms <= 0:
+                return
+            member = order[0]
+            try:
+                await self._put_at(
+                    member,
+                    space,
+                    puts,
+                    rows,
+                    outcome=outcome,
+                    put_id=new_put_id(nonce, place),
+                    left_ms=left_ms,
+                )
+            except m.WrongEpoch as error:
+                if not error.view:  # it lags behind, and will learn
+                    tried.add(member.name)
+                continue
+            except (InvalidArgument, ResourceExhausted):
+                raise
+            except KVStoreError:
+                self.counters.failed_over += 1
+                tried.add(member.name)
+                continue
+            return
+
+    async def _put_at(
+        self,
+        member: Member,
+        space: ClusterSpace,
+        puts: Puts,
+        rows: npt.NDArray[np.intp],
+        *,
+        outcome: PutOutcome,
+        put_id: bytes,
+        left_ms: float,
+    ) -> None:
+        assert self.view
+        first, epoch = int(rows[0]), self.view.epoch
+        wait_ms = int(max(left_ms - 20.0, 1.0))
+        session = 0 if puts.here else await self._session(member)
+
+        def message(number: int, instance: int) -> m.Put | m.Spread:
+            hashes = np.ascontiguousarray(puts.hashes[rows])
+            if puts.here:
+                return m.Spread(
+                    epoch=epoch,
+                    namespace=number,
+                    instance=instance,
+                    hashes=hashes,
+                    ttl_ms=puts.ttl_ms,
+                    copies=puts.copies,
+                    wait_ms=wait_ms,
+                    persist=int(puts.persist),
+                )
+            parent = puts.hashes[first - 1].tobytes() if first else puts.parent
+            return m.Put(
+                session=session,
+                epoch=epoch,
+                namespace=number,
+                instance=instance,
+                put_id=put_id,
+                hashes=hashes,
+                addresses=puts.addresses[rows],
+                checksums=puts.checksums[rows],
+                parent=parent if puts.position >= 0 else b"",
+                position=puts.position + first if puts.position >= 0 else -1,
+                ttl_ms=puts.ttl_ms,
+                copies=puts.copies,
+                wait_ms=wait_ms,
+                persist=int(puts.persist),
+            )
+
+        stored: m.Stored = await self._asked(member, space, message, left_ms)
+        outcome.status[rows], outcome.copies[rows] = stored.status, stored.copies
+        outcome.persisted[rows] = stored.persisted
+
+    # -- forgetting, advice, explanations ----------------------------------------------
+
+    async def drop(self, space: ClusterSpace, hashes: c.U8, timeout_ms: float) -> int:
+        """Drops blocks wherever they may be; how many copies the fullest node had. Best effort: a
+        member that is away keeps what it has, and brings it back. `Unavailable` for none."""
+        view = await self._present()
+        forget = m.Forget(
+            name=space.name,
+            layout=space.layout.encode(),
+            hashes=hashes,
+            all_of_it=0,
+            generation=0,
+        )
+        answers = await self._everywhere(view, forget, timeout_ms)
+        found = [answer.blocks for answer in answers if answer is not None]
+        if not found:
+            raise Unavailable(_NO_NODE)
+        return int(max(found))
+
+    async def drop_namespace(self, space: ClusterSpace, timeout_ms: float) -> int:
+        """Forgets a namespace at every member. `Unavailable` unless all of them have done it: then
+        it may be forgotten in part, and is to be dropped again."""
+        view = await self.refresh()
+        members = self._by_health(view.members)
+        opened = [(await self._open_at(member, space)).generation for member in members]
+        forget = m.Forget(
+            name=space.name,
+            layout=space.layout.encode(),
+            hashes=np.empty((0, 32), np.uint8),
+            all_of_it=1,
+            generation=max(opened) + 1,
+        )
+        answers = await self._everywhere(view, forget, timeout_ms)
+        if any(answer is None for answer in answers) or self.view is not view:
+            raise Unavailable("not all members have forgotten the namespace: drop it again")
+        space.generation = max(opened) + 1
+        space.numbers.clear()
+        return int(max(answer.blocks for answer in answers))
+
+    async def _everywhere(self, view: View, message: Any, timeout_ms: float) -> list[Any]:
+        """The answer of each member that is not out, None where it gave none."""
+        members = [member for member in view.members if member.state != MemberState.OUT]
+        tasks = [self._world.spawn(self.call(member, message, timeout_ms)) for member in members]
+        await self._world.wait_all(tasks, timeout_ms)
+        return [_answer(task) for task in tasks]
+
+    async def advise(
+        self, space: ClusterSpace, hashes: c.U8, *, kind: int, for_ms: int, timeout_ms: float
+    ) -> int:
+        """A hint to every member; how many blocks the fullest of them has."""
+        view, most = await self._present(), 0
+        for member in self._by_health(view.members):
+            try:
+                count = await self._asked(
+                    member,
+                    space,
+                    lambda number, instance: m.Advise(
+                        namespace=number,
+                        instance=instance,
+                        kind=kind,
+                        for_ms=for_ms,
+                        hashes=hashes,
+                    ),
+                    timeout_ms,
+                )
+            except _GONE:
+                continue
+            most = max(most, count.blocks)
+        return most
+
+    async def explain(
+        self, space: ClusterSpace, hashes: c.U8, timeout_ms: float
+    ) -> dict[str, c.Explained]:
+        """What each member that answers says."""
+        view, said = await self._present(), {}
+        for member in self._by_health(view.members):
+            try:
+                said[member.name] = await self._asked(
+                    member,
+                    space,
+                    lambda number, instance: m.Ask(
+                        namespace=number, instance=instance, hashes=hashes
+                    ),
+                    timeout_ms,
+                )
+            except _GONE:
+                continue
+        return said
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Blocks that one member is asked for. asked: whether it may have heard of `addresses`."""
+
+    member: Member
+    rows: npt.NDArray[np.intp]
+    addresses: c.U64
+    hedge_at_ms: float
+    asked: bool = False
+    hedged: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A piece, and the call that it is asked for by."""
+
+    piece: _Piece
+    task: Task[m.Got]
+
+
+class _Get:
+    """One get under way: pieces in flight, and which members each block may still be asked of."""
+
+    def __init__(
+        self,
+        router: Router,
+        space: ClusterSpace,
+        chain: c.U8,
+        places: c.U64,
+        *,
+        cells: c.U32,
+        nbytes: int,
+        accept: Accept,
+    ) -> None:
+        self._router, self._space, self._chain, self._places = router, space, chain, places
+        self._cells, self._nbytes, self._accept = cells, nbytes, accept
+        readers = router._readers(places)
+        self._left = [list(readers[place]) for place in places.tolist()]
+        self._tiers = np.zeros(len(chain), np.uint8)
+        self._running: list[_Flight] = []
+        self._flying = np.zeros(len(chain), np.int64)  # pieces that ask for each block
+
+    async def run(self, end_ms: float) -> c.U8:
+        """See `Router.get`."""
+        world, policy = self._router._world, self._router.policy
+        try:
+            while world.now_ms() < end_ms:
+                self._start(end_ms)
+                if not self._running:
+                    break
+                hedges = [f.piece.hedge_at_ms for f in self._running if not f.piece.hedged]
+                until = min([end_ms, *hedges])
+                left_ms = max(until - world.now_ms(), 0.0)
+                await world.wait([flight.task for flight in self._running], left_ms)
+                for flight in [f for f in self._running if f.task.done]:
+                    self._running.remove(flight)
+                    await self._land(flight)
+                self._hedge()
+        finally:
+            for flight in self._running:
+                world.spawn(self._outlive(flight, policy.grace_ms))
+        return self._tiers
+
+    def _hedge(self) -> None:
+        """What takes long may be asked of the next member as well."""
+        now = self._router._world.now_ms()
+        for flight in self._running:
+            piece = flight.piece
+            if not piece.hedged and now >= piece.hedge_at_ms:
+                piece.hedged = True
+                self._flying[piece.rows] -= 1
+                self._router.counters.hedged += 1
+
+    def _start(self, end_ms: float) -> None:
+        """Asks the next member for every block that nobody is asked for."""
+        router = self._router
+        by_member: dict[str, tuple[Member, list[int]]] = {}
+        for row in np.flatnonzero((self._tiers == 0) & (self._flying == 0)).tolist():
+            if self._left[row]:
+                member = self._left[row][0]
+                by_member.setdefault(member.name, (member, []))[1].append(row)
+        step = max(1, router.policy.piece_bytes // self._nbytes)
+        for member, rows in by_member.values():
+            for first in range(0, len(rows), step):
+                if len(self._running) >= 4 * router.policy.in_flight:
+                    return
+                chosen = np.array(rows[first : first + step], np.intp)
+                addresses = router._memory.take(len(chosen), self._nbytes)
+                if addresses is None:
+                    return  # when another piece has landed there is room again
+                for row in chosen.tolist():
+                    self._left[row].pop(0)
+                self._flying[chosen] += 1
+                hedge_at_ms = router._world.now_ms() + router.policy.hedge_ms
+                piece = _Piece(member, chosen, addresses, hedge_at_ms)
+                task = router._world.spawn(self._ask(piece, end_ms))
+                self._running.append(_Flight(piece, task))
+
+    async def _ask(self, piece: _Piece, end_ms: float) -> m.Got:
+        router, member = self._router, piece.member
+        session = await router._session(member)
+        await router._number(member, self._space)
+        wait_ms = max(end_ms - router._world.now_ms(), 1.0)
+        piece.asked = True
+        got: m.Got = await router._asked(
+            member,
+            self._space,
+            lambda number, instance: m.Get(
+                session=session,
+                namespace=number,
+                instance=instance,
+                hashes=np.ascontiguousarray(self._chain[piece.rows]),
+                addresses=piece.addresses,
+                cells=self._cells,
+                wait_ms=int(wait_ms),
+            ),
+            wait_ms + router.policy.grace_ms,
+        )
+        return got
+
+    async def _land(self, flight: _Flight) -> None:
+        router, piece = self._router, flight.piece
+        if not piece.hedged:
+            self._flying[piece.rows] -= 1
+        try:
+            got = flight.task.result()
+        except KVStoreError as error:
+            self._failed(piece, error)
+            return
+        came = np.flatnonzero(got.tiers[: len(piece.rows)])
+        came = came[self._tiers[piece.rows[came]] == 0]
+        if len(came):
+            sound = await self._accept(piece.rows[came], piece.addresses[came], got.headers[came])
+            good = came[sound]
+            self._tiers[piece.rows[good]] = got.tiers[good]
+            for row in good.tolist():
+                if got.hot[row] and len(router._hot) < router.policy.hot_segments:
+                    router._hot[int(self._places[piece.rows[row]])] = int(got.hot[row])
+            if not sound.all():
+                router.counters.corrupted += int(np.count_nonzero(~sound))
+                self._doubt(piece.member, piece.rows[came[~sound]])
+        router._memory.give(piece.addresses)
+
+    def _failed(self, piece: _Piece, error: KVStoreError) -> None:
+        """The next member is asked; whether this one still writes is not known, unless it said."""
+        router = self._router
+        router.counters.failed_over += 1
+        if piece.asked and isinstance(error, _GONE):
+            router.counters.lost_landings += len(piece.rows)
+            router._memory.lose(piece.addresses)
+        else:
+            router._memory.give(piece.addresses)
+
+    def _doubt(self, member: Member, rows: npt.NDArray[np.intp]) -> None:
+        router = self._router
+        hashes = np.ascontiguousarray(self._chain[rows])
+
+        async def tell() -> None:
+            with contextlib.suppress(KVStoreError):
+                await router._asked(
+                    member,
+                    self._space,
+                    lambda number, instance: m.Doubt(
+                        namespace=number, instance=instance, hashes=hashes
+                    ),
+                    router.policy.call_ms,
+                )
+
+        router._world.spawn(tell())
+
+    async def _outlive(self, flight: _Flight, grace_ms: float) -> None:
+        """A piece that nobody waits for any more: its part of the ring comes back with its end."""
+        router, piece = self._router, flight.piece
+        await router._world.wait([flight.task], grace_ms)
+        try:
+            if not flight.task.done:
+                raise DeadlineExceeded("no end in sight")
+            flight.task.result()
+        except KVStoreError as error:
+            self._failed(piece, error)
+            return
+        router._memory.give(piece.addresses)
+
+
+def _swallow(task: Task[Any]) -> None:
+    """What a member did not do is a miss; what the caller did wrong is an error."""
+    if not task.done:
+        return
+    try:
+        task.result()
+    except (InvalidArgument, ResourceExhausted):
+        raise
+    except KVStoreError:
+        return
+
+
+def _answer(task: Task[Any]) -> Any:
+    try:
+        return task.result() if task.done else None
+    except KVStoreError:
+        return None
+
+
+def _one(place: int) -> c.U64:
+    return np.array([place], np.uint64)

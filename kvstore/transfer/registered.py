@@ -1,0 +1,95 @@
+"""Memory that an agent has registered: what lies in it, and where; and pieces, fewer and larger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kvstore import limits
+from kvstore.errors import InvalidArgument, ResourceExhausted
+from kvstore.transfer.base import U64, Bytes1D, Pieces
+
+
+class Regions:
+    """Ranges of addresses that do not overlap."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """ranges: (address, bytes) of each; `InvalidArgument` where they overlap."""
+        self.ranges = sorted(ranges)
+        table = np.array(self.ranges, np.uint64).reshape(-1, 2)
+        self._starts, self._ends = table[:, 0], table[:, 0] + table[:, 1]
+        if (self._starts[1:] < self._ends[:-1]).any() or (self._ends < self._starts).any():
+            raise InvalidArgument("memory", "overlaps with registered memory")
+
+    def find(self, addresses: U64, nbytes: U64) -> U64 | None:
+        """In which region each piece lies; None unless each lies within one."""
+        at = np.searchsorted(self._starts, addresses, "right")
+        if not at.all():
+            return None
+        at -= 1
+        ends = self._ends[at]
+        # No sum of an address and a length: it might overflow.
+        inside = (addresses <= ends) & (nbytes <= ends - np.minimum(addresses, ends))
+        return at.astype(np.uint64) if inside.all() else None
+
+
+class Registered:
+    """The memories of one agent, by address. Not locked."""
+
+    def __init__(self) -> None:
+        self._memories: list[Bytes1D] = []
+        self.regions = Regions(())
+
+    def add(self, memory: Bytes1D) -> None:
+        """Keeps the memory; `InvalidArgument`, `ResourceExhausted`."""
+        if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
+            raise InvalidArgument("memory", "must be uint8, 1-D and contiguous")
+        if not memory.nbytes or not memory.flags.writeable:
+            raise InvalidArgument("memory", "must be writable, and not empty")
+        if len(self._memories) == limits.MAX_AGENT_REGIONS:
+            message = f"an agent registers at most {limits.MAX_AGENT_REGIONS} memories"
+            raise ResourceExhausted(message, retry_after_ms=limits.RETRY_AFTER_MS)
+        wanted = (memory.ctypes.data, memory.nbytes)
+        self.regions = Regions([*self.regions.ranges, wanted])
+        self._memories.append(memory)
+        self._memories.sort(key=lambda each: int(each.ctypes.data))
+
+    def views(self, addresses: U64, nbytes: U64) -> list[memoryview] | None:
+        """The pieces' bytes themselves; None unless all of them are registered."""
+        found = self.regions.find(addresses, nbytes)
+        if found is None:
+            return None
+        views = []
+        for which, address, size in zip(
+            found.tolist(), addresses.tolist(), nbytes.tolist(), strict=True
+        ):
+            offset = address - self.regions.ranges[which][0]
+            views.append(self._memories[which][offset : offset + size].data)
+        return views
+
+
+def checked(pieces: Pieces) -> Pieces:
+    """The pieces, less empty ones; `InvalidArgument` for anything but arrays (n,) of uint64."""
+    columns = (pieces.local, pieces.remote, pieces.nbytes)
+    for name, column in zip(("local", "remote", "nbytes"), columns, strict=True):
+        if column.dtype != np.uint64 or column.shape != (len(pieces.local),):
+            raise InvalidArgument(f"pieces.{name}", "must be uint64, (n,), as long as the others")
+    some = pieces.nbytes != 0
+    return pieces if some.all() else Pieces(*(column[some] for column in columns))
+
+
+def merged(pieces: Pieces) -> Pieces:
+    """The same bytes in fewer pieces: neighbours on both sides become one."""
+    if len(pieces.nbytes) < 2:
+        return pieces
+    begins = np.ones(len(pieces.nbytes), np.bool_)
+    begins[1:] = (pieces.local[:-1] + pieces.nbytes[:-1] != pieces.local[1:]) | (
+        pieces.remote[:-1] + pieces.nbytes[:-1] != pieces.remote[1:]
+    )
+    firsts = np.flatnonzero(begins)
+    if len(firsts) == len(begins):
+        return pieces
+    return Pieces(
+        pieces.local[firsts], pieces.remote[firsts], np.add.reduceat(pieces.nbytes, firsts)
+    )
