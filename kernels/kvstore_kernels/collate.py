@@ -7,10 +7,10 @@ of different tensor parallelism read each other's blocks), bfloat16 or float16 t
 a scale for each head, and back.
 
 Floor: every byte is read once and written once, so the time is (bytes read + bytes written) / the
-rate of a plain copy. To stay near it, a tile of some KiB is one program: it reads two numbers (a
+rate of a plain copy. To stay near it, a tile of 2 KiB is one program: it reads two numbers (a
 pointer of the table, a run's number), and then has all of its loads, 16 bytes a thread each, under
-way before its first store. Some dozens of such programs are resident on a multiprocessor, which
-hides the two dependent reads. All shapes and strides are compile-time constants, so that addresses
+way before its first store. Dozens of such programs are resident on a multiprocessor, which hides
+the two dependent reads. All shapes and strides are compile-time constants, so that addresses
 are shifts and a wide multiplication, and the compiler sees how each address is aligned. A quantised
 tile holds whole heads: it is read once, its largest magnitude is found across the threads, and what
 is in registers is scaled and written; of a head of more than 16 Ki elements the rest is read again,
@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ import triton
 from kvstore_kernels.checks import check_tensor, require
 from kvstore_kernels.collate_kernels import collate_kernel, quantise_kernel, scatter_kernel
 from kvstore_kernels.collate_plan import (
+    QUANTISE_TUNING,
     ZERO_COPY_TUNING,
     Pairing,
     Plan,
@@ -75,7 +77,7 @@ class Collator:
         )
         self.table, self.form = table, form
         self._tuning = tuning
-        self._plans: dict[tuple[bool, int, bool], Plan] = {}
+        self._plans: dict[tuple[bool, int, bool, bool], Plan] = {}
 
     def collate(
         self,
@@ -151,14 +153,18 @@ class Collator:
         *,
         out: bool,
         programs: int | None = None,
+        keep: bool = False,
     ) -> None:
-        """`collate` (out) or `scatter` of what `check` has passed, whole or in part."""
+        """`collate` (out) or `scatter` of what `check` has passed, whole or in part.
+
+        keep: what is written is read soon, and stays in the L2 until then if that can be.
+        """
         require(programs is None or programs >= 1, "programs", "must be at least 1")
         kernel = _kernel(out=out, scaled=self.form.scaled)
         across = cells.device != self.table.device
         stride = cells.stride(0) if offsets is None and len(runs) > 1 else 0
         alignment = math.gcd(16, cells.data_ptr(), stride)
-        plan = self._plan(alignment, quantise=kernel is quantise_kernel, across=across)
+        plan = self._plan(alignment, quantise=kernel is quantise_kernel, across=across, keep=keep)
         tiles = len(runs) * plan.geometry.tiles_per_block
         require(tiles <= _MOST_TILES, "runs", f"makes {tiles} tiles, over {_MOST_TILES}")
         if not tiles:
@@ -179,12 +185,13 @@ class Collator:
                 num_warps=plan.warps,
             )
 
-    def _plan(self, alignment: int, *, quantise: bool, across: bool) -> Plan:
+    def _plan(self, alignment: int, *, quantise: bool, across: bool, keep: bool) -> Plan:
         """For rows that are aligned like this; across: a link to the host's memory."""
-        key = (quantise, alignment, across)
+        key = (quantise, alignment, across, keep)
         if key not in self._plans:
             make = plan_quantise if quantise else plan_copy
-            tuning = self._tuning or (ZERO_COPY_TUNING if across else Tuning())
+            usual = ZERO_COPY_TUNING if across else QUANTISE_TUNING if quantise else Tuning()
+            tuning = replace(self._tuning or usual, keep=keep)
             self._plans[key] = make(self.pairing, math.gcd(alignment, self.table.alignment), tuning)
         return self._plans[key]
 
@@ -277,7 +284,7 @@ def variants() -> Iterator[Variant]:
         # A thread of 1024 has 64 registers; a few bytes spilled are nothing beside the link.
         yield _variant(f"collate_across_{name}", collate_kernel, across, max_spills=16)
         fp8 = Pairing(pages=pages, form=_form(pages, torch.float8_e4m3fn))
-        quantise = plan_quantise(fp8, 16, Tuning())
+        quantise = plan_quantise(fp8, 16, QUANTISE_TUNING)
         yield _variant(f"quantise_{name}", quantise_kernel, quantise, max_registers=128)
         yield _variant(f"dequantise_{name}", scatter_kernel, plan_copy(fp8, 16, Tuning()))
 

@@ -134,7 +134,10 @@ def collate_kernel(
             eviction_policy=g.load_policy,
         )
         tl.store(
-            row + (place[:, None] + columns), values, mask=(exists & (piece < pieces))[:, None]
+            row + (place[:, None] + columns),
+            values,
+            mask=(exists & (piece < pieces))[:, None],
+            eviction_policy=g.store_policy,
         )
 
 
@@ -228,7 +231,12 @@ def _write(values, inverse, row, pieces, plane, first_head, step, g: tl.constexp
     factor = tl.reshape(tl.broadcast_to(inverse[:, None], (g.tile_heads, width)), (g.tile_pieces,))
     pointers = row + (place[:, None] + tl.arange(0, g.columns)[None, :])
     scaled = (values * factor[:, None]).to(g.cell_type)
-    tl.store(pointers, scaled, mask=(exists & (piece < pieces))[:, None])
+    tl.store(
+        pointers,
+        scaled,
+        mask=(exists & (piece < pieces))[:, None],
+        eviction_policy=g.store_policy,
+    )
 
 
 @triton.jit(

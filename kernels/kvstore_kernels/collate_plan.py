@@ -22,18 +22,22 @@ class Tuning:
     way. column_bytes: the longest piece that has one address. kept_elements: of a head, until it
     has been read whole and is quantised; what is beyond is read again. All are powers of two.
 
-    load_policy: Triton's eviction policy of loads; "evict_first" was 1 % slower than none.
+    load_policy: Triton's eviction policy of loads; "evict_first" was 1 % slower than none. keep:
+    what is written is the last to leave the L2.
     """
 
-    tile_bytes: int = 16 << 10
-    thread_bytes: int = 128
+    tile_bytes: int = 2 << 10
+    thread_bytes: int = 32
     column_bytes: int = 2 << 10
     kept_elements: int = 8 << 10
     load_policy: str = ""
+    keep: bool = False
 
 
 # Few programs have to keep a link of microseconds of latency busy, so each has far more under way.
-ZERO_COPY_TUNING = Tuning(tile_bytes=128 << 10, column_bytes=8 << 10)
+ZERO_COPY_TUNING = Tuning(tile_bytes=128 << 10, thread_bytes=128, column_bytes=8 << 10)
+# Whole heads are to fit a tile.
+QUANTISE_TUNING = Tuning(tile_bytes=16 << 10, thread_bytes=128)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +133,7 @@ class Geometry:
     tiles_per_plane: int  # 0 where a tile may have pieces of several planes
     tiles_per_block: int
     load_policy: str
+    store_policy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +256,7 @@ def _common(pairing: Pairing, lines: _Lines, unit: int, tuning: Tuning) -> dict[
         "row_bytes": form.nbytes,
         "scaled": form.scaled,
         "load_policy": tuning.load_policy,
+        "store_policy": "evict_last" if tuning.keep else "",
     }
 
 

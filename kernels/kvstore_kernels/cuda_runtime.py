@@ -24,6 +24,8 @@ _HOST_PAGE_TABLES = 100  # cudaDevAttrPageableMemoryAccessUsesHostPageTables
 _PORTABLE_AND_MAPPED, _READ_ONLY = 3, 8  # cudaHostRegister...
 _ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell
 _IN_STREAM_ORDER, _OVERLAPS_COMPUTE = 1, 1  # cudaMemcpySrcAccessOrderStream, cudaMemcpyFlag...
+_OF_THIS_THREAD = 1  # cudaStreamCaptureModeThreadLocal
+_COPY_NODE = 1  # cudaGraphNodeTypeMemcpy
 _FIRST_WITH_BATCHES, _WITHOUT_FAILED_INDEX = 12_080, 13_000  # versions
 
 
@@ -46,6 +48,27 @@ class _Attributes(ctypes.Structure):
         ("source_order", ctypes.c_int),
         ("hints", ctypes.c_int * 4),
         ("flags", ctypes.c_uint),
+    )
+
+
+class _Pitched(ctypes.Structure):
+    """cudaPitchedPtr."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("sizes", ctypes.c_size_t * 3))
+
+
+class _CopyParameters(ctypes.Structure):
+    """cudaMemcpy3DParms."""
+
+    _fields_ = (
+        ("source_array", ctypes.c_void_p),
+        ("source_at", ctypes.c_size_t * 3),
+        ("source", _Pitched),
+        ("target_array", ctypes.c_void_p),
+        ("target_at", ctypes.c_size_t * 3),
+        ("target", _Pitched),
+        ("extent", ctypes.c_size_t * 3),
+        ("kind", ctypes.c_int),
     )
 
 
@@ -123,6 +146,75 @@ class CudaRuntime:
             *(() if self._version >= _WITHOUT_FAILED_INDEX else (ctypes.byref(failed),)),
             ctypes.c_void_p(stream),
         )
+
+    def begin_capture(self, stream: int) -> None:
+        """What this thread gives the stream from now on is written into a graph; other threads are
+        not kept from anything."""
+        self._call("cudaStreamBeginCapture", ctypes.c_void_p(stream), _OF_THIS_THREAD)
+
+    def end_capture(self, stream: int) -> int:
+        """The graph."""
+        graph = ctypes.c_void_p()
+        self._call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+        return graph.value or 0
+
+    def copy_nodes(self, graph: int) -> list[int]:
+        """A graph's copies, in any order."""
+        count = ctypes.c_size_t()
+        handle = ctypes.c_void_p(graph)
+        self._call("cudaGraphGetNodes", handle, None, ctypes.byref(count))
+        nodes = (ctypes.c_void_p * count.value)()
+        self._call("cudaGraphGetNodes", handle, nodes, ctypes.byref(count))
+        return [node for node in nodes if node and self._is_copy(node)]
+
+    def _is_copy(self, node: int) -> bool:
+        kind = ctypes.c_int()
+        self._call("cudaGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+        return kind.value == _COPY_NODE
+
+    def copy_ends(self, node: int) -> tuple[int, int]:
+        """(target, source) of a copy in a graph."""
+        found = _CopyParameters()
+        self._call("cudaGraphMemcpyNodeGetParams", ctypes.c_void_p(node), ctypes.byref(found))
+        return found.target.address or 0, found.source.address or 0
+
+    def instantiate(self, graph: int) -> int:
+        """An executable of a graph, which must not be destroyed before it."""
+        executable = ctypes.c_void_p()
+        handle = ctypes.c_void_p(graph)
+        self._call(
+            "cudaGraphInstantiateWithFlags",
+            ctypes.byref(executable),
+            handle,
+            ctypes.c_ulonglong(0),
+        )
+        return executable.value or 0
+
+    def retarget_copy(
+        self, executable: int, node: int, target: int, source: int, nbytes: int
+    ) -> None:
+        """Gives a copy of the graph other ends, for launches from now on."""
+        self._call(
+            "cudaGraphExecMemcpyNodeSetParams1D",
+            ctypes.c_void_p(executable),
+            ctypes.c_void_p(node),
+            ctypes.c_void_p(target),
+            ctypes.c_void_p(source),
+            ctypes.c_size_t(nbytes),
+            _ANY_DIRECTION,
+        )
+
+    def launch_graph(self, executable: int, stream: int) -> None:
+        """Gives all of it to a stream."""
+        self._call("cudaGraphLaunch", ctypes.c_void_p(executable), ctypes.c_void_p(stream))
+
+    def destroy_executable(self, executable: int) -> None:
+        """Launches under way end all the same."""
+        self._call("cudaGraphExecDestroy", ctypes.c_void_p(executable))
+
+    def destroy_graph(self, graph: int) -> None:
+        """Frees it."""
+        self._call("cudaGraphDestroy", ctypes.c_void_p(graph))
 
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._library, name)(*arguments)

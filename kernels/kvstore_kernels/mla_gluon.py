@@ -288,6 +288,7 @@ def _launch(
         form.rows,
         form.heads,
         form.q_tokens,
+        launch_pdl=True,
         **OPTIONS,
     )
 

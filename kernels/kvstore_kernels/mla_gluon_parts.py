@@ -240,8 +240,12 @@ def merge_items(out, partials, lse, counters, records, row, rows, HALF_INDEX: gl
             low, high = part * ROWS // parts, gl.minimum((part + 1) * ROWS // parts, limit)
             if parts > 8:
                 merge_rows(target, partials, lse, lead, parts, low, high, HALF_INDEX, 16, 2)
-            else:
+            elif parts > 4:
+                merge_rows(target, partials, lse, lead, parts, low, high, HALF_INDEX, 8, 8)
+            elif parts > 2:
                 merge_rows(target, partials, lse, lead, parts, low, high, HALF_INDEX, 4, 8)
+            else:
+                merge_rows(target, partials, lse, lead, parts, low, high, HALF_INDEX, 2, 16)
             leave(place, parts)
         row = following
 

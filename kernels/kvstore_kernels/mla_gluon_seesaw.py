@@ -60,6 +60,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvstore_kernels.mla_gluon_parts import (
     BLOCK,
@@ -333,6 +334,8 @@ def seesaw_kernel(
         new_pair(),  # row sums of the even, odd group are there
     )
     fence_async_shared()
+    gdc_wait()
+    gdc_launch_dependents()
     row = first_record(records, gl.program_id(0))
     sizes = (rows, heads, q_tokens)
     results = (out, partials, lse, counters)

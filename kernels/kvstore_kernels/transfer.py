@@ -7,9 +7,11 @@ of 16 MiB take turns: one is filled while another is drained, and the link is ne
 engine does the copying, so that a decode that runs meanwhile loses only some memory traffic.
 
 The floor is bytes / the rate of a pinned copy. A kernel is some fifty times faster than the link,
-so what can be lost is the filling of the first buffer, and the time in which the engine begins a
-copy. The host needs about a tenth of a millisecond for each turn, so that buffers of 4 MiB were
-given too slowly for a link of 54 GB/s (34 GB/s); of 16 MiB they are ahead of it.
+so what can be lost is the time until the first copy begins. The host needs about a tenth of a
+millisecond for each turn, so that buffers of 4 MiB were given too slowly for a link of 54 GB/s (34
+GB/s); of 16 MiB they are ahead of it. Where rows follow each other closely on the host, turns are
+given many at a time, in a CUDA graph (`transfer_graph`), with two buffers of 4 MiB: these stay in
+the L2, which spares the memory two of three accesses.
 
 Pages that are rows as they are, as those of our own engines, need no collation: they are copied in
 place, many by one call.
@@ -22,8 +24,8 @@ promise (`Lane`, `Mark`), and are tested without a GPU. Where the GPU has host m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,9 +34,12 @@ from kvstore_kernels.checks import require
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.collate_plan import rows_are_pages
 from kvstore_kernels.cuda_runtime import Numbers, cuda_runtime, host_is_coherent
+from kvstore_kernels.transfer_graph import GraphForm, TurnsGraph
 
 BUFFERS = 3
 BUFFER_BYTES = 16 << 20
+COPY_LANES = 2  # streams that copy in rotation: while one's next copy is begun, the other's runs
+GRAPHS = GraphForm()
 # A coherent link (NVLink-C2C) is about eight times as fast as PCIe, for which two programs do.
 COHERENT_PROGRAMS = 16
 _ALIGNED = 16  # bytes, of rows in a buffer
@@ -60,10 +65,17 @@ class Lane(Protocol):
         """The mark behind all that was given so far."""
 
 
+AnyLane = TypeVar("AnyLane", bound=Lane)
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One use of a buffer: blocks [first, end) of a transfer pass through it."""
+    """One use of a buffer: blocks [first, end) of a transfer pass through it.
 
+    number: of the turn among all of its ring.
+    """
+
+    number: int
     buffer: int
     first: int
     end: int
@@ -87,13 +99,14 @@ class Ring:
     def __init__(self, buffers: int) -> None:
         """buffers: at least 1; with 1 nothing overlaps."""
         self._free: list[Mark | None] = [None] * buffers
-        self._next = 0
+        self._turns = 0
 
     def turns(self, blocks: int, blocks_per_buffer: int) -> Iterable[Turn]:
         """The turns of the next transfer: at a time, as many blocks as fit."""
         for first in range(0, blocks, blocks_per_buffer):
-            buffer, self._next = self._next, (self._next + 1) % len(self._free)
-            yield Turn(buffer, first, min(first + blocks_per_buffer, blocks))
+            number, self._turns = self._turns, self._turns + 1
+            end = min(first + blocks_per_buffer, blocks)
+            yield Turn(number, number % len(self._free), first, end)
 
     def free(self, buffer: int) -> Mark | None:
         """The moment from which on it may be filled; None for now."""
@@ -108,32 +121,39 @@ def pass_through(
     ring: Ring,
     turns: Iterable[Turn],
     *,
-    filling: Lane,
-    draining: Lane,
+    filling: Sequence[Lane],
+    draining: Sequence[Lane],
     fill: Callable[[Turn], None],
     drain: Callable[[Turn], None],
 ) -> list[Passed]:
-    """Gives two lanes the work of all turns, and waits for none of it.
+    """Gives lanes the work of all turns, and waits for none of it.
 
-    fill gives the filling lane what puts a turn's blocks into its buffer, drain gives the draining
-    lane what takes them out. Raises what they raise; even then no later transfer fills a buffer
-    before it is free.
+    filling, draining: one lane or more, which have turns in rotation (`lane_of`). fill gives a
+    turn's filling lane what puts its blocks into its buffer, drain gives the draining lane what
+    takes them out. Raises what they raise; even then no later transfer fills a buffer before it is
+    free.
     """
     passed = []
     for turn in turns:
+        source, target = lane_of(filling, turn), lane_of(draining, turn)
         free = ring.free(turn.buffer)
         if free is not None:
-            filling.wait_event(free)
+            source.wait_event(free)
         fill(turn)
-        filled = filling.record_event()
-        draining.wait_event(filled)
+        filled = source.record_event()
+        target.wait_event(filled)
         try:
             drain(turn)
         finally:
-            drained = draining.record_event()
+            drained = target.record_event()
             ring.free_from(turn.buffer, drained)
         passed.append(Passed(turn.end, filled, drained))
     return passed
+
+
+def lane_of(lanes: Sequence[AnyLane], turn: Turn) -> AnyLane:
+    """The lane that has that turn."""
+    return lanes[turn.number % len(lanes)]
 
 
 def copies_of(there: Numbers, here: Numbers, nbytes: int) -> tuple[Numbers, Numbers, Numbers]:
@@ -151,8 +171,9 @@ def copies_of(there: Numbers, here: Numbers, nbytes: int) -> tuple[Numbers, Numb
 class Transfer:
     """Blocks under way, in their order. It holds on to the memory that they need."""
 
-    def __init__(self, passed: Sequence[Passed], keeps: object) -> None:
-        self._passed, self._keeps = passed, keeps
+    def __init__(self, passed: Sequence[Passed], keeps: object, *, abreast: int = 1) -> None:
+        """abreast: so many turns that follow each other may end in any order."""
+        self._passed, self._keeps, self._abreast = passed, keeps, abreast
         self._through = 0  # turns that are known to be
 
     @property
@@ -169,25 +190,28 @@ class Transfer:
     def wait(self, blocks: int | None = None) -> None:
         """Returns when so many leading blocks (None: all) are safe to read where they go."""
         wanted = self.blocks if blocks is None else blocks
-        enough = (passed for passed in self._passed if passed.end >= wanted)
-        passed = next(enough, None) if wanted else None
-        if passed is not None:
+        turns = sum(passed.end < wanted for passed in self._passed) + 1 if wanted else 0
+        for passed in self._last(turns):
             passed.arrived.synchronize()
 
     def wait_source(self) -> None:
         """Returns when all blocks have been read, so that their source may be written again."""
-        if self._passed:
-            self._passed[-1].read.synchronize()
+        for passed in self._last():
+            passed.read.synchronize()
 
     def follow(self, lane: Lane) -> None:
         """What the lane is given from now on begins when all blocks are where they go."""
-        if self._passed:
-            lane.wait_event(self._passed[-1].arrived)
+        for passed in self._last():
+            lane.wait_event(passed.arrived)
 
     def follow_source(self, lane: Lane) -> None:
         """What the lane is given from now on begins when all blocks have been read."""
-        if self._passed:
-            lane.wait_event(self._passed[-1].read)
+        for passed in self._last():
+            lane.wait_event(passed.read)
+
+    def _last(self, turns: int | None = None) -> Sequence[Passed]:
+        """Those of the first `turns` (None: all) whose ends are the end of all of them."""
+        return self._passed[:turns][-self._abreast :]
 
 
 class Transfers:
@@ -198,9 +222,11 @@ class Transfers:
     given before; what the stream is given later does not wait for it (`Transfer.follow` does that).
 
     buffers, buffer_bytes: memory on the GPU for each direction; a buffer has room for at least one
-    block. direct: whether a kernel goes across the link itself, without buffers; None for where
-    that is best, which is on a coherent link. programs: how many of the kernel's work at a time
-    then; None for as many as the link needs.
+    block. graphs: of turns that are given in one launch, with buffers of their own, once a transfer
+    is as long and its rows lie densely on the host; None for never. direct: whether a kernel goes
+    across the link itself, without buffers; None for where that is best, which is on a coherent
+    link. programs: how many of the kernel's work at a time then; None for as many as the link
+    needs.
 
     Raises KernelArgumentError, and TransferError where there is no CUDA runtime.
     """
@@ -211,6 +237,7 @@ class Transfers:
         *,
         buffers: int = BUFFERS,
         buffer_bytes: int = BUFFER_BYTES,
+        graphs: GraphForm | None = GRAPHS,
         direct: bool | None = None,
         programs: int | None = None,
     ) -> None:
@@ -221,10 +248,13 @@ class Transfers:
         self._collator, self._device = collator, device
         self._direct = coherent if direct is None else direct
         self._programs = programs or (COHERENT_PROGRAMS if coherent else None)
+        self._graphs = graphs
         self._runtime = cuda_runtime()
         nbytes = collator.form.nbytes
         self._rows_are_pages = rows_are_pages(collator.table, collator.pairing)
-        self._out, self._in = (_Way(device, nbytes, buffers, buffer_bytes) for _ in range(2))
+        self._out, self._in = (
+            _Way(device, nbytes, buffers, buffer_bytes, COPY_LANES) for _ in range(2)
+        )
         self._under_way: list[Transfer] = []  # held, whether or not the caller holds them
 
     def to_host(
@@ -260,13 +290,13 @@ class Transfers:
         self._collator.check(runs, host, offsets)
         if not len(runs):
             return Transfer([], None)
+        rows = _HostRows(_starts(len(runs), host, offsets), self._collator.form.nbytes)
         with torch.cuda.device(self._device):
             begun = torch.cuda.current_stream().record_event()
+            for lane in (way.kernels, *way.copies):
+                lane.wait_event(begun)
             if self._rows_are_pages and runs.device.type == "cpu" and not self._direct:
-                way.copies.wait_event(begun)
-                passed = self._as_they_are(way, runs, _starts(len(runs), host, offsets), out=out)
-                return self._keep(Transfer(passed, host))
-            way.kernels.wait_event(begun)
+                return self._keep(self._as_they_are(way, runs, rows, out=out), way, host)
             with torch.cuda.stream(way.kernels):
                 runs = runs.pin_memory() if runs.device.type == "cpu" else runs
                 runs = runs.to(self._device, non_blocking=True)
@@ -274,15 +304,16 @@ class Transfers:
                 if self._direct:
                     passed = self._across(way, runs, host, offsets, out=out)
                 else:
-                    passed = self._staged(way, runs, _starts(len(runs), host, offsets), out=out)
-        return self._keep(Transfer(passed, (runs, host)))
+                    passed = self._staged(way, runs, rows, out=out)
+        return self._keep(passed, way, (runs, host))
 
-    def _keep(self, transfer: Transfer) -> Transfer:
+    def _keep(self, passed: list[Passed], way: _Way, keeps: object) -> Transfer:
+        transfer = Transfer(passed, keeps, abreast=len(way.copies))
         self._under_way = [t for t in self._under_way if t.arrived() < t.blocks] + [transfer]
         return transfer
 
     def _as_they_are(
-        self, way: _Way, runs: torch.Tensor, starts: Numbers, *, out: bool
+        self, way: _Way, runs: torch.Tensor, rows: _HostRows, *, out: bool
     ) -> list[Passed]:
         """By copies alone, of pages that are rows."""
         pages = self._collator.table.form
@@ -290,11 +321,13 @@ class Transfers:
         origin = self._collator.table.views[0][0].data_ptr()
         here = origin + runs[:, 0].numpy().astype(np.int64) * stride
         passed = []
-        for first in range(0, len(runs), way.blocks_per_buffer):
-            end = min(first + way.blocks_per_buffer, len(runs))
-            self._copy(way, starts[first:end], here[first:end], out=out)
-            done = way.copies.record_event()
-            passed.append(Passed(end, done, done))
+        for turn in way.turns(len(runs)):
+            lane = lane_of(way.copies, turn)
+            there = rows.starts[turn.first : turn.end]
+            copies = copies_of(there, here[turn.first : turn.end], rows.nbytes)
+            self._copy(lane, *copies, out=out)
+            done = lane.record_event()
+            passed.append(Passed(turn.end, done, done))
         return passed
 
     def _across(
@@ -311,46 +344,121 @@ class Transfers:
         done = way.kernels.record_event()
         return [Passed(len(runs), done, done)]
 
-    def _staged(self, way: _Way, runs: torch.Tensor, starts: Numbers, *, out: bool) -> list[Passed]:
+    def _staged(self, way: _Way, runs: torch.Tensor, rows: _HostRows, *, out: bool) -> list[Passed]:
         """By way of buffers; the current stream is the kernels'."""
+        passed = self._by_graphs(way, runs, rows, out=out)
+        done = passed[-1].end if passed else 0
+        if passed:  # what follows them is read after them, and arrives after them
+            after = way.kernels.record_event()
+            for lane in way.copies:
+                lane.wait_event(after)
+        rest = self._by_turns(way, runs[done:], rows.behind(done), out=out)
+        return passed + [replace(p, end=done + p.end) for p in rest]
 
+    def _by_graphs(
+        self, way: _Way, runs: torch.Tensor, rows: _HostRows, *, out: bool
+    ) -> list[Passed]:
+        """As many leading blocks as fill whole launches of a graph."""
+        if self._graphs is None or not rows.dense or rows.nbytes != way.stride:
+            return []
+        blocks = self._graphs.turns * max(1, self._graphs.buffer_bytes // rows.nbytes)
+        if len(runs) < blocks:
+            return []
+        key = (runs.dtype, runs.shape[1])
+        if key not in way.graphs:
+            way.graphs[key] = TurnsGraph(
+                self._collator,
+                self._runtime,
+                self._graphs,
+                runs=runs,
+                kernels=way.kernels,
+                host=int(rows.starts[0]),
+                out=out,
+            )
+        passed = []
+        for first in range(0, len(runs) - blocks + 1, blocks):
+            end = first + blocks
+            done = way.graphs[key].launch(runs[first:end], int(rows.starts[first]))
+            passed.append(Passed(end, done, done))
+        return passed
+
+    def _by_turns(
+        self, way: _Way, runs: torch.Tensor, rows: _HostRows, *, out: bool
+    ) -> list[Passed]:
         def collate(turn: Turn) -> None:
-            self._collator.launch(runs[turn.first : turn.end], way.rows(turn), out=out)
+            part = runs[turn.first : turn.end]
+            self._collator.launch(part, way.rows(turn), out=out)
 
         def copy(turn: Turn) -> None:
-            here = way.rows(turn).data_ptr() + np.arange(turn.end - turn.first) * way.stride
-            self._copy(way, starts[turn.first : turn.end], here, out=out)
+            copies = rows.copies(turn, way.address(turn), way.stride)
+            self._copy(lane_of(way.copies, turn), *copies, out=out)
 
         return pass_through(
             way.ring,
-            way.ring.turns(len(runs), way.blocks_per_buffer),
-            filling=way.kernels if out else way.copies,
-            draining=way.copies if out else way.kernels,
+            way.turns(len(runs)),
+            filling=[way.kernels] if out else way.copies,
+            draining=way.copies if out else [way.kernels],
             fill=collate if out else copy,
             drain=copy if out else collate,
         )
 
-    def _copy(self, way: _Way, there: Numbers, here: Numbers, *, out: bool) -> None:
-        """Copies rows between the host (there) and the GPU (here)."""
-        there, here, sizes = copies_of(there, here, self._collator.form.nbytes)
+    def _copy(
+        self, lane: torch.cuda.Stream, there: Numbers, here: Numbers, sizes: Numbers, *, out: bool
+    ) -> None:
+        """Copies bytes between the host (there) and the GPU (here)."""
         targets, sources = (there, here) if out else (here, there)
-        self._runtime.copy(targets, sources, sizes, way.copies.cuda_stream)
+        self._runtime.copy(targets, sources, sizes, lane.cuda_stream)
+
+
+class _HostRows:
+    """Where rows are on the host."""
+
+    def __init__(self, starts: Numbers, nbytes: int) -> None:
+        """starts: (rows,) addresses. nbytes: of each row."""
+        self.starts, self.nbytes = starts, nbytes
+        self.dense = bool((np.diff(starts) == nbytes).all())
+
+    def behind(self, done: int) -> _HostRows:
+        """Without the first ones."""
+        return _HostRows(self.starts[done:], self.nbytes) if done else self
+
+    def copies(self, turn: Turn, address: int, stride: int) -> tuple[Numbers, Numbers, Numbers]:
+        """Those of a turn; its buffer begins at the address and has a row in each stride."""
+        there, count = self.starts[turn.first : turn.end], turn.end - turn.first
+        if self.dense and stride == self.nbytes:
+            return there[:1], np.array([address]), np.array([count * stride])
+        return copies_of(there, address + np.arange(count) * stride, self.nbytes)
 
 
 class _Way:
     """Streams and buffers of one direction."""
 
-    def __init__(self, device: torch.device, nbytes: int, buffers: int, buffer_bytes: int) -> None:
+    def __init__(
+        self, device: torch.device, nbytes: int, buffers: int, buffer_bytes: int, lanes: int
+    ) -> None:
+        self.graphs: dict[tuple[torch.dtype, int], TurnsGraph] = {}
         self.stride = -(-nbytes // _ALIGNED) * _ALIGNED
         self.blocks_per_buffer = max(1, buffer_bytes // self.stride)
         self.ring = Ring(buffers)
         # Before others, since its kernels take microseconds and the link waits for them.
         self.kernels = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copies: list[torch.cuda.Stream] = [
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for _ in range(lanes)
+        ]
         shape = (buffers, self.blocks_per_buffer, self.stride)
         with torch.cuda.stream(self.kernels):
             self._memory = torch.empty(shape, dtype=torch.uint8, device=device)
-        self._memory.record_stream(self.copies)
+        for lane in self.copies:
+            self._memory.record_stream(lane)
+
+    def turns(self, blocks: int) -> Iterable[Turn]:
+        """Those of the next transfer."""
+        return self.ring.turns(blocks, self.blocks_per_buffer)
+
+    def address(self, turn: Turn) -> int:
+        """Where its buffer begins."""
+        return self._memory.data_ptr() + turn.buffer * self.blocks_per_buffer * self.stride
 
     def rows(self, turn: Turn) -> torch.Tensor:
         """The part of its buffer that a turn uses, (blocks, stride) uint8."""

@@ -92,15 +92,18 @@ async def take_in(
     return status
 
 
-async def give_up(site: Site, memory: Memory, slots: c.U32) -> None:
-    """Gives slots back that a transfer wrote to, when it has ended for certain."""
+async def give_up(site: Site, memory: Memory, slots: c.U32) -> bool:
+    """Ends a transfer that failed, and gives back the slots that it wrote to; whether it has ended
+    for certain."""
     try:
         await memory.close()
     except KVStoreError:
         # Something may still write there: they stay this process's for as long as it lives.
         site.counters.lost_slots += len(slots)
-        return
-    await site.store.command(c.GiveBack(granules=slots), site.policy.call_ms)
+        return False
+    if len(slots):
+        await site.store.command(c.GiveBack(granules=slots), site.policy.call_ms)
+    return True
 
 
 async def _grant(site: Site, space: Space, n: int) -> c.U32:

@@ -13,6 +13,7 @@ from kvstore import limits
 from kvstore.errors import InvalidArgument, ProtocolError
 
 VIEW_VERSION = 1
+_BLANK = re.compile(r"[\s/,*=]")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -42,7 +43,13 @@ class Member:
                 "name", f"{self.name!r}: 1 to 63 letters, digits, dots, dashes, please"
             )
         host, colon, port = self.address.rpartition(":")
-        if not colon or not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        if (
+            not colon
+            or not host
+            or _BLANK.search(host)
+            or not _is_number(port)
+            or not 0 < int(port) < 1 << 16
+        ):
             raise InvalidArgument("address", f"{self.address!r} of {self.name} is not HOST:PORT")
         if not 1 <= self.weight <= limits.MAX_MEMBER_WEIGHT:
             most = limits.MAX_MEMBER_WEIGHT
@@ -125,7 +132,9 @@ def decode_view(data: bytes) -> View:
     fields = _fields(data, "view")
     try:
         members = tuple(_member(each) for each in fields["members"])
-        return View(epoch=fields["epoch"], replicas=fields["replicas"], members=members)
+        return View(
+            epoch=_whole(fields["epoch"]), replicas=_whole(fields["replicas"]), members=members
+        )
     except (KeyError, TypeError, ValueError, InvalidArgument) as error:
         raise ProtocolError(f"malformed view: {error}") from None
 
@@ -162,21 +171,31 @@ def parse_members(text: str) -> tuple[Member, ...]:
         if not equals:
             raise InvalidArgument("members", f"{part!r} is not NAME=HOST:PORT")
         address, star, weight = rest.partition("*")
-        if star and not weight.isdigit():
+        if star and not _is_number(weight):
             raise InvalidArgument("members", f"{part!r}: the weight is no whole number")
         member = Member(name=name.strip(), address=address.strip(), weight=int(weight or 1))
         members.append(member)
     return View(epoch=0, replicas=1, members=tuple(members)).members
 
 
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no whole number")
+    return value
+
+
 def _fields(data: bytes, what: str) -> dict[str, Any]:
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed {what}: {error}") from None
     if not isinstance(fields, dict):
         raise ProtocolError(f"malformed {what}: not an object")
-    if fields.get("version") != VIEW_VERSION:
+    if type(fields.get("version")) is not int or fields["version"] != VIEW_VERSION:
         raise ProtocolError(
             f"a {what} of version {fields.get('version')!r}; this release knows {VIEW_VERSION}"
         )
@@ -187,7 +206,7 @@ def _member(fields: dict[str, Any]) -> Member:
     return Member(
         name=str(fields["name"]),
         address=str(fields["address"]),
-        weight=int(fields["weight"]),
-        run=int(fields["run"]),
+        weight=_whole(fields["weight"]),
+        run=_whole(fields["run"]),
         state=MemberState(fields["state"]),
     )

@@ -26,6 +26,7 @@ from kvstore.cluster.repair import Repair
 from kvstore.cluster.site import NodePolicy, Site, Space, mark_of
 from kvstore.cluster.world import Attachment, Ledger, Memory, NodeStore, Transfers, World
 from kvstore.errors import (
+    DeadlineExceeded,
     InvalidArgument,
     KVStoreError,
     PermissionDenied,
@@ -213,22 +214,25 @@ class Node:
         tiers = site.store.look(space.number, hashes)
         headers: c.U8 | None = None
         hot = np.zeros(n, np.uint8)
-        done = 0
-        # What is in memory goes first, while what is on NVMe comes.
-        while done < n:
-            async with hold(site, space, hashes[done:], end_ms - site.world.now_ms()) as held:
+        sent = np.zeros(n, bool)
+        left = np.flatnonzero(tiers)
+        # What is in memory goes first, while what is on NVMe comes. One that is not there hides
+        # none of those behind it, which may have no other copy.
+        while len(left):
+            async with hold(site, space, hashes[left], end_ms - site.world.now_ms()) as held:
                 k = len(held.hashes)
+                rows = left[:k]
                 if k:
-                    await self._send(memory, held, message, done, end_ms)
+                    await self._send(memory, held, message, rows, end_ms)
                     if headers is None:
                         headers = np.zeros((n, held.headers.shape[1]), np.uint8)
-                    headers[done : done + k] = held.headers
-                    hot[done : done + k] = self.heat.read(held)
-            done += k
-            if not k or site.world.now_ms() >= end_ms:
+                    headers[rows] = held.headers
+                    hot[rows] = self.heat.read(held)
+                    sent[rows] = True
+            left = left[max(k, 1) :]
+            if site.world.now_ms() >= end_ms:
                 break
-        tiers[:done] = np.maximum(tiers[:done], 1)
-        tiers[done:] = 0
+        tiers[~sent] = 0
         none = np.zeros((n, 0), np.uint8)
         epoch = site.view.epoch
         return m.Got(
@@ -236,7 +240,12 @@ class Node:
         )
 
     async def _send(
-        self, memory: Memory, held: Held, message: m.Get, done: int, end_ms: float
+        self,
+        memory: Memory,
+        held: Held,
+        message: m.Get,
+        rows: np.ndarray[Any, np.dtype[np.intp]],
+        end_ms: float,
     ) -> None:
         """Writes leased blocks to the sender's memory. They stay leased until no byte of them is
         read any more, which after a failure is when its memory is closed."""
@@ -244,7 +253,7 @@ class Node:
         part = part_of(layout, message.cells)
         k = len(held.hashes)
         starts = site.store.addresses(layout, held.granules)
-        targets = message.addresses[done : done + k]
+        targets = message.addresses[rows]
         runs = np.array(part.runs, np.uint64).reshape(-1, 3)  # in the block, in the part, bytes
         pieces = Pieces(
             local=(starts[:, None] + runs[None, :, 0]).ravel(),
@@ -253,10 +262,11 @@ class Node:
         )
         try:
             await memory.write(pieces, max(end_ms - site.world.now_ms(), 1.0))
-        except KVStoreError:
+        except KVStoreError as error:
             site.counters.failed_transfers += 1
-            await give_up(site, memory, np.empty(0, np.uint32))
-            raise
+            if not await give_up(site, memory, np.empty(0, np.uint32)):
+                raise DeadlineExceeded("bytes may still arrive") from error
+            raise TransferFailed(f"not all bytes could be written: {error}") from error
         site.counters.sent_blocks += k
         site.counters.sent_bytes += k * part.nbytes
 
@@ -313,6 +323,8 @@ class Node:
         site, n = self.site, len(hashes)
         found, synced = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
         view = site.view
+        if not n:
+            return m.Stored(status=found, copies=found, persisted=synced, epoch=view.epoch)
         for _ in range(_ROUNDS):
             view = site.view
             found[:], synced[:] = 0, 0

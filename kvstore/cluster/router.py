@@ -29,6 +29,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.layout import Layout
+from kvstore.transfer.base import TransferFailed
 
 _NO_NODE = "no node of the cluster answers"
 _GONE = (Unavailable, DeadlineExceeded)
@@ -631,11 +632,13 @@ class Router:
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """Blocks that one member is asked for. asked: whether it may have heard of `addresses`."""
+    """Blocks that one member is asked for. ring: the generation of the memory that `addresses`
+    are of. asked: whether the member may have heard of them."""
 
     member: Member
     rows: npt.NDArray[np.intp]
     addresses: c.U64
+    ring: int
     hedge_at_ms: float
     asked: bool = False
     hedged: bool = False
@@ -723,7 +726,8 @@ class _Get:
                     self._left[row].pop(0)
                 self._flying[chosen] += 1
                 hedge_at_ms = router._world.now_ms() + router.policy.hedge_ms
-                piece = _Piece(member, chosen, addresses, hedge_at_ms)
+                ring = router._memory.generation
+                piece = _Piece(member, chosen, addresses, ring, hedge_at_ms)
                 task = router._world.spawn(self._ask(piece, end_ms))
                 self._running.append(_Flight(piece, task))
 
@@ -731,6 +735,8 @@ class _Get:
         router, member = self._router, piece.member
         session = await router._session(member)
         await router._number(member, self._space)
+        if router._memory.generation != piece.ring:  # the session is of a later ring
+            raise TransferFailed("the landing ring was made anew meanwhile")
         wait_ms = max(end_ms - router._world.now_ms(), 1.0)
         piece.asked = True
         got: m.Got = await router._asked(

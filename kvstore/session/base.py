@@ -83,6 +83,7 @@ class PutResult:
     """How many blocks of a put are stored now, were there before, wait for ranks, or are not.
 
     `persisted`: of those that are there, how many survive a power cut, where the put asked for it.
+    `replicated`: how many of them are at as many nodes as the put waited for, in a cluster.
     `retry_after_ms` is not 0 where trying the blocks that are not stored again may help.
     """
 
@@ -92,6 +93,7 @@ class PutResult:
     not_stored: int
     retry_after_ms: int = 0
     persisted: int = 0
+    replicated: int = 0
 
     def __add__(self, other: PutResult) -> PutResult:
         """What became of the blocks of two puts."""
@@ -102,6 +104,7 @@ class PutResult:
             not_stored=self.not_stored + other.not_stored,
             retry_after_ms=max(self.retry_after_ms, other.retry_after_ms),
             persisted=self.persisted + other.persisted,
+            replicated=self.replicated + other.replicated,
         )
 
 

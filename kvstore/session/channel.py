@@ -58,6 +58,11 @@ class ChannelLink:
         """See `Link.writes_pool`."""
         return bool(self._port.welcome.writable)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over."""
+        return self._port.closed
+
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """See `Link.call`."""
         self._guard.check()

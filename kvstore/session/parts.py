@@ -47,6 +47,17 @@ class Part:
         ]
 
 
+    def take_out(self, source: int, target: int, arrived: memoryview) -> list[int]:
+        """Copies the part's bytes from one address to another as they are.
+
+        arrived: shows the target. Returns the checksums of the cells as they arrived.
+        """
+        return [
+            move_and_hash(target + own, source + own, nbytes, arrived[own : own + nbytes])
+            for _at, own, nbytes in self.cell_runs
+        ]
+
+
 def part_of(layout: Layout, cells: c.U32 = ALL_CELLS) -> Part:
     """The part of `layout` that `cells` (uint32, ascending, none for all) name."""
     return _part_of(layout, cells.tobytes())

@@ -31,13 +31,13 @@ def unpack(kind: str, description: bytes) -> bytes:
     """The body; `ProtocolError` for what is no description of an agent of this kind."""
     if not _HEAD.size <= len(description) <= limits.MAX_AGENT_BYTES:
         raise ProtocolError(f"{len(description)} bytes are no agent's description")
-    magic, name, version, _, nbytes, checksum = _HEAD.unpack_from(description)
+    magic, name, version, spare, nbytes, checksum = _HEAD.unpack_from(description)
     body = description[_HEAD.size :]
     if magic != _MAGIC:
         raise ProtocolError("no agent's description")
-    if name.rstrip(b"\0") != kind.encode():
-        raise ProtocolError(f"the other agent's kind is {name.rstrip(bytes(1))!r}, not {kind!r}")
-    if version != VERSION:
+    if name != kind.encode().ljust(8, b"\0"):
+        raise ProtocolError(f"the other agent's kind is {name!r}, not {kind!r}")
+    if version != VERSION or spare:
         raise ProtocolError(f"an agent's description of version {version}, not {VERSION}")
     if len(body) != nbytes or xxhash.xxh3_64_intdigest(body) != checksum:
         raise ProtocolError("an agent's description is damaged")

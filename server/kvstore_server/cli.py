@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 config_app = typer.Typer(help="Shows and checks the settings; starts nothing.")
 app.add_typer(config_app, name="config")
 
-_SIZES = ("dram", "nvme_write_rate", "nvme_scrub_rate")
+_SIZES = ("dram", "nvme_write_rate", "nvme_scrub_rate", "repair_rate")
 
 
 def _help(field: str) -> str | None:
@@ -62,6 +62,26 @@ def run(
     ] = None,
     grpc: Annotated[bool | None, typer.Option("--grpc/--no-grpc", help=_help("grpc"))] = None,
     grpc_port: Annotated[str | None, typer.Option(help=_help("grpc_port"))] = None,
+    node_name: Annotated[str | None, typer.Option(help=_help("node_name"))] = None,
+    peer_listen: Annotated[str | None, typer.Option(help=_help("peer_listen"))] = None,
+    peer_advertise: Annotated[str | None, typer.Option(help=_help("peer_advertise"))] = None,
+    members: Annotated[str | None, typer.Option(help=_help("members"))] = None,
+    etcd: Annotated[str | None, typer.Option(help=_help("etcd"))] = None,
+    cluster: Annotated[str | None, typer.Option(help=_help("cluster"))] = None,
+    replicas: Annotated[str | None, typer.Option(help=_help("replicas"))] = None,
+    node_weight: Annotated[str | None, typer.Option(help=_help("node_weight"))] = None,
+    transfer: Annotated[str | None, typer.Option(help=_help("transfer"))] = None,
+    repair_rate: Annotated[str | None, typer.Option(help=_help("repair_rate"))] = None,
+    cluster_secret: Annotated[str | None, typer.Option(help=_help("cluster_secret"))] = None,
+    peer_tls_ca: Annotated[str | None, typer.Option(help=_help("peer_tls_ca"))] = None,
+    peer_tls_certificate: Annotated[
+        str | None, typer.Option(help=_help("peer_tls_certificate"))
+    ] = None,
+    peer_tls_key: Annotated[str | None, typer.Option(help=_help("peer_tls_key"))] = None,
+    peer_insecure: Annotated[
+        bool | None, typer.Option("--peer-insecure", help=_help("peer_insecure"))
+    ] = None,
+    node_metrics_port: Annotated[str | None, typer.Option(help=_help("node_metrics_port"))] = None,
     log_format: Annotated[str | None, typer.Option(help=_help("log_format"))] = None,
     log_level: Annotated[str | None, typer.Option(help=_help("log_level"))] = None,
     version: Annotated[

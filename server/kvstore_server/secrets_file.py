@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.keys import MAX_SECRET_BYTES, MIN_SECRET_BYTES
 
 _SECRET_BYTES = 32
 _MIN_TOKEN_CHARACTERS = 16
@@ -26,6 +27,25 @@ def load_secret(folder: Path) -> bytes:
     secret = _read_or_make(path, secrets.token_bytes(_SECRET_BYTES))
     if len(secret) != _SECRET_BYTES:
         raise KVStoreError(f"{path} holds {len(secret)} bytes, not {_SECRET_BYTES}: restore it")
+    return secret
+
+
+def load_shared_secret(path: Path) -> bytes:
+    """The secret that an administrator gave to all nodes of a cluster: 16 to 64 bytes.
+
+    `InvalidArgument` for a file that cannot be read, or that all users can, or of another length.
+    """
+    try:
+        secret = path.read_bytes()
+        mode = path.stat().st_mode
+    except OSError as error:
+        reason = f"{path} cannot be read: {error.strerror}"
+        raise InvalidArgument("cluster_secret", reason) from None
+    if mode & 0o007:
+        raise InvalidArgument("cluster_secret", f"all users can reach {path}: run chmod 600 on it")
+    if not MIN_SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
+        most = f"{MIN_SECRET_BYTES} to {MAX_SECRET_BYTES}"
+        raise InvalidArgument("cluster_secret", f"{path} has {len(secret)} bytes, not {most}")
     return secret
 
 

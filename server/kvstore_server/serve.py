@@ -24,11 +24,12 @@ from kvstore.store import NvmePolicy
 from kvstore_server.channel import ChannelServer, bind, raise_descriptor_limit
 from kvstore_server.logs import configure_logging
 from kvstore_server.loop import Loop
-from kvstore_server.secrets_file import load_secret, load_token_path
+from kvstore_server.secrets_file import load_secret, load_shared_secret, load_token_path
 from kvstore_server.settings import Settings
-from kvstore_server.supervisor import Gateway, GatewayReady
+from kvstore_server.supervisor import Gateway, GatewayReady, NodeProcess, NodeReady
 from kvstore_server.tenants import Tenants
 
+_ALL_BYTES = 1 << 40  # a second: more than any link carries
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 # Some programs, timeout(1) among them, signal a process and then its group: that is one request.
 _SAME_SIGNAL_S = 0.2
@@ -121,26 +122,48 @@ class _Daemon:
         self._grpc = SocketFile(grpc_socket(settings.socket))
         self._banner_due = True
         self._gateway: Gateway | None = None
+        self._node: NodeProcess | None = None
+        self._gateway_said: GatewayReady | None = None
+        self._waits_for = {part for part, on in self._parts() if on}
+
+    def _parts(self) -> list[tuple[str, bool]]:
+        """The processes beside this one."""
+        return [("gateway", self._settings.grpc), ("node", self._settings.node_name is not None)]
 
     def start(self) -> None:
         """Queues the first work of the loop: the gateway, or at once the banner."""
         self._loop.watch(self._signals.fd, self.drain)
-        if not self._settings.grpc:
-            self._loop.call_later(0.0, lambda: self._announce(None))
-            return
-        command = gateway_command(self._settings, load_token_path(self._settings.data_dir))
-        self._gateway = Gateway(self._loop, command, on_outcome=self._announce)
-        self._gateway.start()
+        if self._settings.grpc:
+            command = gateway_command(self._settings, load_token_path(self._settings.data_dir))
+            self._gateway = Gateway(self._loop, command, on_outcome=self._gateway_is)
+            self._gateway.start()
+        if self._settings.node_name is not None:
+            secret = self._settings.cluster_secret or self._settings.data_dir / "chain.key"
+            command = node_command(self._settings, secret)
+            self._node = NodeProcess(self._loop, command, on_outcome=self._node_is)
+            self._node.start()
+        if not self._waits_for:
+            self._loop.call_later(0.0, self._announce)
 
     def drain(self) -> None:
         """No new clients, then the gateway's end, then the loop's."""
         log.info("drains")
         self._loop.unwatch(self._signals.fd)
         self._channel.remove()  # who connects from here on is told at once that nobody is there
+        running: list[Gateway | NodeProcess] = [p for p in (self._gateway, self._node) if p]
+        left = len(running)
+
+        def one_less() -> None:
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                self._loop.stop()
+
         if self._gateway:
             self._grpc.see()
-            self._gateway.drain(self._loop.stop)
-        else:
+        for process in running:
+            process.drain(one_less)
+        if not running:
             self._loop.stop()
 
     def close(self) -> None:
@@ -148,12 +171,28 @@ class _Daemon:
         if self._gateway:
             self._gateway.close()
             self._grpc.remove()
+        if self._node:
+            self._node.close()
 
-    def _announce(self, gateway: GatewayReady | None) -> None:
-        """Prints the banner after the first outcome; later ones are in the log."""
+    def _gateway_is(self, gateway: GatewayReady | None) -> None:
+        self._gateway_said = gateway
+        self._heard_of("gateway")
+
+    def _node_is(self, node: NodeReady | None) -> None:
+        del node
+        self._heard_of("node")
+
+    def _heard_of(self, part: str) -> None:
+        self._waits_for.discard(part)
+        if not self._waits_for:
+            self._announce()
+
+    def _announce(self) -> None:
+        """Prints the banner after the first outcome of each; later ones are in the log."""
         if self._banner_due:
             self._banner_due = False
-            print("\n".join(banner(self._settings, gateway, self._tenants.describe())), flush=True)
+            details = self._tenants.describe()
+            print("\n".join(banner(self._settings, self._gateway_said, details)), flush=True)
 
 
 def gateway_command(settings: Settings, token: Path) -> list[str]:
@@ -164,6 +203,30 @@ def gateway_command(settings: Settings, token: Path) -> list[str]:
     command += ["--grpc-socket", str(grpc_socket(settings.socket))]
     if settings.grpc_port is not None:
         command += ["--grpc-port", str(settings.grpc_port)]
+    return command
+
+
+def node_command(settings: Settings, secret: Path) -> list[str]:
+    """The node process's command line, less the pipes that its supervisor adds."""
+    assert settings.node_name
+    command = [sys.executable, "-P", "-m", "kvstore_server.cluster"]
+    command += ["--channel", str(settings.socket), "--name", settings.node_name]
+    command += ["--listen", settings.peer_listen, "--advertise", settings.advertised]
+    command += ["--weight", str(settings.node_weight), "--replicas", str(settings.replicas)]
+    command += ["--members", settings.members, "--etcd", settings.etcd]
+    command += ["--cluster", settings.cluster, "--transfer", settings.transfer]
+    command += ["--repair-rate", str(settings.repair_rate or _ALL_BYTES)]
+    command += ["--secret-file", str(secret), "--data-dir", str(settings.data_dir)]
+    command += ["--log-format", settings.log_format, "--log-level", settings.log_level]
+    optional = {
+        "--tls-ca": settings.peer_tls_ca,
+        "--tls-certificate": settings.peer_tls_certificate,
+        "--tls-key": settings.peer_tls_key,
+        "--metrics-port": settings.node_metrics_port,
+    }
+    for flag, value in optional.items():
+        if value is not None:
+            command += [flag, str(value)]
     return command
 
 
@@ -180,6 +243,7 @@ def banner(
         *(f"  nvme      {location}" for location in settings.nvme),
         f"  blocks    at most {settings.max_blocks_per_pool:,} a pool",
         f"  data      {settings.data_dir}",
+        *_node_words(settings),
         *details,
         f"  ready     pid {os.getpid()}",
     ]
@@ -196,6 +260,21 @@ def _grpc_words(settings: Settings, gateway: GatewayReady | None) -> str:
     return words
 
 
+def _secret(settings: Settings) -> bytes:
+    """What keys all chains: in a cluster the same at all nodes, else blocks would not be found."""
+    if settings.cluster_secret is None:
+        return load_secret(settings.data_dir)
+    return load_shared_secret(settings.cluster_secret)
+
+
+def _node_words(settings: Settings) -> list[str]:
+    if settings.node_name is None:
+        return []
+    by = f"etcd, cluster {settings.cluster}" if settings.etcd else "a static list"
+    where = f"{settings.node_name} at {settings.advertised}"
+    return [f"  node      {where}, {settings.replicas} copies, members by {by}"]
+
+
 def _make_tenants(settings: Settings, loop: Loop) -> Tenants:
     return Tenants(
         dram=settings.dram,
@@ -206,7 +285,7 @@ def _make_tenants(settings: Settings, loop: Loop) -> Tenants:
         huge_pages=settings.huge_pages,
         numa_node=settings.numa_node,
         prefault=settings.prefault,
-        secret=load_secret(settings.data_dir),
+        secret=_secret(settings),
         version=__version__,
         nvme=settings.nvme,
         nvme_policy=NvmePolicy(

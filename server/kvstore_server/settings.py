@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -17,6 +24,7 @@ from pydantic_settings import (
 
 from kvstore import limits
 from kvstore.channel.paths import default_socket, grpc_socket
+from kvstore.cluster.members import Member, parse_members
 from kvstore.embedded import default_max_blocks
 from kvstore.errors import InvalidArgument
 from kvstore.memory import HugePages
@@ -175,6 +183,48 @@ class Settings(BaseSettings):
         le=65535,
         description="Loopback TCP port of gRPC (0: any free one; none: no TCP).",
     )
+    node_name: str | None = Field(
+        default=None, description="This daemon's name in a cluster (none: it is alone)."
+    )
+    peer_listen: str = Field(
+        default="127.0.0.1:7420", description="HOST:PORT for the cluster's nodes and clients."
+    )
+    peer_advertise: str | None = Field(
+        default=None, description="HOST:PORT that others reach it at (none: as peer-listen)."
+    )
+    members: str = Field(
+        default="", description="All nodes of a cluster without etcd: NAME=HOST:PORT,..."
+    )
+    etcd: str = Field(default="", description="etcd's endpoints, http://HOST:PORT,...")
+    cluster: str = Field(default="default", description="The cluster's name in etcd.")
+    replicas: WholeNumber = Field(
+        default=2, ge=1, le=limits.MAX_REPLICAS, description="Copies that a cluster keeps."
+    )
+    node_weight: WholeNumber = Field(
+        default=1, ge=1, le=limits.MAX_MEMBER_WEIGHT, description="This node's share of the blocks."
+    )
+    transfer: Literal["nixl", "ucxx", "grpc"] = Field(
+        default="nixl", description="How blocks travel between hosts: nixl, ucxx or grpc."
+    )
+    repair_rate: ByteRate = Field(
+        default=256 << 20, description="Bytes a second that bringing copies to nodes may take."
+    )
+    cluster_secret: Path | None = Field(
+        default=None,
+        description="File with the secret that all nodes of a cluster share (none: chain.key in"
+        " the data folder).",
+    )
+    peer_tls_ca: Path | None = Field(
+        default=None, description="PEM of the authority of all nodes' and clients' certificates."
+    )
+    peer_tls_certificate: Path | None = Field(default=None, description="PEM of this node's own.")
+    peer_tls_key: Path | None = Field(default=None, description="PEM of its key.")
+    peer_insecure: bool = Field(
+        default=False, description="Serve other hosts without TLS, on a network of their own."
+    )
+    node_metrics_port: Annotated[WholeNumber | None, BeforeValidator(_none_word)] = Field(
+        default=None, ge=0, le=65535, description="Loopback port of the node's metrics (none: no)."
+    )
     log_format: LogFormat = Field(default="text", description="Log lines as text or json.")
     log_level: LogLevel = Field(
         default="info", description="Least level to log: debug, info, warning or error."
@@ -224,6 +274,35 @@ class Settings(BaseSettings):
             size = format_size((dram + nvme) // tenants)
             raise ValueError(f"a pool of {size} {where}holds at most {most}")
         return max_blocks
+
+    @model_validator(mode="after")
+    def _cluster_fits(self) -> Self:
+        if self.node_name is None:
+            return self
+        if bool(self.members) == bool(self.etcd):
+            raise ValueError("a node needs either members or etcd, and not both")
+        if self.trust != "direct":
+            raise ValueError("a node writes the pool itself: trust must be direct")
+        try:
+            Member(name=self.node_name, address=self.advertised, weight=self.node_weight)
+            known = parse_members(self.members)
+        except InvalidArgument as error:
+            raise ValueError(str(error)) from None
+        if known and self.replicas > len(known):
+            raise ValueError(f"{self.replicas} replicas cannot be on {len(known)} nodes")
+        host = self.peer_listen.rpartition(":")[0]
+        loopback = host in ("localhost", "[::1]") or host.startswith("127.")
+        if not (loopback or self.peer_tls_certificate or self.peer_insecure):
+            raise ValueError(
+                f"{self.peer_listen} is open to other hosts: name peer_tls_ca, peer_tls_certificate"
+                " and peer_tls_key, or say peer_insecure"
+            )
+        return self
+
+    @property
+    def advertised(self) -> str:
+        """Where others reach this node."""
+        return self.peer_advertise or self.peer_listen
 
     @property
     def max_blocks_per_pool(self) -> int:

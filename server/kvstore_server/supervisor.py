@@ -1,4 +1,4 @@
-"""Keeps the gateway process alive beside the core: starts it, restarts it, ends it.
+"""Keeps the processes beside the core alive (gateway, node): starts, restarts and ends them.
 
 Runs on the core's loop and never blocks it: a death is seen through a pidfd, readiness through a
 pipe, waiting is the loop's timer. When to restart is decided by `BackOff`, which knows no clock.
@@ -14,12 +14,14 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 
 _MAX_READY_BYTES = 4096
 _STDERR_FD = 2
+
+R = TypeVar("R")
 
 log = structlog.get_logger()
 
@@ -79,6 +81,23 @@ def parse_ready(line: bytes) -> GatewayReady | None:
         return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReady:
+    """Which member of a cluster a node process is, and where others reach it."""
+
+    name: str
+    address: str
+
+
+def parse_node_ready(line: bytes) -> NodeReady | None:
+    """The line of JSON that a node writes when it serves; None for anything else."""
+    try:
+        found = json.loads(line)
+        return NodeReady(name=found["name"], address=found["address"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 class _Child:
     """One gateway process: its pidfd, and the pipe on which it says that it is ready."""
 
@@ -132,11 +151,12 @@ def _spawn(command: Sequence[str], ready_fd: int, lifeline_fd: int) -> subproces
     )
 
 
-class Gateway:
-    """Supervises one gateway. `command` is its command line without the two pipes' flags.
+class Supervisor(Generic[R]):
+    """Supervises one process. `command` is its command line without the two pipes' flags, `what`
+    its name in the log, `parse` what reads the line that it writes when it serves.
 
     `on_outcome` hears of each start that led to something: where it serves, or None when it died
-    or was not ready in time. Nothing is raised for a gateway that fails; it is tried again.
+    or was not ready in time. Nothing is raised for a process that fails; it is tried again.
     """
 
     def __init__(
@@ -144,11 +164,14 @@ class Gateway:
         loop: Loop,
         command: Sequence[str],
         *,
-        on_outcome: Callable[[GatewayReady | None], None],
+        what: str,
+        parse: Callable[[bytes], R | None],
+        on_outcome: Callable[[R | None], None],
         patience: Patience = Patience(),
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop, self._command, self._on_outcome = loop, command, on_outcome
+        self._what, self._parse = what, parse
         self._patience, self._now_s = patience, now_s
         # Only this process holds the write end, so its death, however sudden, is an end of file.
         self._lifeline_read, self._lifeline_write = os.pipe2(os.O_CLOEXEC)
@@ -163,7 +186,7 @@ class Gateway:
         try:
             child = _Child(self._command, self._lifeline_read, self._now_s())
         except OSError as error:
-            log.error("gateway cannot be started", reason=str(error))
+            log.error(f"{self._what} cannot be started", reason=str(error))
             self._restart_later(0.0)
             return
         self._child = child
@@ -199,11 +222,11 @@ class Gateway:
             return
         child.heard_out = True
         self._loop.unwatch(child.ready_fd)
-        ready = parse_ready(child.said)
+        ready = self._parse(child.said)
         # A pipe that closes without a word is left to the pidfd, or to the bound on readiness.
         if ready and not self._on_stopped:
             child.ready = True
-            log.info("gateway ready", socket=ready.grpc_socket, port=ready.grpc_port)
+            log.info(f"{self._what} ready", at=str(ready))
             self._on_outcome(ready)
 
     def _check_ready(self, child: _Child) -> None:
@@ -213,7 +236,9 @@ class Gateway:
     def _kill(self, child: _Child, phase: str) -> None:
         """Kills a process that overran its time, if it is still the present one."""
         if child is self._child:
-            log.warning("gateway killed: it took too long", phase=phase, pid=child.process.pid)
+            log.warning(
+                f"{self._what} killed: it took too long", phase=phase, pid=child.process.pid
+            )
             child.signal(signal.SIGKILL)
 
     def _died(self, child: _Child) -> None:
@@ -225,11 +250,47 @@ class Gateway:
         if self._on_stopped:
             self._on_stopped()
             return
-        log.warning("gateway died", status=status, pid=child.process.pid)
+        log.warning(f"{self._what} died", status=status, pid=child.process.pid)
         self._restart_later(self._now_s() - child.started_s)
 
     def _restart_later(self, lived_s: float) -> None:
         self._delay_s = self._patience.back_off.delay_s(self._delay_s, lived_s)
-        log.info("gateway restarts", delay_s=self._delay_s)
+        log.info(f"{self._what} restarts", delay_s=self._delay_s)
         self._loop.call_later(self._delay_s, self.start)
         self._on_outcome(None)
+
+
+class Gateway(Supervisor[GatewayReady]):
+    """Supervises the gateway."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        command: Sequence[str],
+        *,
+        on_outcome: Callable[[GatewayReady | None], None],
+        patience: Patience = Patience(),
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(
+            loop,
+            command,
+            what="gateway",
+            parse=parse_ready,
+            on_outcome=on_outcome,
+            patience=patience,
+            now_s=now_s,
+        )
+
+
+class NodeProcess(Supervisor[NodeReady]):
+    """Supervises the node process."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        command: Sequence[str],
+        *,
+        on_outcome: Callable[[NodeReady | None], None],
+    ) -> None:
+        super().__init__(loop, command, what="node", parse=parse_node_ready, on_outcome=on_outcome)

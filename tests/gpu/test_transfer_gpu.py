@@ -21,7 +21,8 @@ from kvstore_kernels.cuda_runtime import (
 )
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable
-from kvstore_kernels.transfer import Transfers
+from kvstore_kernels.transfer import GRAPHS, Transfers
+from kvstore_kernels.transfer_graph import GraphForm
 
 POISON = 0xA5
 TIMES = 100
@@ -86,17 +87,37 @@ def same_pages(rig: Rig, original: Rig) -> bool:
     return torch.allclose(here.float(), there.float(), rtol=1 / 15, atol=1e-2)
 
 
-BUFFERS = [(3, 16 << 20), (3, 1 << 18), (2, 1), (1, 1 << 18)]  # 1: room for one block
+BUFFERS = [
+    (3, 16 << 20, GRAPHS),
+    (3, 1 << 18, None),
+    (2, 1, None),  # 1: room for one block
+    (1, 1 << 18, None),
+    # Launches of some blocks each, and a rest.
+    (3, 1 << 18, GraphForm(turns=3, buffers=2, buffer_bytes=1 << 19)),
+    (2, 1, GraphForm(turns=7, buffers=3, buffer_bytes=1)),
+    (1, 1 << 18, GraphForm(turns=2, buffers=1, buffer_bytes=1 << 20)),
+]
+GRAPHS_OR_NOT = pytest.mark.parametrize(
+    "graphs", [None, GraphForm(turns=4, buffers=2, buffer_bytes=1 << 19)], ids=["turns", "graphs"]
+)
 
 
-@pytest.mark.parametrize(("buffers", "buffer_bytes"), BUFFERS)
+@pytest.mark.parametrize(("buffers", "buffer_bytes", "graphs"), BUFFERS)
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("gap", [0, 16, 64])
 def test_rows_and_pages_arrive(
-    rig: Rig, other: Rig, buffers: int, buffer_bytes: int, direct: bool, gap: int
+    rig: Rig,
+    other: Rig,
+    buffers: int,
+    buffer_bytes: int,
+    graphs: GraphForm | None,
+    direct: bool,
+    gap: int,
 ) -> None:
     """And nothing else is written."""
-    options = {"buffers": buffers, "buffer_bytes": buffer_bytes, "direct": direct}
+    options = {
+        "buffers": buffers, "buffer_bytes": buffer_bytes, "graphs": graphs, "direct": direct,
+    }  # fmt: skip
     host = rig.poisoned(gap)
     out = Transfers(rig.collator, **options).to_host(rig.runs, host)
     out.wait()
@@ -146,9 +167,10 @@ def test_pages_that_are_rows_are_copied_as_they_are(gpu: torch.device, numbers: 
         assert not pools[1][unused.to(gpu)].any()
 
 
-def test_a_hundred_transfers_share_three_buffers(rig: Rig) -> None:
+@GRAPHS_OR_NOT
+def test_a_hundred_transfers_share_three_buffers(rig: Rig, graphs: GraphForm | None) -> None:
     """None waits for the one before it, and every one is right."""
-    transfers = Transfers(rig.collator, buffer_bytes=1 << 19)
+    transfers = Transfers(rig.collator, graphs=graphs, buffer_bytes=1 << 19)
     hosts = [rig.poisoned() for _ in range(10)]
     for _ in range(TIMES // 10):
         for host in hosts:
@@ -159,8 +181,9 @@ def test_a_hundred_transfers_share_three_buffers(rig: Rig) -> None:
             assert torch.equal(host, rig.rows)
 
 
-def test_both_ways_at_once(rig: Rig, other: Rig) -> None:
-    out, back = Transfers(rig.collator), Transfers(other.collator)
+@GRAPHS_OR_NOT
+def test_both_ways_at_once(rig: Rig, other: Rig, graphs: GraphForm | None) -> None:
+    out, back = Transfers(rig.collator, graphs=graphs), Transfers(other.collator, graphs=graphs)
     for _ in range(TIMES // 10):
         host = rig.poisoned()
         other.pages.zero_()
@@ -171,9 +194,12 @@ def test_both_ways_at_once(rig: Rig, other: Rig) -> None:
         assert same_pages(other, rig)
 
 
-def test_it_begins_after_what_the_stream_was_given_before(rig: Rig, other: Rig) -> None:
+@GRAPHS_OR_NOT
+def test_it_begins_after_what_the_stream_was_given_before(
+    rig: Rig, other: Rig, graphs: GraphForm | None
+) -> None:
     """And the stream may write the pages again once they were read."""
-    transfers = Transfers(other.collator)
+    transfers = Transfers(other.collator, graphs=graphs)
     transfers.to_host(rig.runs, rig.poisoned()).wait()  # compiles
     host = rig.poisoned()
     torch.cuda._sleep(LONG_WAIT)
@@ -186,9 +212,12 @@ def test_it_begins_after_what_the_stream_was_given_before(rig: Rig, other: Rig) 
     assert torch.equal(host, rig.rows)
 
 
-def test_the_stream_reads_pages_once_they_arrived(rig: Rig, other: Rig) -> None:
+@GRAPHS_OR_NOT
+def test_the_stream_reads_pages_once_they_arrived(
+    rig: Rig, other: Rig, graphs: GraphForm | None
+) -> None:
     """And what it had read before is not overwritten too early."""
-    transfers = Transfers(other.collator)
+    transfers = Transfers(other.collator, graphs=graphs)
     transfers.to_pages(rig.runs, rig.rows).wait()  # compiles
     other.pages.fill_(3)
     torch.cuda._sleep(LONG_WAIT)
@@ -203,18 +232,22 @@ def test_the_stream_reads_pages_once_they_arrived(rig: Rig, other: Rig) -> None:
     assert same_pages(other, rig)
 
 
-def test_host_memory_may_be_written_again_once_it_was_read(rig: Rig, other: Rig) -> None:
+@GRAPHS_OR_NOT
+def test_host_memory_may_be_written_again_once_it_was_read(
+    rig: Rig, other: Rig, graphs: GraphForm | None
+) -> None:
     host = rig.poisoned()
     host.copy_(rig.rows)
-    transfer = Transfers(other.collator).to_pages(rig.runs, host)
+    transfer = Transfers(other.collator, graphs=graphs).to_pages(rig.runs, host)
     transfer.wait_source()
     host.fill_(POISON)
     transfer.wait()
     assert same_pages(other, rig)
 
 
-def test_leading_blocks_arrive_first(rig: Rig) -> None:
-    transfers = Transfers(rig.collator, buffers=2, buffer_bytes=1)
+@GRAPHS_OR_NOT
+def test_leading_blocks_arrive_first(rig: Rig, graphs: GraphForm | None) -> None:
+    transfers = Transfers(rig.collator, graphs=graphs, buffers=2, buffer_bytes=1)
     host = rig.poisoned()
     transfer = transfers.to_host(rig.runs, host)
     for wanted in (0, 1, 10, BLOCKS):
@@ -224,9 +257,10 @@ def test_leading_blocks_arrive_first(rig: Rig) -> None:
         assert torch.equal(host[:arrived], rig.rows[:arrived])
 
 
-def test_a_transfer_whose_caller_forgot_it_is_right(rig: Rig) -> None:
+@GRAPHS_OR_NOT
+def test_a_transfer_whose_caller_forgot_it_is_right(rig: Rig, graphs: GraphForm | None) -> None:
     """Its host memory and run numbers are not given to others before it is through."""
-    transfers = Transfers(rig.collator, buffer_bytes=1 << 19)
+    transfers = Transfers(rig.collator, graphs=graphs, buffer_bytes=1 << 19)
     host = rig.poisoned()
     torch.cuda._sleep(LONG_WAIT)
     transfers.to_host(rig.runs, host)

@@ -27,6 +27,7 @@ import torch
 from triton.experimental.gluon import language as real_gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper as real_hopper
+from triton.language.extra import cuda
 
 MAX_STEPS = 2_000_000
 
@@ -338,6 +339,10 @@ class Boxes:
 # ------------------------------------------------------------------------------- language
 
 
+def _nothing() -> None:
+    """Launches do not overlap here."""
+
+
 class _Python:
     """A kernel's functions as Python functions, with the language below in place of Gluon's."""
 
@@ -350,6 +355,8 @@ class _Python:
             real_hopper.fence_async_shared: language.fence_async_shared,
             real_hopper.warpgroup_mma: language.warpgroup_mma,
             real_hopper.warpgroup_mma_wait: language.warpgroup_mma_wait,
+            cuda.gdc_wait: _nothing,
+            cuda.gdc_launch_dependents: _nothing,
         }
         for real, other in substitutes.items():
             self.known[real] = (

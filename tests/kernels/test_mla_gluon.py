@@ -132,8 +132,8 @@ def test_no_team_has_much_more_than_the_mean_and_members_have_the_same(batch):
         ([4096] * 64, 0, 32),  # 64 of 66 teams have one each
         ([16384] * 64, 0, 128),
         ([4096], 64, 1),  # a pair each for 64 of 132 workers
-        ([131_072], 132, 16),
-        ([4096] * 16, 156, 8),
+        ([131_072], 128, 16),
+        ([4096] * 16, 128, 8),  # four equal parts each
     ],
 )
 def test_sequences_are_cut_where_it_pays(lengths, partials, longest):

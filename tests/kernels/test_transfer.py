@@ -21,7 +21,15 @@ from kvstore_kernels.cuda_runtime import (
 )
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable
-from kvstore_kernels.transfer import Ring, Transfer, Transfers, Turn, copies_of, pass_through
+from kvstore_kernels.transfer import (
+    Ring,
+    Transfer,
+    Transfers,
+    Turn,
+    copies_of,
+    lane_of,
+    pass_through,
+)
 
 
 class FakeGpu:
@@ -97,21 +105,23 @@ class FakePipeline:
 
     def __init__(self, seed: int, buffers: int, room: int) -> None:
         self.gpu = FakeGpu(seed)
-        self.filling, self.draining = self.gpu.stream(), self.gpu.stream()
+        # One stream or two that fill, and that drain: which of both, the seed says.
+        self.filling = [self.gpu.stream() for _ in range(1 + seed % 2)]
+        self.draining = [self.gpu.stream() for _ in range(1 + seed // 2 % 2)]
         self.ring, self.room = Ring(buffers), room
         self.buffers = [[-1] * room for _ in range(buffers)]
 
     def begin(self, source: list[int], target: list[int], fail_at: int | None = None) -> Transfer:
         def fill(turn: Turn) -> None:
             for at in range(turn.first, turn.end):  # in pieces, so that others come between them
-                self.filling.give(lambda at=at, turn=turn: put(turn, at))
+                lane_of(self.filling, turn).give(lambda at=at, turn=turn: put(turn, at))
 
         def put(turn: Turn, at: int) -> None:
             self.buffers[turn.buffer][at - turn.first] = source[at]
 
         def drain(turn: Turn) -> None:
             for at in range(turn.first, turn.end):
-                self.draining.give(lambda at=at, turn=turn: take(turn, at))
+                lane_of(self.draining, turn).give(lambda at=at, turn=turn: take(turn, at))
                 if at == fail_at:
                     raise TransferError("no")
 
@@ -126,7 +136,7 @@ class FakePipeline:
             fill=fill,
             drain=drain,
         )
-        return Transfer(passed, (source, target))
+        return Transfer(passed, (source, target), abreast=2)
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
@@ -248,9 +258,9 @@ def test_a_ring_without_the_wait_would_be_caught() -> None:
 
 def test_turns_go_round_and_go_on_where_the_last_transfer_stopped() -> None:
     ring = Ring(3)
-    assert list(ring.turns(5, 2)) == [Turn(0, 0, 2), Turn(1, 2, 4), Turn(2, 4, 5)]
-    assert list(ring.turns(2, 2)) == [Turn(0, 0, 2)]
-    assert list(ring.turns(3, 2)) == [Turn(1, 0, 2), Turn(2, 2, 3)]
+    assert list(ring.turns(5, 2)) == [Turn(0, 0, 0, 2), Turn(1, 1, 2, 4), Turn(2, 2, 4, 5)]
+    assert list(ring.turns(2, 2)) == [Turn(3, 0, 0, 2)]
+    assert list(ring.turns(3, 2)) == [Turn(4, 1, 0, 2), Turn(5, 2, 2, 3)]
     assert list(ring.turns(0, 2)) == []
 
 

@@ -1,0 +1,204 @@
+"""The memory of a client that nodes read from and write to: an arena for puts, a ring for gets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from sortedcontainers import SortedDict
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.transfer.base import Agent, Bytes1D
+
+_ALIGN = 4096
+
+
+class Extents:
+    """Free runs of a memory, first fit; neighbours that come back are joined."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._free: SortedDict[int, int] = SortedDict({0: nbytes})
+
+    def take(self, nbytes: int) -> int | None:
+        """Where a run of so many bytes begins, None where there is none."""
+        nbytes = -(-nbytes // _ALIGN) * _ALIGN
+        for at, size in self._free.items():
+            if size >= nbytes:
+                del self._free[at]
+                if size > nbytes:
+                    self._free[at + nbytes] = size - nbytes
+                return int(at)
+        return None
+
+    def give(self, at: int, nbytes: int) -> None:
+        """A run is free again."""
+        nbytes = -(-nbytes // _ALIGN) * _ALIGN
+        below = self._free.bisect_left(at) - 1
+        if below >= 0:
+            before, size = self._free.peekitem(below)
+            if before + size == at:
+                del self._free[before]
+                at, nbytes = before, size + nbytes
+        after = self._free.pop(at + nbytes, None)
+        self._free[at] = nbytes + (after or 0)
+
+    @property
+    def free_bytes(self) -> int:
+        """All that is free."""
+        return int(sum(self._free.values()))
+
+
+class _Life:
+    """One agent, with the memory that it has registered. It ends when nobody uses it any more."""
+
+    def __init__(self, agent: Agent, arena: Bytes1D, ring: Bytes1D) -> None:
+        self.agent, self.arena, self.ring = agent, arena, ring
+        agent.register(arena)
+        agent.register(ring)
+        self.description = agent.describe()
+        self.start = int(ring.__array_interface__["data"][0])
+        self.extents = Extents(ring.size)
+        self.lost_bytes = 0
+        self.users = 0
+
+
+class LandingRing:
+    """Implements `ClientMemory`, and has the arena beside it.
+
+    A part of the ring that somebody may still write to is never used again: once half of the ring
+    is lost so, a new agent with new memory takes its place. Closing the old agent is what makes
+    sure that nothing lands any more; its memory goes after that.
+    """
+
+    def __init__(
+        self, make_agent: Callable[[], Agent], *, arena_bytes: int, ring_bytes: int
+    ) -> None:
+        self._make_agent = make_agent
+        self._arena_bytes, self._ring_bytes = arena_bytes, ring_bytes
+        self._lock = threading.RLock()
+        self.generation = 0
+        self._life = self._new_life()
+        self._old: list[_Life] = []
+        self._taken: dict[int, tuple[_Life, int, int]] = {}  # by its first address
+
+    def _new_life(self) -> _Life:
+        agent = self._make_agent()
+        try:
+            # Zeroed once here, so that no page is first touched in the middle of a transfer.
+            arena = _pages(self._arena_bytes)
+            return _Life(agent, arena, _pages(self._ring_bytes))
+        except BaseException:
+            agent.close()
+            raise
+
+    @property
+    def kind(self) -> str:
+        """See `ClientMemory.kind`."""
+        return self._life.agent.kind
+
+    @property
+    def arena(self) -> Bytes1D:
+        """Where what is put lies meanwhile; whoever uses it holds `arena_use`."""
+        return self._life.arena
+
+    @property
+    def agent(self) -> Agent:
+        """The agent that is described now."""
+        return self._life.agent
+
+    def describe(self) -> bytes:
+        """See `ClientMemory.describe`."""
+        return self._life.description
+
+    def take(self, blocks: int, nbytes: int) -> c.U64 | None:
+        """See `ClientMemory.take`."""
+        with self._lock:
+            life = self._life
+            step = -(-nbytes // 64) * 64
+            total = blocks * step
+            if total > self._ring_bytes:
+                raise InvalidArgument(
+                    "ring_bytes", f"{blocks} blocks of {nbytes} bytes do not fit into the ring"
+                )
+            at = life.extents.take(total)
+            if at is None:
+                return None
+            life.users += 1
+            self._taken[life.start + at] = (life, at, total)
+            return (life.start + at + step * np.arange(blocks)).astype(np.uint64)
+
+    def row(self, address: int, nbytes: int) -> Bytes1D:
+        """The bytes that landed at an address."""
+        life = self._life_of(address)
+        at = address - life.start
+        return life.ring[at : at + nbytes]
+
+    def give(self, addresses: c.U64) -> None:
+        """See `ClientMemory.give`."""
+        with self._lock:
+            life, at, nbytes = self._taken.pop(int(addresses[0]))
+            life.extents.give(at, nbytes)
+            life.users -= 1
+
+    def lose(self, addresses: c.U64) -> None:
+        """See `ClientMemory.lose`."""
+        with self._lock:
+            life, _at, nbytes = self._taken.pop(int(addresses[0]))
+            life.lost_bytes += nbytes
+            life.users -= 1
+            if life is self._life and 2 * life.lost_bytes >= self._ring_bytes:
+                self._renew()
+
+    def _renew(self) -> None:
+        fresh = self._new_life()
+        self._old.append(self._life)
+        self._life = fresh
+        self.generation += 1
+
+    @property
+    def has_old(self) -> bool:
+        """Whether `sweep` may have something to do."""
+        return bool(self._old)
+
+    def sweep(self) -> None:
+        """Ends old lives that nobody uses any more. Blocks: not for a loop's thread."""
+        with self._lock:
+            over = [life for life in self._old if not life.users]
+            self._old = [life for life in self._old if life.users]
+        for life in over:
+            life.agent.close()
+
+    def close(self) -> None:
+        """Ends the agents: nothing lands any more. `KVStoreError` where that cannot be had; then
+        the memory stays."""
+        error: KVStoreError | None = None
+        for life in (*self._old, self._life):
+            try:
+                life.agent.close()
+            except KVStoreError as found:
+                error = found
+                _KEPT.append(life)
+        self._old.clear()
+        if error:
+            raise error
+
+    def _life_of(self, address: int) -> _Life:
+        for life in (self._life, *self._old):
+            if life.start <= address < life.start + life.ring.size:
+                return life
+        raise AssertionError("an address of no ring")
+
+
+_KEPT: list[_Life] = []  # memory that may still be written to must never be anybody else's
+
+
+def _pages(nbytes: int) -> Bytes1D:
+    """Zeroed memory that begins on a page."""
+    raw = np.zeros(nbytes + limits.GRANULE_BYTES, np.uint8)
+    raw[:: limits.GRANULE_BYTES] = 0
+    start = -int(raw.__array_interface__["data"][0]) % limits.GRANULE_BYTES
+    return raw[start : start + nbytes]

@@ -1,0 +1,633 @@
+"""A `Session` over the nodes of a cluster: matches, gets and puts that survive any one of them.
+
+Ours: the bytes' way between the caller's buffers and the memory that nodes reach. Whom to ask is
+`kvstore.cluster.router`'s, which runs on a loop in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.block import unpack
+from kvstore.cluster import messages as m
+from kvstore.cluster.placement import place_of, places_of, segment_blocks
+from kvstore.cluster.router import ClusterSpace, Puts, Router, RouterPolicy
+from kvstore.commands import ExplainStatus
+from kvstore.errors import (
+    Corrupted,
+    DeadlineExceeded,
+    InvalidArgument,
+    KVStoreError,
+    ProtocolError,
+    Unavailable,
+)
+from kvstore.layout import Layout
+from kvstore.session.base import (
+    NOTHING_MATCHED,
+    TIERS,
+    BlockReport,
+    Bytes1D,
+    Hashes,
+    Hint,
+    Hit,
+    Matched,
+    Miss,
+    MissReason,
+    NamespaceHandle,
+    PutResult,
+    StoreInfo,
+)
+from kvstore.session.control import Deadline, reports, store_info
+from kvstore.session.copies import in_parallel
+from kvstore.session.parts import bytes_of, part_of
+from kvstore.session.requests import (
+    GetRequest,
+    PutRequest,
+    checked_chain,
+    checked_get,
+    checked_put,
+    hint_ms,
+)
+from kvstore.transfer.choose import make_agent
+from kvstore_client.cluster.memory import LandingRing
+from kvstore_proto.cluster.pipes import Streams
+from kvstore_proto.cluster.rpc import Tls
+from kvstore_proto.cluster.world import AsyncWorld
+
+T = TypeVar("T")
+_ARENA_BYTES = 64 << 20
+_RING_BYTES = 128 << 20
+_CHAINS = 64  # chains whose segments are remembered for later puts
+_SLACK_S = 0.05
+_RANK = {ExplainStatus.STORED: 9, ExplainStatus.CORRUPTED: 8, ExplainStatus.NOT_SEALED: 7}
+
+
+class ClusterView:
+    """A `View` of blocks that were copied here: they are the holder's own."""
+
+    def __init__(self, blocks: list[Bytes1D]) -> None:
+        self.blocks = blocks
+
+    def release(self) -> None:
+        """See `View.release`."""
+        self.blocks = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class ClusterSession:
+    """One client of a cluster; implements `Session`, thread-safe.
+
+    seeds: addresses of some nodes, HOST:PORT each. token: the cluster's, for clients. transfer: how
+    the bytes travel, as the nodes have it. replicas: for how many copies a put waits; None: as many
+    as the cluster keeps. arena_bytes and ring_bytes: memory for what is put and got.
+    `Unavailable` where no node answers, unless lazy.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[str],
+        *,
+        token: str,
+        timeout_s: float = 5.0,
+        transfer: str = "nixl",
+        replicas: int | None = None,
+        tls: Tls | None = None,
+        arena_bytes: int = _ARENA_BYTES,
+        ring_bytes: int = _RING_BYTES,
+        policy: RouterPolicy | None = None,
+        lazy: bool = False,
+    ) -> None:
+        Deadline(timeout_s)
+        self._timeout_s, self._replicas = timeout_s, replicas
+        self._streams = Streams()
+
+        def new_agent() -> Any:
+            agent = make_agent(transfer, "client", pipes=self._streams.book.find)
+            self._streams.set_agent(agent)
+            return agent
+
+        self._ring = LandingRing(new_agent, arena_bytes=arena_bytes, ring_bytes=ring_bytes)
+        self._arena_lock = threading.Lock()
+        self._copies = ThreadPoolExecutor(1, "kvstore-landing")
+        self._spaces: dict[tuple[str, bytes], ClusterSpace] = {}
+        self._chains: deque[c.U8] = deque(maxlen=_CHAINS)
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-cluster")
+        self._thread.daemon = True
+        self._thread.start()
+        try:
+            made = self._make(seeds, token, tls, policy)
+            self._world, self.router = self._run(made, timeout_s)
+            if not lazy:
+                self._run(self.router.refresh(), timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    async def _make(
+        self, seeds: Sequence[str], token: str, tls: Tls | None, policy: RouterPolicy | None
+    ) -> tuple[AsyncWorld, Router]:
+        world = AsyncWorld(token=token, tls=tls, streams=self._streams)
+        router = Router(world, self._ring, seeds, policy)
+        world.spawn(router.run())
+        return world, router
+
+    # -- namespaces --------------------------------------------------------------------
+
+    def open_namespace(
+        self, name: str, layout: Layout, *, timeout_s: float | None = None
+    ) -> NamespaceHandle:
+        """See `Session.open_namespace`."""
+        deadline = self._deadline(timeout_s)
+        space = self._run(self.router.open(name, layout), deadline.left_s)
+        self._spaces[name, layout.encode()] = space
+        return NamespaceHandle(
+            id=0, name=name, layout=layout, generation=space.generation, key=space.key
+        )
+
+    def _space(self, namespace: NamespaceHandle, deadline: Deadline) -> ClusterSpace:
+        key = (namespace.name, namespace.layout.encode())
+        known = self._spaces.get(key)
+        if known is None:
+            known = self._run(self.router.open(namespace.name, namespace.layout), deadline.left_s)
+            self._spaces[key] = known
+        return known
+
+    # -- reading -----------------------------------------------------------------------
+
+    def match(
+        self,
+        namespace: NamespaceHandle,
+        hashes: Hashes,
+        *,
+        hint: Hint | None = None,
+        prefetch: bool = False,
+        timeout_s: float | None = None,
+    ) -> Matched:
+        """See `Session.match`; one call to each node that has a segment of the chain, and one more
+        to the other replicas where the leading part ends. prefetch: left to the get."""
+        del prefetch
+        deadline = self._deadline(timeout_s)
+        chain = checked_chain(hashes)
+        if hint:
+            hint_ms(hint)
+        try:
+            space = self._space(namespace, deadline)
+            places = self._places_of_chain(namespace.layout, chain)
+            left_ms = 1e3 * max(deadline.left_s - _SLACK_S, 1e-3)
+            tiers = self._run(self.router.match(space, chain, places, left_ms), deadline.left_s)
+        except (Unavailable, DeadlineExceeded):
+            return NOTHING_MATCHED
+        if hint and len(tiers):
+            self._advise(namespace, chain[: len(tiers)], hint, deadline)
+        return Matched(len(tiers), tiers)
+
+    def get_into(
+        self,
+        namespace: NamespaceHandle,
+        hashes: Hashes,
+        destinations: Sequence[Bytes1D],
+        *,
+        cells: Iterable[int] = (),
+        timeout_s: float | None = None,
+    ) -> list[Hit | Miss]:
+        """See `Session.get_into`; nodes write to this client's ring, from where sound blocks are
+        copied to the destinations."""
+        deadline = self._deadline(timeout_s)
+        request = checked_get(namespace, hashes, destinations, cells)
+        n, part = len(request.chain), request.part
+        reason = MissReason.NOT_STORED
+        try:
+            space = self._space(namespace, deadline)
+            tiers = self._run(
+                self.router.get(
+                    space,
+                    request.chain,
+                    self._places_of_chain(namespace.layout, request.chain),
+                    cells=part.cells,
+                    nbytes=part.nbytes,
+                    accept=self._accepting(request),
+                    timeout_ms=1e3 * max(deadline.left_s - _SLACK_S, 1e-3),
+                ),
+                deadline.left_s,
+            )
+        except (Unavailable, DeadlineExceeded):
+            tiers, reason = np.zeros(n, np.uint8), MissReason.UNAVAILABLE
+        leading = n if tiers.all() else int(tiers.argmin())
+        results: list[Hit | Miss] = [Hit(TIERS[code]) for code in tiers[:leading].tolist()]
+        if leading < n:
+            results += [Miss(reason)] + [Miss(MissReason.NOT_STORED)] * (n - leading - 1)
+        return results
+
+    def view(
+        self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
+    ) -> ClusterView:
+        """See `Session.view`; the blocks are copies."""
+        deadline = self._deadline(timeout_s)
+        matched = self.match(namespace, hashes, timeout_s=deadline.left_s)
+        chain = checked_chain(hashes)[: matched.count]
+        if not len(chain):
+            return ClusterView([])
+        rows = list(np.empty((len(chain), namespace.layout.block_bytes), np.uint8))
+        got = self.get_into(namespace, chain, rows, timeout_s=max(deadline.left_s, 1e-3))
+        hits = sum(isinstance(each, Hit) for each in got)
+        for row in rows[:hits]:
+            row.flags.writeable = False
+        return ClusterView(rows[:hits])
+
+    def _accepting(self, request: GetRequest) -> Callable[[npt.NDArray[np.intp], c.U64, c.U8], Any]:
+        """Copies from the ring, hashing what arrives at the destination: whatever lands in the ring
+        later cannot change what was checked."""
+
+        async def accept(
+            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
+        ) -> npt.NDArray[np.bool_]:
+            work = (rows, addresses, headers)
+            return await self._loop.run_in_executor(self._copies, self._take, request, *work)
+
+        return accept
+
+    def _take(
+        self,
+        request: GetRequest,
+        rows: npt.NDArray[np.intp],
+        addresses: c.U64,
+        headers: c.U8,
+    ) -> npt.NDArray[np.bool_]:
+        chain, part, targets = request.chain, request.part, request.targets
+        destinations = request.destinations
+        sound = np.zeros(len(rows), bool)
+
+        def take(i: int, row: int, address: int) -> None:
+            try:
+                header = unpack(headers[i])
+            except (Corrupted, ProtocolError):
+                return
+            if header.key != chain[row].tobytes():
+                return
+            said = header.checksums[part.cells] if len(part.cells) else header.checksums
+            found = part.take_out(address, targets[row], bytes_of(destinations[row]))
+            sound[i] = len(found) == len(said) and bool((np.array(found, np.uint64) == said).all())
+
+        pieces = list(zip(range(len(rows)), rows.tolist(), addresses.tolist(), strict=True))
+        in_parallel(take, pieces, part.nbytes * len(pieces), time.monotonic() + self._timeout_s)
+        return sound
+
+    # -- writing -----------------------------------------------------------------------
+
+    def put(
+        self,
+        namespace: NamespaceHandle,
+        hashes: Hashes,
+        sources: Sequence[Bytes1D],
+        *,
+        put_id: bytes | None = None,
+        cells: Iterable[int] = (),
+        parent: bytes = b"",
+        position: int = -1,
+        ttl_s: float | None = None,
+        hint: Hint | None = None,
+        persist: bool = False,
+        timeout_s: float | None = None,
+    ) -> PutResult:
+        """See `Session.put`; whole blocks only. `PutResult.replicated` says how many blocks are at
+        as many nodes as were waited for."""
+        deadline = self._deadline(timeout_s)
+        put = checked_put(
+            namespace,
+            hashes,
+            sources,
+            put_id=put_id,
+            cells=cells,
+            parent=parent,
+            position=position,
+            ttl_s=ttl_s,
+            hint=hint,
+        )
+        if len(put.part.cells) and len(put.part.cells) < namespace.layout.n_cells:
+            raise InvalidArgument(
+                "cells", "a cluster takes whole blocks: put the ranks' cells through one host"
+            )
+        total = PutResult(stored=0, existed=0, waiting=0, not_stored=0)
+        try:
+            space = self._space(namespace, deadline)
+            places = self._places_of_put(put)
+            step = max(1, self._ring.arena.size // 2 // put.part.nbytes)
+            for first in range(0, len(put.chain), step):
+                last = min(first + step, len(put.chain))
+                total += self._put_piece(
+                    space,
+                    put,
+                    places,
+                    first=first,
+                    last=last,
+                    persist=persist,
+                    deadline=deadline,
+                )
+        except (Unavailable, DeadlineExceeded):
+            done = total.stored + total.existed + total.not_stored
+            left = len(put.chain) - done
+            total += PutResult(stored=0, existed=0, waiting=0, not_stored=left, retry_after_ms=1000)
+        self._remember(put)
+        if hint:
+            self._advise(namespace, put.chain, hint, deadline)
+        return total
+
+    def _put_piece(
+        self,
+        space: ClusterSpace,
+        put: PutRequest,
+        places: c.U64,
+        *,
+        first: int,
+        last: int,
+        persist: bool,
+        deadline: Deadline,
+    ) -> PutResult:
+        layout, part, n = put.namespace.layout, part_of(put.namespace.layout), last - first
+        size = layout.block_bytes
+        if n * size > self._ring.arena.size:
+            raise InvalidArgument("arena_bytes", f"a block of {size} bytes does not fit")
+        with self._arena_lock:
+            arena = self._ring.arena
+            start = int(arena.__array_interface__["data"][0])
+            sums = np.empty((n, layout.n_cells), np.uint64)
+            shown = bytes_of(arena)
+
+            def copy(i: int, source: int) -> None:
+                at = i * size
+                sums[i] = part.copy_in(source, start + at, shown[at : at + size])
+
+            pieces = list(enumerate(put.addresses[first:last]))
+            done = in_parallel(copy, pieces, n * size, deadline.end_s)
+            if done < n:
+                raise DeadlineExceeded(f"{done} of {n} blocks were copied in time")
+            copies = self._replicas or (self.router.view.replicas if self.router.view else 1)
+            outcome = self._run(
+                self.router.put(
+                    space,
+                    Puts(
+                        hashes=put.chain[first:last],
+                        addresses=(start + size * np.arange(n)).astype(np.uint64),
+                        checksums=sums,
+                        places=places[first:last],
+                        parent=put.chain[first - 1].tobytes() if first else put.parent,
+                        position=put.position + first if put.position >= 0 else -1,
+                        ttl_ms=put.ttl_ms,
+                        copies=copies,
+                        persist=persist,
+                    ),
+                    1e3 * max(deadline.left_s - _SLACK_S, 1e-3),
+                ),
+                deadline.left_s,
+            )
+        stored = int(np.count_nonzero(outcome.status == m.PutStatus.STORED))
+        existed = int(np.count_nonzero(outcome.status == m.PutStatus.EXISTS))
+        there = stored + existed
+        return PutResult(
+            stored=stored,
+            existed=existed,
+            waiting=0,
+            not_stored=n - there,
+            retry_after_ms=limits.RETRY_AFTER_MS if there < n else 0,
+            persisted=int(outcome.persisted.sum()),
+            replicated=int(np.count_nonzero(outcome.copies >= copies)),
+        )
+
+    # -- places ------------------------------------------------------------------------
+
+    def _places_of_chain(self, layout: Layout, chain: c.U8) -> c.U64:
+        """Of a chain from its beginning, or of one that a match or put has shown before."""
+        segment = segment_blocks(layout.block_tokens)
+        known = self._chain_with(chain[0].tobytes())
+        if known is not None:
+            at, earlier = known
+            if at:
+                head = earlier[at // segment * segment].tobytes()
+                return places_of(chain, position=at, segment=segment, first_place=place_of(head))
+        self._chains.append(chain)
+        return places_of(chain, position=0, segment=segment)
+
+    def _places_of_put(self, put: PutRequest) -> c.U64:
+        segment = segment_blocks(put.namespace.layout.block_tokens)
+        if put.position <= 0 or put.position % segment == 0:
+            return places_of(put.chain, position=put.position, segment=segment)
+        known = self._chain_with(put.parent) if put.parent else None
+        first_place = None
+        if known is not None and known[0] == put.position - 1:
+            head = known[1][put.position // segment * segment]
+            first_place = place_of(head.tobytes())
+        return places_of(put.chain, position=put.position, segment=segment, first_place=first_place)
+
+    def _remember(self, put: PutRequest) -> None:
+        """So that what follows in the chain finds its segment."""
+        if put.position == 0:
+            self._chains.append(put.chain)
+        elif put.position > 0 and put.parent:
+            known = self._chain_with(put.parent)
+            if known is not None and known[0] == put.position - 1:
+                self._chains.append(np.concatenate((known[1][: put.position], put.chain)))
+
+    def _chain_with(self, key: bytes) -> tuple[int, c.U8] | None:
+        """The position of a key in the latest chain that has it, and that chain."""
+        wanted = np.frombuffer(key, np.uint64)
+        for chain in reversed(self._chains):
+            words = np.ascontiguousarray(chain).view(np.uint64).reshape(-1, 4)
+            found = np.flatnonzero(words[:, 0] == wanted[0])
+            for at in found.tolist():
+                if (words[at] == wanted).all():
+                    return at, chain
+        return None
+
+    # -- the rest ----------------------------------------------------------------------
+
+    def drop(
+        self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
+    ) -> int:
+        """See `Session.drop`; a node that is away keeps what it has, and brings it back."""
+        deadline = self._deadline(timeout_s)
+        chain = checked_chain(hashes)
+        space = self._space(namespace, deadline)
+        return self._run(self.router.drop(space, chain, 1e3 * deadline.left_s), deadline.left_s)
+
+    def drop_namespace(self, namespace: NamespaceHandle, *, timeout_s: float | None = None) -> int:
+        """See `Session.drop_namespace`; `Unavailable` unless every member has forgotten it."""
+        deadline = self._deadline(timeout_s)
+        space = self._space(namespace, deadline)
+        left_ms = 1e3 * deadline.left_s
+        return self._run(self.router.drop_namespace(space, left_ms), deadline.left_s)
+
+    def hint(
+        self,
+        namespace: NamespaceHandle,
+        hashes: Hashes,
+        hint: Hint,
+        *,
+        timeout_s: float | None = None,
+    ) -> int:
+        """See `Session.hint`; told to every member."""
+        deadline = self._deadline(timeout_s)
+        chain, for_ms = checked_chain(hashes), hint_ms(hint)
+        space = self._space(namespace, deadline)
+        advising = self.router.advise(
+            space, chain, kind=int(hint.kind), for_ms=for_ms, timeout_ms=1e3 * deadline.left_s
+        )
+        return self._run(advising, deadline.left_s)
+
+    def explain(
+        self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
+    ) -> list[BlockReport]:
+        """See `Session.explain`; of each block the best that any member says."""
+        deadline = self._deadline(timeout_s)
+        chain = checked_chain(hashes)
+        space = self._space(namespace, deadline)
+        said = self._run(self.router.explain(space, chain, 1e3 * deadline.left_s), deadline.left_s)
+        if not said:
+            raise Unavailable("no node of the cluster answers")
+        columns = [reports(explained) for explained in said.values()]
+        return [max(each, key=_rank) for each in zip(*columns, strict=True)]
+
+    def stats(self, *, timeout_s: float | None = None) -> c.Stats:
+        """See `Session.stats`; the sums over all members that answer."""
+        answers = self._ask_all(c.Stat(), self._deadline(timeout_s))
+        names = c.Stats.__slots__
+        total = {name: sum(getattr(each, name) for each in answers) for name in names}
+        total["nvme_health"] = max(each.nvme_health for each in answers)
+        total["nvme_ready"] = min(each.nvme_ready for each in answers)
+        return c.Stats(**total)
+
+    def info(self, *, timeout_s: float | None = None) -> StoreInfo:
+        """See `Session.info`; of the first member that answers."""
+        answers = self._ask_all(c.Describe(), self._deadline(timeout_s))
+        return store_info(answers[0])
+
+    def status(self, *, timeout_s: float | None = None) -> dict[str, m.Status | None]:
+        """What each member says of itself, None for one that does not answer."""
+        deadline = self._deadline(timeout_s)
+        view = self._run(self.router.refresh(), deadline.left_s)
+
+        async def ask(address: str) -> m.Status | None:
+            try:
+                answer: m.Status = await self._world.call(
+                    address, m.AskStatus(), 1e3 * min(deadline.left_s, 2.0)
+                )
+            except KVStoreError:
+                return None
+            return answer
+
+        async def ask_all() -> list[m.Status | None]:
+            return list(await asyncio.gather(*(ask(member.address) for member in view.members)))
+
+        found = self._run(ask_all(), deadline.left_s)
+        return {m.name: status for m, status in zip(view.members, found, strict=True)}
+
+    def change(self, message: m.Drain | m.Join, *, timeout_s: float | None = None) -> None:
+        """Drains a member, or lets it join again. `InvalidArgument`, `Unavailable`."""
+        deadline = self._deadline(timeout_s)
+        view = self._run(self.router.refresh(), deadline.left_s)
+        error: KVStoreError = Unavailable("no node of the cluster answers")
+        for member in view.members:
+            try:
+                asking = self._world.call(member.address, message, 1e3 * deadline.left_s)
+                self._run(asking, deadline.left_s)
+            except (Unavailable, DeadlineExceeded) as found:
+                error = found
+                continue
+            return
+        raise error
+
+    def close(self) -> None:
+        """See `Session.close`: when it returns no node writes to this client's memory any more."""
+        if self._closed:
+            return
+        self._closed = True
+        if hasattr(self, "router"):
+            self._finish(self.router.close())
+            self._finish(self._world.close())
+        self._ring.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._copies.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- inside ------------------------------------------------------------------------
+
+    def _advise(
+        self, namespace: NamespaceHandle, chain: c.U8, hint: Hint, deadline: Deadline
+    ) -> None:
+        """Advice beside a match or a put: where it is not taken, nothing is lost."""
+        try:
+            self.hint(namespace, chain, hint, timeout_s=max(deadline.left_s, 1e-3))
+        except (Unavailable, DeadlineExceeded):
+            return
+
+    def _ask_all(self, message: Any, deadline: Deadline) -> list[Any]:
+        view = self._run(self.router.refresh(), deadline.left_s)
+        answers = []
+        for member in view.members:
+            try:
+                asking = self.router.call(member, message, 1e3 * min(deadline.left_s, 1.0))
+                answers.append(self._run(asking, deadline.left_s))
+            except (Unavailable, DeadlineExceeded):
+                continue
+        if not answers:
+            raise Unavailable("no node of the cluster answers")
+        return answers
+
+    def _deadline(self, timeout_s: float | None) -> Deadline:
+        return Deadline(self._timeout_s if timeout_s is None else timeout_s)
+
+    def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        if self._closed:
+            work.close()
+            raise Unavailable("the session is closed")
+        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return running.result(max(timeout_s, 1e-3) + _SLACK_S)
+        except TimeoutError:
+            running.cancel()
+            raise DeadlineExceeded(f"no answer within {timeout_s:.3f} s") from None
+        finally:
+            if self._ring.has_old:
+                self._ring.sweep()
+
+    def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(30.0)
+
+
+def _rank(report: BlockReport) -> tuple[int, float]:
+    return _RANK.get(report.status, int(report.status)), report.when or 0.0

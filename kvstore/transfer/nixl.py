@@ -1,0 +1,442 @@
+"""NIXL over UCX: reads and writes of another process's memory over RDMA, and writes over TCP.
+
+What NIXL 1.5.1 and its UCX were seen to do decides how they are used here:
+
+- A transfer that is released, and whose remote is removed, goes on: bytes land until the agent is
+  destroyed. So every remote has a NIXL agent of its own.
+- Between processes of one host, UCX writes to the other's memory through the kernel (cma), which
+  the other cannot refuse, whatever it destroys. Through a queue in shared memory, destroying an
+  agent waits for a peer that is stopped. So neither is used: only RDMA and TCP are.
+- Over TCP a process aborts when a peer disappears that was reading from it. So reads are refused
+  there. A destroyed agent takes no write; an agent that lives takes writes to any address, so
+  its port must be reachable for trusted hosts alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+import secrets
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+
+from kvstore import limits
+from kvstore.errors import DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
+from kvstore.transfer import description as descriptions
+from kvstore.transfer.base import U64, Bytes1D, Pieces, TransferFailed
+from kvstore.transfer.registered import Regions, Registered, checked, merged
+
+KIND = "nixl"
+_WHEELS = ("nixl_cu13", "nixl_cu12")
+_NEVER = "^cma,xpmem,knem,sysv,posix"
+_PROGRESS_US = 1000  # of the passive side's thread: how long it sleeps where nothing wakes it
+_SPIN_S = 0.002
+_NAP_S = 50e-6
+_BODY = struct.Struct("<BxHIQ")  # RDMA?, regions, 0, address of the probe; then regions, metadata
+_PROBE_BYTES = 8
+
+_creating = threading.Lock()
+
+
+class _Native(Protocol):
+    """What is used of `nixlAgent` in NIXL's bindings."""
+
+    def createBackend(self, name: str, parameters: dict[str, str]) -> int: ...  # noqa: N802
+    def registerMem(self, descriptors: object, backends: list[int]) -> None: ...  # noqa: N802
+    def getLocalMD(self) -> bytes: ...  # noqa: N802
+    def loadRemoteMD(self, metadata: bytes) -> bytes | str: ...  # noqa: N802
+    def createXferReq(  # noqa: N802, PLR0917
+        self,
+        operation: object,
+        local: object,
+        remote: object,
+        peer: bytes | str,
+        notification: bytes,
+        backends: list[int],
+    ) -> int: ...
+    def postXferReq(self, handle: int, notification: bytes) -> object: ...  # noqa: N802
+    def getXferStatus(self, handle: int) -> object: ...  # noqa: N802
+    def releaseXferReq(self, handle: int) -> None: ...  # noqa: N802
+
+
+class _Config(Protocol):
+    useProgThread: bool  # noqa: N815
+    useListenThread: bool  # noqa: N815
+    syncMode: object  # noqa: N815
+    pthrDelay: int  # noqa: N815
+
+
+class _Lists(Protocol):
+    def __call__(self, memory: object, rows: object) -> object: ...
+
+
+class _Bindings(Protocol):
+    """What is used of NIXL's bindings. Its Python layer has no way to set `pthrDelay`, and with
+    the value that it sets a thread looks for work without a pause."""
+
+    DRAM_SEG: object
+    NIXL_READ: object
+    NIXL_WRITE: object
+    NIXL_SUCCESS: object
+    NIXL_IN_PROG: object
+    NIXL_THREAD_SYNC_STRICT: object
+    nixlXferDList: _Lists  # noqa: N815
+    nixlRegDList: _Lists  # noqa: N815
+
+    def nixlAgentConfig(self) -> _Config: ...  # noqa: N802
+    def nixlAgent(self, name: str, config: _Config) -> _Native: ...  # noqa: N802
+
+
+def load() -> _Bindings:
+    """NIXL's bindings of the wheel that is installed; `Unavailable`."""
+    problems = []
+    # The wheels bring a libnl of their own. Where the host has one too, a process ends in a
+    # segmentation fault, unless the host's was loaded first.
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libnl-route-3.so.200")
+    for wheel in _WHEELS:
+        try:
+            # Its __init__ says where NIXL looks for its plugins.
+            importlib.import_module(wheel)
+            return cast(_Bindings, importlib.import_module(f"{wheel}._bindings"))
+        except ImportError as error:
+            problems.append(f"{wheel}: {error}")
+    raise Unavailable(f"no NIXL: pip install nixl-cu13 or nixl-cu12 ({'; '.join(problems)})")
+
+
+def has_rdma() -> bool:
+    """Whether this host has an RDMA device."""
+    folder = Path("/sys/class/infiniband")
+    return folder.is_dir() and any(folder.iterdir())
+
+
+class NixlAgent:
+    """A NIXL agent: see `kvstore.transfer.base.Agent`.
+
+    name: for logs. reads: whether remotes of this agent may read over TCP too, although a peer then
+    aborts where this process dies or closes in the middle of it; over RDMA they always may.
+    """
+
+    kind = KIND
+
+    def __init__(self, name: str, *, reads: bool = False) -> None:
+        self._bindings = load()
+        self._name, self._rdma = name, has_rdma()
+        self._reads = reads or self._rdma
+        self._registered = Registered()
+        self._lock = threading.Lock()
+        self._fixed = self._closed = False
+        self._passive: _Engine | None = None
+        self._remotes: set[NixlRemote] = set()
+
+    def register(self, memory: Bytes1D) -> None:
+        """See `Agent`."""
+        with self._lock:
+            if self._fixed or self._closed:
+                raise InvalidArgument("memory", "is registered before describe and connect only")
+            self._registered.add(memory)
+
+    def describe(self) -> bytes:
+        """See `Agent`. From now on others can reach this process."""
+        with self._lock:
+            self._usable()
+            if self._passive is None:
+                self._passive = self._engine(passive=True)
+            engine, ranges = self._passive, self._registered.regions.ranges
+            head = _BODY.pack(self._rdma, len(ranges), 0, engine.probe.ctypes.data)
+            table = np.array(ranges, "<u8").tobytes()
+            return descriptions.pack(KIND, head + table + engine.metadata())
+
+    def connect(self, description: bytes, timeout_s: float) -> NixlRemote:
+        """See `Agent`. Writes a few bytes to memory of the other agent's own."""
+        deadline = time.monotonic() + timeout_s
+        rdma, probe, regions, metadata = _opened(descriptions.unpack(KIND, description))
+        with self._lock:
+            self._usable()
+            if rdma != self._rdma:
+                raise TransferFailed("one of the two hosts has RDMA devices and the other has none")
+            remote = NixlRemote(
+                self._engine(passive=False), self._registered.regions, regions, self._reads
+            )
+            self._remotes.add(remote)
+        try:
+            remote.open(metadata, probe, max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            remote.close()
+            raise
+        return remote
+
+    def close(self) -> None:
+        """See `Agent`."""
+        with self._lock:
+            self._closed = True
+            remotes, self._remotes = self._remotes, set()
+            passive, self._passive = self._passive, None
+        if passive:
+            passive.destroy()
+        for remote in remotes:
+            remote.close()
+
+    def _usable(self) -> None:
+        if self._closed:
+            raise TransferFailed("this agent is closed")
+        self._fixed = True
+        self._remotes = {remote for remote in self._remotes if not remote.closed}
+
+    def _engine(self, *, passive: bool) -> _Engine:
+        ranges = self._registered.regions.ranges
+        return _Engine(self._bindings, self._name, ranges, passive=passive, rdma=self._rdma)
+
+
+class NixlRemote:
+    """Another process's memory: see `kvstore.transfer.base.Remote`. Made by `NixlAgent`."""
+
+    def __init__(self, engine: _Engine, local: Regions, remote: Regions, reads: bool) -> None:
+        self._engine, self._local, self._remote, self._reads = engine, local, remote, reads
+        self._peer: bytes | str = ""
+        self._changed = threading.Condition()
+        self._calls = 0
+        self._ending = self._broken = False
+        self.closed = False
+        self._unsettled: list[int] = []  # transfers that did not end well: they may yet go on
+
+    def open(self, metadata: bytes, probe: int, timeout_s: float) -> None:
+        """Reaches the other process: `TransferFailed`, `ProtocolError`, `DeadlineExceeded`."""
+        with self._call():
+            self._peer = self._engine.load(metadata)
+            one = np.array([self._engine.probe.ctypes.data], np.uint64)
+            there, size = np.array([probe], np.uint64), np.array([_PROBE_BYTES], np.uint64)
+            self._move(Pieces(one, there, size), timeout_s, read=False)
+
+    def read(self, pieces: Pieces, timeout_s: float) -> None:
+        """See `Remote`. `TransferFailed` over TCP, unless the agent was told otherwise."""
+        if not self._reads:
+            raise TransferFailed(
+                "NIXL's reads over TCP can abort the other process: transfer by grpc, or use RDMA"
+            )
+        self._run(pieces, timeout_s, read=True)
+
+    def write(self, pieces: Pieces, timeout_s: float) -> None:
+        """See `Remote`."""
+        self._run(pieces, timeout_s, read=False)
+
+    def close(self) -> None:
+        """See `Remote`. Destroys the NIXL agent that it has to itself."""
+        with self._changed:
+            self._ending = True
+            if not self._changed.wait_for(lambda: not self._calls, limits.TRANSFER_CLOSE_S):
+                raise TransferFailed("a transfer does not end: its memory stays in use")
+            if not self.closed:
+                for handle in self._unsettled:
+                    self._engine.abort(handle)
+                self._engine.destroy()
+                self.closed = True
+
+    def _run(self, pieces: Pieces, timeout_s: float, *, read: bool) -> None:
+        wanted = checked(pieces)
+        if self._local.find(wanted.local, wanted.nbytes) is None:
+            raise InvalidArgument("pieces.local", "lies outside of the memory registered here")
+        if self._remote.find(wanted.remote, wanted.nbytes) is None:
+            raise TransferFailed("the other process has not registered all of that memory")
+        if not len(wanted.nbytes):
+            return
+        with self._call():
+            self._move(self._fewest(wanted), timeout_s, read=read)
+
+    def _fewest(self, pieces: Pieces) -> Pieces:
+        fewer = merged(pieces)
+        # Memories that were registered one by one may be neighbours by chance.
+        apart = (
+            self._local.find(fewer.local, fewer.nbytes) is None
+            or self._remote.find(fewer.remote, fewer.nbytes) is None
+        )
+        return pieces if apart else fewer
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        with self._changed:
+            if self._ending or self._broken:
+                raise TransferFailed("this connection has failed or ended: connect again")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def _move(self, pieces: Pieces, timeout_s: float, *, read: bool) -> None:
+        begin = time.monotonic()
+        handle, settled = self._engine.request(pieces, self._peer, read=read), False
+        try:
+            done = self._engine.post(handle)
+            while not done:
+                spent = time.monotonic() - begin
+                if spent > timeout_s:
+                    raise DeadlineExceeded(f"{pieces.total} bytes took more than {timeout_s:g} s")
+                if self._ending:
+                    raise TransferFailed("the connection was closed")
+                if spent > _SPIN_S:
+                    time.sleep(_NAP_S)
+                done = self._engine.done(handle)
+            self._engine.release(handle)
+            settled = True
+        finally:
+            if not settled:
+                with self._changed:
+                    self._broken = True
+                    self._unsettled.append(handle)
+
+
+class _Engine:
+    """One agent of NIXL with a UCX worker. What it transfers ends when it is destroyed.
+
+    passive: whether a thread answers to others; else `post` and `done` alone make progress.
+    """
+
+    def __init__(
+        self,
+        bindings: _Bindings,
+        name: str,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        passive: bool,
+        rdma: bool,
+    ) -> None:
+        self._bindings = bindings
+        self._errors = _errors(bindings)
+        self.probe = np.zeros(_PROBE_BYTES, np.uint8)
+        config = bindings.nixlAgentConfig()
+        config.useProgThread, config.useListenThread = passive, False
+        config.syncMode, config.pthrDelay = bindings.NIXL_THREAD_SYNC_STRICT, _PROGRESS_US
+        regions = [*ranges, (self.probe.ctypes.data, self.probe.nbytes)]
+        rows = [(address, nbytes, 0, "") for address, nbytes in regions]
+        with self._failing("NIXL does not start or does not take the memory"):
+            agent = bindings.nixlAgent(f"{name}-{secrets.token_hex(8)}", config)
+            with _ucx_environment(f"{_NEVER},tcp" if rdma else _NEVER):
+                backend = agent.createBackend("UCX", {})
+            agent.registerMem(bindings.nixlRegDList(bindings.DRAM_SEG, rows), [backend])
+        self._agent: _Native | None = agent
+
+    def metadata(self) -> bytes:
+        """What another agent of NIXL loads."""
+        with self._failing("NIXL has no metadata"):
+            return self._own().getLocalMD()
+
+    def load(self, metadata: bytes) -> bytes | str:
+        """Adds another agent, and returns its name. `ProtocolError`, `TransferFailed`."""
+        try:
+            return self._own().loadRemoteMD(metadata)
+        except self._errors as error:
+            if type(error).__name__ in ("nixlBackendError", "nixlRemoteDisconnectError"):
+                raise TransferFailed(f"the other process cannot be reached: {error}") from None
+            raise ProtocolError(f"NIXL does not understand the other's metadata: {error}") from None
+
+    def request(self, pieces: Pieces, peer: bytes | str, *, read: bool) -> int:
+        """Makes a transfer."""
+        operation = self._bindings.NIXL_READ if read else self._bindings.NIXL_WRITE
+        local = self._descriptors(pieces.local, pieces.nbytes)
+        remote = self._descriptors(pieces.remote, pieces.nbytes)
+        with self._failing("NIXL refuses the transfer"):
+            return self._own().createXferReq(operation, local, remote, peer, b"", [])
+
+    def post(self, handle: int) -> bool:
+        """Begins a transfer; whether it is done."""
+        with self._failing("the other process is gone, or refused"):
+            return self._is_done(self._own().postXferReq(handle, b""))
+
+    def done(self, handle: int) -> bool:
+        """Goes on with a transfer; whether it is done."""
+        with self._failing("the other process is gone, or refused"):
+            return self._is_done(self._own().getXferStatus(handle))
+
+    def release(self, handle: int) -> None:
+        """Forgets a transfer that is done."""
+        with self._failing("NIXL does not release a transfer"):
+            self._own().releaseXferReq(handle)
+
+    def abort(self, handle: int) -> None:
+        """Forgets a transfer that is not; it may go on until `destroy`."""
+        # What cannot be released is destroyed with the agent.
+        with contextlib.suppress(*self._errors):
+            self._own().releaseXferReq(handle)
+
+    def destroy(self) -> None:
+        """Ends all transfers, of this process and of others. `TransferFailed` where it may not."""
+        agent, self._agent = self._agent, None
+        # NIXL's own end is that of the last reference: this one, and the argument's.
+        if agent is not None and sys.getrefcount(agent) > 2:
+            raise TransferFailed("somebody else holds the NIXL agent: its memory stays in use")
+
+    def _own(self) -> _Native:
+        if self._agent is None:
+            raise TransferFailed("this agent is closed")
+        return self._agent
+
+    def _is_done(self, status: object) -> bool:
+        if status not in (self._bindings.NIXL_SUCCESS, self._bindings.NIXL_IN_PROG):
+            raise TransferFailed(f"NIXL's transfer failed: {status}")
+        return status == self._bindings.NIXL_SUCCESS
+
+    def _descriptors(self, addresses: U64, nbytes: U64) -> object:
+        rows = np.zeros((len(addresses), 3), np.uint64)
+        rows[:, 0], rows[:, 1] = addresses, nbytes
+        return self._bindings.nixlXferDList(self._bindings.DRAM_SEG, rows)
+
+    @contextlib.contextmanager
+    def _failing(self, words: str) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            raise TransferFailed(f"{words}: {error}") from None
+
+
+def _errors(bindings: _Bindings) -> tuple[type[Exception], ...]:
+    return tuple(
+        each
+        for name, each in vars(bindings).items()
+        if name.endswith("Error") and isinstance(each, type) and issubclass(each, Exception)
+    )
+
+
+def _opened(body: bytes) -> tuple[bool, int, Regions, bytes]:
+    """RDMA?, the probe's address, the regions and NIXL's metadata."""
+    if len(body) < _BODY.size:
+        raise ProtocolError("a NIXL agent's description is too short")
+    rdma, n, _, probe = _BODY.unpack_from(body)
+    end = _BODY.size + 16 * n
+    if n > limits.MAX_AGENT_REGIONS or len(body) <= end:
+        raise ProtocolError("a NIXL agent's description is too short")
+    table = np.frombuffer(body, "<u8", 2 * n, _BODY.size).reshape(-1, 2)
+    try:
+        regions = Regions([(int(address), int(nbytes)) for address, nbytes in table])
+    except InvalidArgument:
+        raise ProtocolError("a NIXL agent's memories overlap") from None
+    return bool(rdma), probe, regions, body[end:]
+
+
+@contextlib.contextmanager
+def _ucx_environment(transports: str) -> Iterator[None]:
+    """UCX reads its settings when a backend is made, and from the environment alone where a list
+    is meant. What others in this process want of it is left as it is."""
+    wanted = {"UCX_TLS": transports, "UCX_LOG_LEVEL": os.environ.get("UCX_LOG_LEVEL", "error")}
+    with _creating:
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

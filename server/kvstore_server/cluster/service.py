@@ -1,0 +1,136 @@
+"""The gRPC side of a node: who may ask, sessions on streams, and handlers that nobody can break."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import grpc
+import structlog
+
+from kvstore.cluster.answers import failed
+from kvstore.cluster.messages import CODEC, Hello, Welcomed
+from kvstore.cluster.node import Node
+from kvstore.errors import KVStoreError, ProtocolError
+from kvstore_proto.cluster.pipes import StreamPipe, Streams
+from kvstore_proto.cluster.rpc import ATTACH, AUTHORIZATION, CALL, OPTIONS, SERVICE, Tls
+
+log = structlog.get_logger()
+_MOST_CALLS = 512  # that run at one time
+_GREETING_S = 5.0
+_NO_TOKEN = (grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+
+
+class PeerService:
+    """Serves a node at an address. tokens: of nodes and of clients."""
+
+    def __init__(self, node: Node, *, node_token: str, client_token: str, streams: Streams) -> None:
+        self._node, self._streams = node, streams
+        self._tokens = {True: f"Bearer {node_token}", False: f"Bearer {client_token}"}
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=_MOST_CALLS)
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            CALL: grpc.unary_unary_rpc_method_handler(self._call),
+            ATTACH: grpc.stream_stream_rpc_method_handler(self._attach),
+        }
+        generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        self._server.add_generic_rpc_handlers((generic,))
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def start(self, address: str, tls: Tls | None) -> int:
+        """Binds and serves; the port. OSError-like `RuntimeError` where it cannot be had."""
+        if tls:
+            port = self._server.add_secure_port(address, tls.server())
+        else:
+            port = self._server.add_insecure_port(address)
+        await self._server.start()
+        return int(port)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more calls, and lets those that run end for so long."""
+        await self._server.stop(grace_s)
+        if self._running:
+            await asyncio.wait(list(self._running), timeout=grace_s)
+
+    async def _who(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> bool:
+        """Whether a node asks; ends the call of whoever is neither node nor client."""
+        shown = ""
+        for key, value in context.invocation_metadata() or ():
+            if key == AUTHORIZATION:
+                shown = str(value)
+        for is_node, token in self._tokens.items():
+            if hmac.compare_digest(shown.encode(), token.encode()):
+                return is_node
+        await context.abort(*_NO_TOKEN)
+        raise AssertionError("abort raises")
+
+    async def _call(self, frame: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        is_node = await self._who(context)
+        try:
+            message = CODEC.decode_frame(frame)
+        except KVStoreError as error:
+            return CODEC.encode(failed(error))
+        # A caller that gives up must not end what holds leases and slots in the middle.
+        return await asyncio.shield(self._keep(self._answer(message, is_node)))
+
+    async def _answer(self, message: Any, is_node: bool) -> bytes:
+        try:
+            return CODEC.encode(await self._node.handle(message, is_node=is_node))
+        except KVStoreError as error:
+            return CODEC.encode(failed(error))
+        except Exception:
+            log.exception("a handler failed", message=type(message).__name__)
+            unknown = KVStoreError(f"{type(message).__name__} failed at the node: see its log")
+            return CODEC.encode(failed(unknown))
+
+    async def _attach(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        is_node = await self._who(context)
+        pipe = StreamPipe(context.write)
+        pipe.follow(_quietly(requests))
+        welcomed: Welcomed | None = None
+        try:
+            welcomed = await self._welcome(pipe, is_node)
+            if welcomed:
+                await pipe.over()
+        finally:
+            pipe.end()
+            if welcomed:
+                self._keep(self._node.ended(welcomed.session))
+
+    async def _welcome(self, pipe: StreamPipe, is_node: bool) -> Welcomed | None:
+        """Begins the session that a stream asks for; None where it says why not."""
+        try:
+            async with asyncio.timeout(_GREETING_S):
+                hello = CODEC.decode_frame(await pipe.greeting)
+            if not isinstance(hello, Hello):
+                raise ProtocolError("a session begins with Hello")
+            if hello.agent:
+                self._streams.book.add(hello.agent, pipe)
+            else:
+                self._streams.serve(pipe)
+            welcomed = await self._node.hello(hello, is_node=is_node)
+        except (TimeoutError, asyncio.CancelledError):
+            return None  # nobody asked
+        except KVStoreError as error:
+            await pipe.greet(CODEC.encode(failed(error)))
+            return None
+        await pipe.greet(CODEC.encode(welcomed))
+        return welcomed
+
+    def _keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Runs to its end, whoever waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+
+async def _quietly(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A stream that the other side breaks off is over like any other."""
+    with contextlib.suppress(grpc.RpcError):
+        async for frame in frames:
+            yield frame

@@ -1,0 +1,125 @@
+"""`NodeStore` over the same-host channel: the daemon's store, its pool mapped here."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore.block import cell_checksums
+from kvstore.errors import InvalidArgument, Unavailable
+from kvstore.layout import Layout
+from kvstore.session.channel import ChannelLink
+from kvstore.session.copies import in_parallel
+from kvstore.session.parts import part_of
+
+_WAITERS = 4  # calls that may wait for the disks at one time; each needs a connection of its own
+_WAITING = (c.Fetch, c.Persist, c.Drop)
+_HASH_S = 60.0
+
+
+class ChannelNodeStore:
+    """The store of the daemon at `path`; everything it holds goes back when this process ends.
+
+    `Unavailable` where no daemon answers, `InvalidArgument` where this process may not write the
+    pool.
+    """
+
+    def __init__(self, path: str, *, timeout_s: float) -> None:
+        self._link = ChannelLink(path, timeout_s)
+        if not self._link.writes_pool:
+            self._link.close()
+            raise InvalidArgument(
+                "trust", "a node of a cluster writes the pool itself: run the daemon with direct"
+            )
+        self._path, self._timeout_s = path, timeout_s
+        self._memory = self._link.memory(timeout_s)
+        self._calls = ThreadPoolExecutor(1, "kvstore-node-call")
+        self._hashes = ThreadPoolExecutor(1, "kvstore-node-hash")
+        self._waits = ThreadPoolExecutor(_WAITERS, "kvstore-node-wait")
+        self._idle: list[ChannelLink] = []
+
+    @property
+    def pool(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The pool's memory."""
+        return self._memory.pool
+
+    @property
+    def instance(self) -> int:
+        """See `NodeStore.instance`."""
+        return self._memory.instance
+
+    async def command(self, command: c.Command, timeout_ms: float) -> Any:
+        """See `NodeStore.command`."""
+        loop = asyncio.get_running_loop()
+        timeout_s = max(timeout_ms / 1e3, 1e-3)
+        if isinstance(command, _WAITING):
+            # Not with the rest: while a call waits, its connection serves no other.
+            return await loop.run_in_executor(self._waits, self._wait, command, timeout_s)
+        call = functools.partial(self._link.call, command, timeout_s)
+        return await loop.run_in_executor(self._calls, call)
+
+    def _wait(self, command: c.Command, timeout_s: float) -> Any:
+        link = self._idle.pop() if self._idle else ChannelLink(self._path, self._timeout_s)
+        try:
+            result = link.call(command, timeout_s)
+        except Unavailable:
+            link.close()
+            raise
+        except BaseException:
+            self._give(link)
+            raise
+        self._give(link)
+        return result
+
+    def _give(self, link: ChannelLink) -> None:
+        if link.closed:
+            link.close()
+        else:
+            self._idle.append(link)
+
+    def look(self, namespace: int, hashes: c.U8) -> c.U8:
+        """See `NodeStore.look`."""
+        if not len(hashes):
+            return np.empty(0, np.uint8)
+        memory = self._link.memory(self._timeout_s)
+        return memory.index.lookup(namespace, hashes).tiers.copy()
+
+    def addresses(self, layout: Layout, granules: c.U32) -> c.U64:
+        """See `NodeStore.addresses`."""
+        return np.array(self._memory.payload_addresses(layout, granules), np.uint64)
+
+    def headers(self, layout: Layout, granules: c.U32) -> c.U8:
+        """See `NodeStore.headers`."""
+        rows = [self._memory.header(layout, granule) for granule in granules.tolist()]
+        return np.array(rows, np.uint8)
+
+    async def sums(self, layout: Layout, granules: c.U32) -> c.U64:
+        """See `NodeStore.sums`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._hashes, self._sums, layout, granules)
+
+    def _sums(self, layout: Layout, granules: c.U32) -> c.U64:
+        sums = np.empty((len(granules), layout.n_cells), np.uint64)
+        bounds = part_of(layout).bounds
+
+        def hash_one(row: int, granule: int) -> None:
+            sums[row] = cell_checksums(self._memory.payload(layout, granule), bounds)
+
+        pieces = list(enumerate(granules.tolist()))
+        if pieces:
+            nbytes = len(pieces) * layout.block_bytes
+            in_parallel(hash_one, pieces, nbytes, time.monotonic() + _HASH_S)
+        return sums
+
+    def close(self) -> None:
+        """Ends the connections; nothing may move from or to the pool any more."""
+        for pool in (self._calls, self._hashes, self._waits):
+            pool.shutdown(cancel_futures=True)
+        for link in (*self._idle, self._link):
+            link.close()

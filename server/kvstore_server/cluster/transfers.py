@@ -1,0 +1,73 @@
+"""`Transfers` over an agent: its calls block, so each is made on a worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+from kvstore.errors import InvalidArgument
+from kvstore.transfer.base import Agent, Bytes1D, Pieces, Remote
+
+_THREADS = 4
+
+
+class AgentTransfers:
+    """agent: not yet described. pool: registered with it here, whole."""
+
+    def __init__(self, agent: Agent, pool: Bytes1D) -> None:
+        self._agent = agent
+        agent.register(pool)
+        self._description = agent.describe()
+        self._threads = ThreadPoolExecutor(_THREADS, "kvstore-transfer")
+        # Not with the others: what hangs there is ended by a close.
+        self._closes = ThreadPoolExecutor(_THREADS, "kvstore-transfer-end")
+
+    @property
+    def kind(self) -> str:
+        """See `Transfers.kind`."""
+        return self._agent.kind
+
+    def describe(self) -> bytes:
+        """See `Transfers.describe`."""
+        return self._description
+
+    async def connect(self, kind: str, agent: bytes, timeout_ms: float) -> AgentMemory:
+        """See `Transfers.connect`."""
+        if kind != self.kind:
+            raise InvalidArgument(
+                "transfer", f"this node transfers by {self.kind}, the other side by {kind}"
+            )
+        loop = asyncio.get_running_loop()
+        connect = functools.partial(self._agent.connect, agent, timeout_ms / 1e3)
+        remote = await loop.run_in_executor(self._threads, connect)
+        return AgentMemory(remote, self._threads, self._closes)
+
+    def close(self) -> None:
+        """Ends the agent: no byte of the pool moves any more."""
+        self._agent.close()
+        self._threads.shutdown()
+        self._closes.shutdown()
+
+
+class AgentMemory:
+    """`Memory` of a remote."""
+
+    def __init__(
+        self, remote: Remote, threads: ThreadPoolExecutor, closes: ThreadPoolExecutor
+    ) -> None:
+        self._remote, self._threads, self._closes = remote, threads, closes
+
+    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
+        """See `Memory.read`."""
+        read = functools.partial(self._remote.read, pieces, timeout_ms / 1e3)
+        await asyncio.get_running_loop().run_in_executor(self._threads, read)
+
+    async def write(self, pieces: Pieces, timeout_ms: float) -> None:
+        """See `Memory.write`."""
+        write = functools.partial(self._remote.write, pieces, timeout_ms / 1e3)
+        await asyncio.get_running_loop().run_in_executor(self._threads, write)
+
+    async def close(self) -> None:
+        """See `Memory.close`."""
+        await asyncio.get_running_loop().run_in_executor(self._closes, self._remote.close)

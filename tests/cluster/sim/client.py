@@ -1,0 +1,282 @@
+"""A client process: a `Router`, a landing ring, and calls whose outcomes the truth is told."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import numpy.typing as npt
+from cluster.sim.history import SPACES, Bytes1D, Name, Truth, keys, payload
+from cluster.sim.loop import Loop
+from cluster.sim.network import Network
+from cluster.sim.transfers import Fabric, SimAgent
+from cluster.sim.world import SimWorld
+
+from kvstore import commands as c
+from kvstore.block import cell_checksums, unpack
+from kvstore.cluster.placement import place_of, places_of, segment_blocks
+from kvstore.cluster.router import ClusterSpace, Puts, Router, RouterPolicy
+from kvstore.errors import Corrupted, KVStoreError, ProtocolError
+from kvstore.session.parts import part_of
+
+_SLOT = 4096
+_NO_CELLS = np.empty(0, np.uint32)
+
+
+class SimRing:
+    """See `kvstore.cluster.router.ClientMemory`: a landing ring and a place to put from.
+
+    Every entry has a number that changes whenever it is given back, so that a byte which lands for
+    a get of an earlier number is seen.
+    """
+
+    def __init__(self, world: SimWorld, slots: int) -> None:
+        self._world, self._slots = world, slots
+        self.generation = 0
+        self.remade = 0
+        self._making = False
+        self.sources = np.zeros(slots * _SLOT, np.uint8)
+        self._sources_at = world.space.add(self.sources)
+        self._next_source = 0
+        self._make()
+
+    def _make(self) -> None:
+        self.agent: SimAgent = self._world.agent()
+        self.landing = np.zeros(self._slots * _SLOT, np.uint8)
+        at = self._landing_at = self._world.space.add(self.landing)
+        for memory in (self.landing, self.sources):
+            self.agent.register(memory)
+        self._free = list(range(self._slots))
+        self._lost = 0
+        numbers = self._numbers = [0] * self._slots
+        self.agent.guard = lambda address: numbers[(address - at) // _SLOT]
+        self.generation += 1
+
+    @property
+    def kind(self) -> str:
+        """See `ClientMemory.kind`."""
+        return self.agent.kind
+
+    def describe(self) -> bytes:
+        """See `ClientMemory.describe`."""
+        return self.agent.describe()
+
+    def take(self, blocks: int, nbytes: int) -> c.U64 | None:
+        """See `ClientMemory.take`."""
+        assert nbytes <= _SLOT
+        if len(self._free) < blocks:
+            self._remake_soon()
+            return None
+        taken = [self._free.pop(0) for _ in range(blocks)]
+        return np.array([self._landing_at + slot * _SLOT for slot in taken], np.uint64)
+
+    def give(self, addresses: c.U64) -> None:
+        """See `ClientMemory.give`."""
+        for slot in self._slots_of(addresses):
+            self._numbers[slot] += 1
+            self._free.append(slot)
+
+    def lose(self, addresses: c.U64) -> None:
+        """See `ClientMemory.lose`."""
+        self._lost += len(self._slots_of(addresses))
+        if self._lost > self._slots // 4:
+            self._remake_soon()
+
+    def _slots_of(self, addresses: c.U64) -> list[int]:
+        """Those of the present ring: an earlier one is gone as a whole."""
+        slots = [(int(address) - self._landing_at) // _SLOT for address in addresses]
+        return [slot for slot in slots if 0 <= slot < self._slots]
+
+    def _remake_soon(self) -> None:
+        if not self._making and self._lost:
+            self._making = True
+            self._world.spawn(self._remake())
+
+    async def _remake(self) -> None:
+        """Revokes the ring, and makes another one."""
+        try:
+            await self.agent.close()
+            self._make()
+            self.remade += 1
+        finally:
+            self._making = False
+
+    def at(self, address: int, nbytes: int) -> Bytes1D:
+        """Bytes of the ring."""
+        return self._world.space.at(address, nbytes)
+
+    def source(self, data: Bytes1D) -> int:
+        """Puts bytes where nodes can read them; what was there before is overwritten."""
+        slot = self._next_source = (self._next_source + 1) % self._slots
+        self.sources[slot * _SLOT : slot * _SLOT + data.size] = data
+        return self._sources_at + slot * _SLOT
+
+
+def places(space: int, chain: int, first: int, n: int) -> c.U64:
+    """The places of neighbours in a chain."""
+    segment = segment_blocks(SPACES[space][1].block_tokens)
+    head = place_of(keys(space, chain, first // segment * segment, 1)[0].tobytes())
+    return places_of(
+        keys(space, chain, first, n), position=first, segment=segment, first_place=head
+    )
+
+
+class SimClient:
+    """One process and its calls. What it is told is checked against the truth at once."""
+
+    def __init__(
+        self,
+        network: Network,
+        fabric: Fabric,
+        name: str,
+        *,
+        number: int,
+        rng: random.Random,
+        seeds: list[str],
+        truth: Truth,
+        slots: int = 16,
+        policy: RouterPolicy | None = None,
+    ) -> None:
+        self.loop: Loop = network.loop
+        self.world = SimWorld(network, fabric, name, number=number, rng=rng)
+        self.process = self.world.process
+        self.truth = truth
+        self.ring = SimRing(self.world, slots)
+        self.router = Router(self.world, self.ring, seeds, policy)
+        self._spaces: dict[int, ClusterSpace] = {}
+        self.world.spawn(self.router.run())
+
+    async def _space(self, number: int) -> ClusterSpace:
+        if number not in self._spaces:
+            self._spaces[number] = await self.router.open(*SPACES[number])
+        return self._spaces[number]
+
+    async def put(
+        self,
+        space: int,
+        chain: int,
+        first: int,
+        n: int,
+        *,
+        copies: int,
+        persist: bool = False,
+        ttl_ms: int = 0,
+        timeout_ms: float = 2000.0,
+    ) -> int:
+        """Puts neighbours of a chain; how many are on `copies` nodes."""
+        now, truth = self.loop.now, self.truth
+        names: list[Name] = [(space, chain, first + i) for i in range(n)]
+        numbers = [truth.begin_put(name, now, ttl_ms) for name in names]
+        layout = SPACES[space][1]
+        sources = [payload(space, number) for number in numbers]
+        found = np.zeros(n, np.uint8)
+        try:
+            opened = await self._space(space)
+            puts = Puts(
+                hashes=keys(space, chain, first, n),
+                addresses=np.array([self.ring.source(data) for data in sources], np.uint64),
+                checksums=np.array(
+                    [cell_checksums(data, layout.cell_bounds) for data in sources], np.uint64
+                ),
+                places=places(space, chain, first, n),
+                parent=keys(space, chain, first - 1, 1).tobytes() if first else b"",
+                position=first,
+                ttl_ms=ttl_ms,
+                copies=copies,
+                persist=persist,
+            )
+            outcome = await self.router.put(opened, puts, timeout_ms)
+            found = outcome.copies
+        except KVStoreError as error:
+            self.loop.say(f"{self.world.name}: put of {names[0]}+{n}: {error!r}")
+        for number, on in zip(numbers, found.tolist(), strict=True):
+            truth.end_put(number, self.loop.now, on)
+        self.loop.say(
+            f"{self.world.name}: put {names[0]} as {numbers} for {ttl_ms}: {found.tolist()}"
+        )
+        return int(np.count_nonzero(found >= copies))
+
+    async def get(
+        self,
+        space: int,
+        chain: int,
+        first: int,
+        n: int,
+        *,
+        cells: bool = False,
+        timeout_ms: float = 1500.0,
+    ) -> list[int | None]:
+        """Gets neighbours of a chain; the number of the put that each block is of, None for a miss.
+
+        cells: only the first cell of each, of a layout that has several.
+        """
+        began, layout = self.loop.now, SPACES[space][1]
+        some = np.array([0], np.uint32) if cells and layout.n_cells > 1 else _NO_CELLS
+        part = part_of(layout, some)
+        got: dict[int, Bytes1D] = {}
+        hashes = keys(space, chain, first, n)
+
+        async def accept(
+            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
+        ) -> npt.NDArray[np.bool_]:
+            copied = [self.ring.at(int(at), part.nbytes).copy() for at in addresses]
+            await self.world.sleep(0.05)
+            sound = np.zeros(len(rows), np.bool_)
+            for i, (row, data) in enumerate(zip(rows.tolist(), copied, strict=True)):
+                try:
+                    header = unpack(headers[i])
+                except (Corrupted, ProtocolError):
+                    continue
+                sums = header.checksums[some] if len(some) else header.checksums
+                sound[i] = header.key == hashes[row].tobytes() and np.array_equal(
+                    cell_checksums(data, part.bounds), sums
+                )
+                if sound[i]:
+                    got[row] = data
+            return sound
+
+        try:
+            opened = await self._space(space)
+            tiers = await self.router.get(
+                opened,
+                hashes,
+                places(space, chain, first, n),
+                cells=some,
+                nbytes=part.nbytes,
+                accept=accept,
+                timeout_ms=timeout_ms,
+            )
+        except KVStoreError as error:
+            self.loop.say(f"{self.world.name}: get of {(space, chain, first)}: {error!r}")
+            return [None] * n
+        found: list[int | None] = [None] * n
+        for row in np.flatnonzero(tiers).tolist():
+            name = (space, chain, first + row)
+            found[row] = self.truth.check_get(name, got[row], began, part)
+        self.truth.misses += found.count(None)
+        self.loop.say(f"{self.world.name}: got {(space, chain, first)}: {found}")
+        return found
+
+    async def match(self, space: int, chain: int, n: int, *, timeout_ms: float = 1500.0) -> int:
+        """How many leading blocks of a chain are said to be there."""
+        try:
+            opened = await self._space(space)
+            tiers = await self.router.match(
+                opened, keys(space, chain, 0, n), places(space, chain, 0, n), timeout_ms
+            )
+        except KVStoreError as error:
+            self.loop.say(f"{self.world.name}: match of {(space, chain)}: {error!r}")
+            return 0
+        return len(tiers)
+
+    async def drop(self, space: int, *, timeout_ms: float = 3000.0) -> bool:
+        """Forgets a namespace; whether it was said to be forgotten."""
+        drop = self.truth.begin_drop(space, self.loop.now)
+        try:
+            await self.router.drop_namespace(await self._space(space), timeout_ms)
+        except KVStoreError as error:
+            self.loop.say(f"{self.world.name}: drop of {space}: {error!r}")
+            return False
+        drop.ended = self.loop.now
+        self.loop.say(f"{self.world.name}: dropped {space}")
+        return True

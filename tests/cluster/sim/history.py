@@ -1,0 +1,175 @@
+"""What a cluster may answer, kept by nobody but the test: the bytes of each put, and its promises.
+
+Each put of a key writes other bytes, which begin with the put's number, so that what a get returns
+tells which put it was of, and whether that one may still be seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.layout import Attention, Layout
+from kvstore.session.parts import Part
+
+Bytes1D = npt.NDArray[np.uint8]
+Name = tuple[int, int, int]  # space, chain, position in it
+
+# Segments of four blocks, so that a short chain has several; two cells, so that parts can be read.
+SMALL = Layout(
+    model="small",
+    attention=Attention.GQA,
+    layers=2,
+    kv_heads=2,
+    head_dim=1,
+    dtype="float16",
+    block_tokens=128,
+)
+ODD = Layout.opaque(model="odd", block_bytes=3333, block_tokens=128)
+SPACES = (("small", SMALL), ("odd", ODD))
+_NUMBER_BYTES = 8
+LATE_MS = 30_000.0  # what copies that come later may add to a block's time
+
+
+@functools.cache
+def key(name: Name) -> bytes:
+    """The hash of a block."""
+    return np.random.default_rng(name).bytes(32)
+
+
+def keys(space: int, chain: int, first: int, n: int) -> npt.NDArray[np.uint8]:
+    """The hashes (n, 32) of neighbours in a chain."""
+    rows = [key((space, chain, first + i)) for i in range(n)]
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(n, 32).copy()
+
+
+@functools.lru_cache(8192)
+def payload(space: int, number: int) -> Bytes1D:
+    """The bytes that the put numbered so writes."""
+    nbytes = SPACES[space][1].block_bytes
+    data = np.frombuffer(np.random.default_rng([space, number]).bytes(nbytes), np.uint8).copy()
+    data[:_NUMBER_BYTES] = np.frombuffer(number.to_bytes(_NUMBER_BYTES, "little"), np.uint8)
+    data.flags.writeable = False
+    return data
+
+
+@dataclass(slots=True)
+class Written:
+    """One put of one key. ended: when its call was over, None as long as it is not. ttl_ms: 0 for
+    ever."""
+
+    name: Name
+    began: float
+    ttl_ms: float = 0.0
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class Promise:
+    """A key that must be readable: so many nodes had it when it was promised, and since then so
+    many have died with what they held."""
+
+    copies: int
+    since: float
+    deaths: int = 0
+
+
+@dataclass(slots=True)
+class Forgotten:
+    """A drop of a whole namespace. ended: when it was acknowledged."""
+
+    began: float
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class Truth:
+    """Everything that was ever asked for, and what came of it."""
+
+    written: list[Written] = field(default_factory=list)
+    promises: dict[Name, Promise] = field(default_factory=dict)
+    drops: dict[int, list[Forgotten]] = field(default_factory=dict)
+    hits: int = 0
+    misses: int = 0
+    acknowledged: int = 0
+
+    # -- puts ----------------------------------------------------------------------------
+
+    def begin_put(self, name: Name, now: float, ttl_ms: float = 0.0) -> int:
+        """A put's number, which its bytes are made of. All puts of a key have a time, or none."""
+        self.written.append(Written(name, now, ttl_ms))
+        return len(self.written) - 1
+
+    def end_put(self, number: int, now: float, copies: int) -> None:
+        """The call has ended. copies: on how many nodes the block is, as it was told; 0 where
+        nothing was."""
+        written = self.written[number]
+        written.ended = now
+        if (
+            copies
+            and not written.ttl_ms
+            and not self._dropped_since(written.name[0], written.began)
+        ):
+            self.acknowledged += 1
+            known = self.promises.get(written.name)
+            if known is None or copies - 1 >= known.copies - 1 - known.deaths:
+                self.promises[written.name] = Promise(copies, now)
+
+    def _dropped_since(self, space: int, since: float) -> bool:
+        drops = self.drops.get(space, ())
+        return any(drop.ended is None or drop.ended >= since for drop in drops)
+
+    # -- drops ---------------------------------------------------------------------------
+
+    def begin_drop(self, space: int, now: float) -> Forgotten:
+        """From now on nothing of a namespace has to be there."""
+        drop = Forgotten(now)
+        self.drops.setdefault(space, []).append(drop)
+        self.release(lambda name: name[0] == space)
+        return drop
+
+    def release(self, which: object) -> None:
+        """Promises that are none any more."""
+        assert callable(which)
+        for name in [name for name in self.promises if which(name)]:
+            del self.promises[name]
+
+    # -- deaths --------------------------------------------------------------------------
+
+    def death(self) -> None:
+        """A node died with what it held."""
+        for name, promise in list(self.promises.items()):
+            promise.deaths += 1
+            if promise.deaths >= promise.copies:
+                del self.promises[name]
+
+    # -- gets ----------------------------------------------------------------------------
+
+    def check_get(self, name: Name, got: Bytes1D, began: float, part: Part) -> int:
+        """That these are the bytes of a part of one put of the key, which may be seen in a get
+        that began then; returns its number."""
+        number = self.number_of(name, got, part)
+        written = self.written[number]
+        for drop in self.drops.get(name[0], ()):
+            if drop.ended is not None and drop.ended < began:
+                ended_before = written.ended is not None and written.ended < drop.began
+                assert not ended_before, f"{name} of put {number} was dropped, and is served"
+        if written.ttl_ms and written.ended is not None:
+            over = written.ended + written.ttl_ms + LATE_MS < began
+            assert not over, f"{name} of put {number} has expired, and is served"
+        self.hits += 1
+        return number
+
+    def number_of(self, name: Name, got: Bytes1D, part: Part) -> int:
+        """Which put of a key these bytes are of; AssertionError where they are of none."""
+        number = int.from_bytes(got[:_NUMBER_BYTES].tobytes(), "little")
+        assert number < len(self.written), f"{name} is served with bytes that nobody put"
+        written = self.written[number]
+        assert written.name == name, f"{name} is served with the bytes of {written.name}"
+        whole = payload(name[0], number)
+        wanted = np.concatenate([whole[at : at + nbytes] for at, _own, nbytes in part.runs])
+        assert np.array_equal(got, wanted), f"{name} is served in part, or spoilt"
+        return number

@@ -1,0 +1,401 @@
+"""One run: clients at work, faults, then peace, in which everything must come right again."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from cluster.sim.client import SimClient
+from cluster.sim.cluster import Host, Setting, SimCluster
+from cluster.sim.history import SPACES, Promise, Truth, key
+from cluster.sim.loop import Process, SimTask
+from cluster.sim.nemesis import Nemesis, Trouble, some_trouble
+
+from kvstore import commands as c
+from kvstore.cluster.members import MemberState, View, decode_view
+from kvstore.cluster.placement import Ranking, places_of_put_ids
+from kvstore.cluster.router import RouterPolicy
+from kvstore.cluster.site import NodePolicy
+from kvstore.layout import Layout
+
+CHAINS, BLOCKS = 3, 10  # of each space
+PEACE_MS = 90_000.0  # within which all must be well again
+LOOK_MS = 250.0
+_WHOLE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one run does. tight: whether pools are too small for all blocks, so that nothing is
+    promised. rounds: of trouble and peace. round_ms: of trouble. clients: at work at one time."""
+
+    setting: Setting
+    tight: bool
+    rounds: int
+    round_ms: float
+    clients: int
+    drops: float
+    changes: bool
+    router: RouterPolicy
+    ring_slots: int
+
+    @classmethod
+    def of(cls, rng: random.Random) -> Plan:
+        """Some plan."""
+        nodes = rng.choice((1, 2, 3, 3, 4, 5))
+        tight = rng.random() < 0.15
+        policy = NodePolicy(
+            compare_ms=rng.choice((5000.0, 20_000.0)),
+            call_ms=rng.choice((300.0, 2000.0)),
+            transfer_ms=rng.choice((500.0, 5000.0)),
+            learn_ms=rng.choice((2000.0, 10_000.0)),
+            hot_reads=rng.choice((8, 200)),
+            hot_ms=rng.choice((2000.0, 10_000.0)),
+            repair_bytes_per_ms=rng.choice((50.0, 256 * 1024.0)),
+            repair_batch_bytes=rng.choice((8 << 10, 1 << 20)),
+        )
+        router = RouterPolicy(
+            hedge_ms=rng.choice((5.0, 40.0)),
+            call_ms=rng.choice((200.0, 1000.0)),
+            grace_ms=rng.choice((500.0, 5000.0)),
+            piece_bytes=rng.choice((4 << 10, 1 << 20)),
+        )
+        return cls(
+            setting=Setting(
+                nodes=nodes,
+                replicas=rng.choice((1, 2, 2, 2, 3)),
+                slots=48 if tight else 256,
+                nvme=rng.random() < 0.2,
+                policy=policy,
+            ),
+            tight=tight,
+            rounds=rng.choice((1, 2, 3)),
+            round_ms=rng.choice((3000.0, 10_000.0, 25_000.0)),
+            clients=rng.choice((1, 2, 3)),
+            drops=rng.choice((0.0, 0.0, 0.02)),
+            changes=rng.random() < 0.4,
+            router=router,
+            ring_slots=rng.choice((4, 16)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A block in one node's store."""
+
+    put_id: bytes
+    place: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run amounted to."""
+
+    puts: int = 0
+    gets: int = 0
+    hits: int = 0
+    acknowledged: int = 0
+    promised: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    events: int = 0
+    digest: int = 0
+    simulated_ms: float = 0.0
+
+
+class Simulation:
+    """A run of one seed."""
+
+    def __init__(self, seed: int, plan: Plan | None = None, trouble: Trouble | None = None) -> None:
+        """plan and trouble: as the seed says where none is given."""
+        self.rng = random.Random(seed)
+        plan_rng = random.Random(self.rng.getrandbits(64))
+        self.plan = plan or Plan.of(plan_rng)
+        made = some_trouble(
+            plan_rng, replicas=self.plan.setting.replicas, changes=self.plan.changes
+        )
+        self.truth, self.tally = Truth(), Tally()
+        self.cluster = SimCluster(self.plan.setting, self.rng)
+        self.loop = self.cluster.loop
+        self.clients: list[SimClient] = []
+        self.nemesis = Nemesis(
+            self.cluster,
+            trouble or made,
+            random.Random(self.rng.getrandbits(64)),
+            others=self._processes,
+            died=self.truth.death,
+        )
+        self.loop.say(f"{self.plan} {self.nemesis.trouble}")
+
+    def _processes(self) -> list[Process]:
+        return [client.process for client in self.clients if client.process.alive]
+
+    # -- the run -------------------------------------------------------------------------
+
+    def run(self) -> Tally:
+        """All of it. AssertionError where something is not as it must be."""
+        self._settle("at first")
+        for number in range(self.plan.rounds):
+            self._trouble()
+            self.nemesis.stop()
+            self._look_for_lost()
+            self._settle(f"after round {number}")
+        for client in self.clients:
+            client.process.kill()
+        self.loop.run_until(self.loop.now + 30_000.0)
+        self._check_nothing_is_held()
+        self.loop.check_failures(all_of_them=True)
+        tally = self.tally
+        tally.faults, tally.events = self.nemesis.faults, self.loop.events
+        tally.hits, tally.acknowledged = self.truth.hits, self.truth.acknowledged
+        tally.puts, tally.digest = len(self.truth.written), self.loop.digest
+        tally.simulated_ms = self.loop.now
+        return tally
+
+    def close(self) -> None:
+        """Every process ends."""
+        cluster = self.cluster
+        for host in cluster.hosts.values():
+            host.gone = True
+            host.kill()
+        for process in (cluster.etcd, *self._processes()):
+            process.kill()
+
+    def _trouble(self) -> None:
+        end = self.loop.now + self.plan.round_ms
+        self.nemesis.start()
+        while self.loop.now < end:
+            self.clients = [client for client in self.clients if client.process.alive]
+            while len(self.clients) < self.plan.clients:
+                client = self._new_client()
+                client.world.spawn(self._work(client, end))
+            self.loop.run_until(min(self.loop.now + 200.0, end))
+            if not self.plan.tight:
+                self._look_for_lost()
+
+    def _new_client(self) -> SimClient:
+        cluster = self.cluster
+        number = cluster.new_number()
+        client = SimClient(
+            cluster.network,
+            cluster.fabric,
+            f"c{number}",
+            number=number,
+            rng=self.rng,
+            seeds=[host.address for host in cluster.hosts.values()],
+            truth=self.truth,
+            slots=self.plan.ring_slots,
+            policy=self.plan.router,
+        )
+        self.clients.append(client)
+        return client
+
+    async def _work(self, client: SimClient, end: float) -> None:
+        """What a client does: now and then two things at once."""
+        rng = random.Random(client.world.random.getrandbits(64))
+        running: list[SimTask[Any]] = []
+        while self.loop.now < end:
+            running.append(client.world.spawn(self._one_thing(client, rng)))
+            if len(running) > 2 or rng.random() < 0.6:
+                await client.world.wait_all(running, 60_000.0)
+                for task in running:
+                    task.result()
+                running.clear()
+            await client.world.sleep(math.exp(rng.uniform(0.0, math.log(800.0))))
+
+    async def _one_thing(self, client: SimClient, rng: random.Random) -> None:
+        space, chain = rng.randrange(len(SPACES)), rng.randrange(CHAINS)
+        if rng.random() < 0.05:
+            chain = CHAINS
+        first = rng.randrange(BLOCKS)
+        n = rng.randint(1, BLOCKS - first)
+        what = rng.random()
+        if what < self.plan.drops:
+            await client.drop(space)
+        elif what < 0.45:
+            chain %= CHAINS
+            copies = rng.choice((1, self.plan.setting.replicas, self.plan.setting.replicas))
+            persist = self.plan.setting.nvme and rng.random() < 0.2
+            ttl_ms = 0
+            if rng.random() < 0.05:  # in a chain of their own, so that no block has both
+                chain, ttl_ms = CHAINS, rng.choice((500, 20_000))
+            await client.put(space, chain, first, n, copies=copies, persist=persist, ttl_ms=ttl_ms)
+        elif what < 0.9:
+            self.tally.gets += 1
+            n = min(n, self.plan.ring_slots)
+            await client.get(space, chain, first, n, cells=rng.random() < 0.3)
+        else:
+            await client.match(space, chain, BLOCKS)
+
+    # -- looking into the stores ---------------------------------------------------------
+
+    def kept(self, host: Host) -> dict[tuple[int, bytes], Kept]:
+        """The blocks in one store, by space and key."""
+        store, found = host.store.store, {}
+        described = store.stats(), store._describe()
+        names = described[1].names.split("\n")
+        layouts = described[1].layouts.split("\n")
+        spaces = {
+            int(number): next(
+                i
+                for i, (known, layout) in enumerate(SPACES)
+                if known == name and layout == Layout.decode(encoded.encode())
+            )
+            for number, name, encoded in zip(
+                described[1].ids.tolist(), names, layouts, strict=False
+            )
+        }
+        scanned = store._scan(c.Scan(first=0, most=_WHOLE >> 5))
+        assert not scanned.following
+        places, placed = places_of_put_ids(scanned.put_ids)
+        assert placed.all()
+        rows = zip(
+            scanned.namespaces.tolist(),
+            scanned.hashes,
+            scanned.put_ids,
+            places.tolist(),
+            strict=True,
+        )
+        for number, hashed, put_id, place in rows:
+            found[spaces[number], hashed.tobytes()] = Kept(put_id.tobytes(), place)
+        return found
+
+    def _stores(self) -> Iterator[Host]:
+        return (host for host in self.cluster.hosts.values() if host.store.process.alive)
+
+    def _look_for_lost(self) -> None:
+        """No promised block is gone from all stores that live."""
+        if self.plan.tight or not self.truth.promises:
+            return
+        there: set[tuple[int, bytes]] = set()
+        for host in self._stores():
+            there.update(self.kept(host))
+        for name, promise in self.truth.promises.items():
+            if (name[0], key(name)) not in there:
+                raise AssertionError(f"{name} was promised ({promise}), and is nowhere")
+
+    # -- peace ---------------------------------------------------------------------------
+
+    def _settle(self, when: str) -> None:
+        """Waits until all is well, which must not take long; then reads everything."""
+        end = self.loop.now + PEACE_MS
+        while True:
+            self.loop.run_until(self.loop.now + LOOK_MS)
+            trouble = self._what_is_amiss()
+            if not trouble:
+                break
+            assert self.loop.now < end, f"{when}: {trouble}"
+        self.cluster.check()
+        self._look_for_lost()
+        self._read_all()
+        self._renew_promises()
+
+    def _what_is_amiss(self) -> str:
+        """Why the cluster is not settled, empty where it is."""
+        data = self.cluster.coordinator.view
+        if data is None:
+            return "there is no view"
+        view = decode_view(data)
+        for host in self.cluster.hosts.values():
+            site = host.node.site
+            if not host.alive:
+                return f"{host.name} is down"
+            if site.view != view:
+                return f"{host.name} goes by epoch {site.view.epoch}, not {view.epoch}"
+            if site.role not in (MemberState.UP, MemberState.OUT) or not site.serving:
+                return f"{host.name} is {site.role}, serving {site.serving}"
+            if site.role == MemberState.UP and site.settled != view.epoch:
+                return f"{host.name} has settled epoch {site.settled}, not {view.epoch}"
+        return self._what_is_not_placed(view) or self._what_is_held()
+
+    def _what_is_not_placed(self, view: View) -> str:
+        """Every block is at all of its targets, the same one of its key."""
+        if self.plan.tight:
+            return ""
+        ranking = Ranking(view)
+        kept = {host.name: self.kept(host) for host in self._stores()}
+        for holder, blocks in kept.items():
+            for (space, hashed), block in blocks.items():
+                ranked = ranking.targets(np.array([block.place], np.uint64), most=view.replicas)
+                for number in ranked[0].tolist():
+                    target = view.members[number].name
+                    there = kept[target].get((space, hashed))
+                    if there is None or there.put_id != block.put_id:
+                        what = "lacks" if there is None else "has another put of"
+                        where = "a target" if holder in kept else ""
+                        return f"{target} {what} {hashed[:4].hex()} that {holder} has {where}"
+        return ""
+
+    def _what_is_held(self) -> str:
+        """Nothing is pinned, pending or kept ahead once nobody works."""
+        if any(
+            not task.done
+            for client in self.clients
+            for task in client.process.tasks
+            if task.name != "Router.run"
+        ):
+            return "clients are at work"
+        for host in self._stores():
+            stats = host.store.store.stats()
+            held = host.node.site.counters.lost_slots
+            if stats.leased_blocks or stats.pending_blocks or stats.quarantined_blocks:
+                return f"{host.name} holds {stats}"
+            if stats.ahead_bytes > held * 4096:
+                return f"{host.name} holds {stats.ahead_bytes} bytes ahead"
+        return ""
+
+    def _check_nothing_is_held(self) -> None:
+        trouble = self._what_is_held()
+        assert not trouble, trouble
+        for host in self._stores():
+            nodes = len(self.cluster.hosts) - 1
+            assert host.node.sessions <= nodes, f"{host.name} keeps {host.node.sessions} sessions"
+
+    def _read_all(self) -> None:
+        """Through a client that has just come: what is promised is read, and nothing is wrong."""
+        client = self._new_client()
+
+        async def work() -> None:
+            for space in range(len(SPACES)):
+                for chain in range(CHAINS + 1):
+                    for first in range(0, BLOCKS, self.plan.ring_slots):
+                        n = min(self.plan.ring_slots, BLOCKS - first)
+                        found = await client.get(space, chain, first, n)
+                        self._compare(space, chain, first, found)
+
+        self.loop.run_until_done(client.world.spawn(work()), 120_000.0)
+        client.process.kill()
+        self.clients.remove(client)
+
+    def _compare(self, space: int, chain: int, first: int, found: list[int | None]) -> None:
+        if self.plan.tight:
+            return
+        for i, number in enumerate(found):
+            name = (space, chain, first + i)
+            assert number is not None or name not in self.truth.promises, (
+                f"{name} was promised ({self.truth.promises[name]}), and is not to be had"
+            )
+
+    def _renew_promises(self) -> None:
+        """All is at R nodes again, so that as many deaths as before are survived."""
+        up = [h for h in self._stores() if h.node.site.role == MemberState.UP]
+        copies = min(self.plan.setting.replicas, len(up))
+        for name, promise in list(self.truth.promises.items()):
+            self.truth.promises[name] = Promise(copies, self.loop.now)
+            self.tally.promised += 1
+            del promise
+
+
+def run_seed(seed: int, *, plan: Plan | None = None, trouble: Trouble | None = None) -> Tally:
+    """A run; where it fails, the error tells how to run it again, and what happened last."""
+    simulation = Simulation(seed, plan, trouble)
+    try:
+        return simulation.run()
+    except Exception as error:
+        lines = "\n".join(list(simulation.loop.journal)[-40:])
+        raise AssertionError(f"seed {seed}: {error!r}\n{lines}") from error
+    finally:
+        simulation.close()
