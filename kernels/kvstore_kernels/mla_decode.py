@@ -121,8 +121,7 @@ class MlaConfig:
     two. blocks_per_sm: blocks of threads that a multiprocessor holds, by their registers and shared
     memory. ahead: call the next tile into the L2. min_tokens, item_tokens, extra_waves: see
     `worklist.plan`. merge_elements: of partial results held in a block's registers at a time, a
-    power of two. overlap: consecutive launches overlap. early_tiles: what a block calls into the L2
-    while it waits for the launch before, in tiles.
+    power of two. overlap: consecutive launches overlap.
     """
 
     rows: int = FEW_ROWS
@@ -135,7 +134,6 @@ class MlaConfig:
     extra_waves: int = 3
     merge_elements: int = 8192
     overlap: bool = True
-    early_tiles: int = 2
 
     def __post_init__(self) -> None:
         require(self.rows in BLOCK_ROWS, "rows", f"must be one of {BLOCK_ROWS}")
@@ -337,21 +335,19 @@ def _geometry(
     gpu: bool,
 ) -> MlaGeometry:
     fp8 = form.kv_dtype is torch.float8_e4m3fn
-    dense = gpu and form.boxes and pages.stride(1) == WIDTH  # a tile is one run of bytes
     return MlaGeometry(
         heads=form.heads,
         q_tokens=form.q_tokens,
         rows=config.rows,
         page_tokens=form.page_tokens,
         boxes=form.boxes,
-        ahead=config.ahead and dense,
+        ahead=config.ahead and gpu and form.boxes and pages.stride(1) == WIDTH,
         compute=(tl.float16 if fp8 else tl.bfloat16) if gpu else tl.float32,
         saturated=fp8,
         scaled=page_scales is not None,
         scale=form.scale * LOG2_E,
         merge_elements=config.merge_elements,
         overlap=config.overlap and gpu,
-        early_tiles=config.early_tiles if dense else 0,
         token_bytes=form.token_bytes,
         **dict(zip(("q_sequence", "q_token", "q_head"), q.stride(), strict=False)),
         **dict(zip(("page", "token"), pages.stride(), strict=False)),

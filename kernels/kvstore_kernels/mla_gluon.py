@@ -12,12 +12,14 @@ TFLOP/s, of which a long run keeps 670. A pair of blocks (128 tokens, 64 rows) i
 cycles of one multiprocessor's matrix units, 2.5 us. The next limit is near: each multiprocessor
 takes 144 KiB a pair from the L2, 5.5 TB/s in all at 660 TFLOP/s.
 
-Measured on an H100 with 128 heads: 620 TFLOP/s at 64 x 16384, 15.4 us at 1 x 4096, and 58 us at
-16 x 4096, where merging parts costs most.
+Measured on an H200 with 128 heads: 640 to 667 TFLOP/s at 64 x 16384, 13.5 us at 1 x 4096, and 44 us
+at 16 x 4096, where merging parts costs most.
 
 How it gets there:
 - One block of threads a multiprocessor, which goes through its items of a `mla_gluon_schedule`:
-  even shares of all arithmetic, with few cuts through sequences.
+  even loads, with few cuts through sequences.
+- Consecutive launches overlap (programmatic dependent launch): the next one's blocks begin where
+  this one's have ended; they touch memory only once all have.
 - Inside an item, two warpgroups and a loading warp take turns (`mla_gluon_seesaw` tells how). Two
   tiles of 72 KiB and the queries fill the shared memory; halves of a tile are freed and brought
   again as soon as they have been multiplied.
@@ -308,4 +310,5 @@ def variants() -> Iterator[Variant]:
         options=OPTIONS,
         gluon=True,
         max_registers=THREADS_REGISTERS,
+        max_spills=32,  # arguments that are needed again only when parts are merged
     )

@@ -36,8 +36,8 @@ class MlaGeometry:
     next tile is called into the L2 while one is worked on. compute: dtype of the products' factors;
     saturated: queries may be beyond it. scaled: pages have scales. scale: from q.k to the exponent
     of 2. merge_elements: of partial results held in a block's registers at a time. overlap:
-    launched before the launch before it has ended; so many early_tiles are called into the L2 then.
-    token_bytes: of one token. All others are strides, in elements.
+    launched before the launch before it has ended. token_bytes: of one token. All others are
+    strides, in elements.
     """
 
     heads: int
@@ -52,7 +52,6 @@ class MlaGeometry:
     scale: float
     merge_elements: int
     overlap: bool
-    early_tiles: int
     token_bytes: int
     q_sequence: int
     q_token: int
@@ -394,6 +393,9 @@ def mla_kernel(
     g: tl.constexpr,
 ):
     """Attends with one group of query rows to a run of one sequence's tokens."""
+    if g.overlap:
+        gdc_wait()
+        gdc_launch_dependents()
     item = items_ptr + (1 + tl.program_id(0)) * 8
     sequence = tl.load(item).to(tl.int64)
     group = tl.load(item + 1)
@@ -404,17 +406,6 @@ def mla_kernel(
     parts = tl.load(item + 6)
     part = tl.load(item + 7)
     patient = tl.load(items_ptr) != 0
-    table = table_ptr + tl.maximum(sequence, 0) * table_stride
-    if g.overlap:
-        # Before the launch before this one has ended: what it may still write is called only into
-        # the L2, which sees it, and page numbers that it may change are read again below.
-        early: tl.constexpr = g.early_tiles
-        for tile in tl.static_range(early):
-            token = first + tile * _TILE
-            page = _page_number(table, token, tl.maximum(end - 1, 0), g)
-            _call_ahead(pages_ptr, page, token, end, n_pages, g)
-        gdc_wait()
-        gdc_launch_dependents()
     if sequence < 0:
         return
     if parts > 1:  # has started
@@ -427,7 +418,7 @@ def mla_kernel(
         boxes,
         pages_ptr,
         page_scale_ptr,
-        table,
+        table_ptr + sequence * table_stride,
         _queries(q_at, real, tl.arange(0, _RANK), g),
         _queries(q_at, real, tl.arange(0, _ROPE) + _RANK, g),
         _limits(tl.load(lengths_ptr + sequence), end, row, g),

@@ -84,9 +84,9 @@ class TurnsGraph:
         with torch.cuda.stream(self._kernels):
             self._runs.copy_(runs, non_blocking=True)
             self._runtime.launch_graph(self._executable, self._kernels.cuda_stream)
-            there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            there.record(self._kernels)
-            return there
+            done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._kernels)
+        return done
 
     def _captured(self, host: int) -> int:
         runtime, stream = self._runtime, self._kernels.cuda_stream

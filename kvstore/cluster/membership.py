@@ -39,6 +39,7 @@ class Membership:
     def __init__(self, site: Site, coordination: Coordination, forget_all: ForgetAll) -> None:
         self._site, self._coordination, self._forget_all = site, coordination, forget_all
         self.coordinated = False  # whether the last look at the coordination worked
+        self.failed = False  # whether some look at it did not
         self._was_member = False
 
     async def run(self) -> None:
@@ -55,7 +56,7 @@ class Membership:
                 self.coordinated = True
                 await self._coordination.changed(site.policy.watch_s)
             except _AWAY:  # the data path goes on under the last view
-                self.coordinated = False
+                self.coordinated, self.failed = False, True
                 await site.world.sleep(site.policy.retry_ms)
 
     async def _round(self) -> None:

@@ -440,8 +440,8 @@ class Node:
         if known and not known.attachment.lost:
             return known.memory
         if known:
+            del self._pools[name]  # before anything is awaited: the next one there is a new one
             await self._close_pool(known)
-            self._pools.pop(name, None)
         hello = m.Hello(
             version=m.MESSAGES_VERSION,
             name=site.me.name,

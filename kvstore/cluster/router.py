@@ -155,15 +155,17 @@ class Router:
     async def refresh(self) -> View:
         """The view of the first node that answers. `Unavailable`."""
         known = [member.address for member in self.view.members] if self.view else []
+        why = "they have no members' list yet"
         for address in dict.fromkeys((*known, *self._seeds)):
             try:
                 answer = await self._world.call(address, m.AskView(), self.policy.call_ms)
-            except _GONE:
+            except _GONE as error:
+                why = str(error)
                 continue
             if self._learn(answer.view) and self.view and self.view.members:
                 return self.view
         if self.view is None or not self.view.members:
-            raise Unavailable(f"{_NO_NODE}: tried {', '.join(self._seeds)}")
+            raise Unavailable(f"{_NO_NODE}: tried {', '.join(self._seeds)}; {why}")
         return self.view
 
     def _learn(self, encoded: bytes) -> bool:

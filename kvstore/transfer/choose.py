@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-from kvstore.errors import InvalidArgument
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore.errors import InvalidArgument, Unavailable
 from kvstore.transfer.base import Agent
 from kvstore.transfer.stream import Pipes, StreamAgent, no_pipes
 
 KINDS = ("nixl", "ucxx", "grpc")
 
 
-def make_agent(kind: str, name: str, pipes: Pipes = no_pipes) -> Agent:
-    """An agent of a kind. name: unique among those that reach each other by NIXL. pipes: how a
-    grpc agent finds the streams of sessions. `InvalidArgument` for another kind, `Unavailable`
-    where its library is not there."""
+def make_agent(kind: str, name: str, pipes: Pipes = no_pipes, *, host: str = "") -> Agent:
+    """An agent of a kind. name: for logs. pipes: how a grpc agent finds the streams of sessions.
+    host: this host's address as others reach it, for ucxx; its name unless given.
+    `InvalidArgument` for another kind, `Unavailable` where its library is not there."""
     if kind == "nixl":
         from kvstore.transfer.nixl import NixlAgent
 
         return NixlAgent(name)
+    if kind == "ucxx":
+        from kvstore.transfer.ucxx import UcxxAgent
+
+        return UcxxAgent(name, host=host)
     if kind == "grpc":
         return StreamAgent(name, pipes)
     raise InvalidArgument("transfer", f"{kind!r} is none of {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether agents of a kind can be made here. words: what they can do, or what is missing."""
+
+    kind: str
+    usable: bool
+    words: str
+
+
+def available() -> list[Availability]:
+    """Each kind, the fastest first. Loads the libraries that there are."""
+    from kvstore.transfer import nixl, ucxx
+
+    over = "over RDMA" if nixl.has_rdma() else "over TCP, so it writes and does not read"
+    return [
+        _tried("nixl", nixl.load, over),
+        _tried("ucxx", ucxx.load, "copies at both ends"),
+        Availability("grpc", True, "copies at both ends"),
+    ]
+
+
+def _tried(kind: str, load: Callable[[], object], words: str) -> Availability:
+    try:
+        load()
+    except Unavailable as error:
+        return Availability(kind, False, str(error))
+    return Availability(kind, True, words)

@@ -20,6 +20,7 @@ from client.scripted import ScriptedStore
 from daemon import daemon
 from kvstore.errors import InvalidArgument, Unavailable
 from kvstore.host import CgroupMemory, Host, HugePageCounts
+from kvstore.transfer.choose import Availability
 from kvstore_client.cli import doctor, facts
 from kvstore_client.cli.app import run
 from kvstore_client.cli.doctor import Check, Level
@@ -51,6 +52,7 @@ FACTS = Facts(
     host=HOST,
     packages=(("numpy", "2.4.0"), ("rich", "15.0.0")),
     rdma=False,
+    transfers=(Availability("nixl", True, "over TCP"), Availability("grpc", True, "copies")),
     daemon=DaemonFacts(
         version="1.0",
         pool_bytes=8 * GIB,
@@ -108,6 +110,7 @@ def test_a_store_without_nvme_has_no_check_of_it() -> None:
 
 
 ABSENT = having(daemon=None, problem="nobody there", socket=None)
+NO_NIXL = (Availability("nixl", False, "no NIXL"), Availability("grpc", True, "copies"))
 HUGE = HugePageCounts(total=100, free=100, page_bytes=2 << 20)
 FINDINGS: dict[str, tuple[Facts, str, Level, str, str]] = {
     # what is wrong: the facts, the check, its level, a measured value, a word of the fix
@@ -146,6 +149,10 @@ FINDINGS: dict[str, tuple[Facts, str, Level, str, str]] = {
     ),
     "small /dev/shm": (on(shm_bytes=64 << 20), "/dev/shm", Level.WARN, "64 MiB", "--shm-size"),
     "no /dev/shm": (on(shm_bytes=None), "/dev/shm", Level.WARN, "not mounted", "tmpfs"),
+    "no NIXL for RDMA": (
+        *(dataclasses.replace(on(memlock_bytes=None), rdma=True, transfers=NO_NIXL), "transfer"),
+        *(Level.WARN, "grpc (copies)", "pip install nixl-cu13"),
+    ),
     "memlock": (having(rdma=True), "memlock", Level.WARN, "8 MiB", "ulimit -l"),
     "few huge pages": (on(huge_pages=HUGE), "huge pages", Level.WARN, "100 of 2 MiB", "=4096"),
     "no THP": (on(shmem_thp="never"), "shmem THP", Level.WARN, "never", "echo advise"),
@@ -178,8 +185,12 @@ def test_each_finding_has_its_level_its_measured_value_and_its_fix(case: str) ->
         with_socket(owner=0),
         with_socket(folder_mode=stat.S_IFDIR | stat.S_ISVTX | 0o777),
         on(kernel="5.14"),
+        having(transfers=NO_NIXL),
     ],
-    ids=["memlock", "huge pages", "cgroup", "no meminfo", "root's", "sticky folder", "least"],
+    ids=[
+        *("memlock", "huge pages", "cgroup", "no meminfo", "root's", "sticky folder", "least"),
+        "no NIXL, no RDMA",
+    ],
 )
 def test_what_is_good_enough_passes(given: Facts) -> None:
     assert {check.level for check in doctor.examine(given)} == {Level.OK}

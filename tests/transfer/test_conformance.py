@@ -17,7 +17,7 @@ from transfer.peer import TIMEOUT_S, Peer, agent, everything, pattern, peer
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ProtocolError
 from kvstore.transfer.base import Agent, Pieces, Remote, TransferFailed
 
-SMALL, LARGE = 8 << 20, 192 << 20
+SMALL, LARGE = 8 << 20, 96 << 20
 KINDS = [
     pytest.param(
         kind,

@@ -197,6 +197,16 @@ def check_packages(facts: Facts) -> Check:
     return Check(name="packages", level=Level.FAIL, measured=measured, fix=fix)
 
 
+def check_transfer(facts: Facts) -> Check:
+    """How do blocks get to other hosts, and is that the best that this one's devices can do?"""
+    usable = [each for each in facts.transfers if each.usable]
+    measured = ", ".join(f"{each.kind} ({each.words})" for each in usable)
+    if not facts.rdma or any(each.kind == "nixl" for each in usable):
+        return Check(name="transfer", level=Level.OK, measured=measured)
+    fix = "pip install nixl-cu13 or nixl-cu12: only NIXL uses this host's RDMA devices."
+    return Check(name="transfer", level=Level.WARN, measured=measured, fix=fix)
+
+
 CHECKS: tuple[Callable[[Facts], Check | None], ...] = (
     check_daemon,
     check_versions,
@@ -210,6 +220,7 @@ CHECKS: tuple[Callable[[Facts], Check | None], ...] = (
     check_transparent,
     check_numa,
     check_packages,
+    check_transfer,
 )
 
 

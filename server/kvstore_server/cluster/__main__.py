@@ -38,6 +38,9 @@ from kvstore_server.logs import configure_logging
 
 CONNECT_S = 5.0
 DRAIN_S = 5.0
+_BEGIN_S = 5.0  # how long a start waits for the first look at the members
+_LOOK_S = 0.01
+_FIRST = asyncio.FIRST_COMPLETED
 _NICENESS = 5  # engines on this host go first
 
 log = structlog.get_logger()
@@ -94,10 +97,13 @@ class _Process:
             stack.push_async_callback(service.stop, DRAIN_S)
             if options.metrics_port is not None:
                 stack.callback(serve_metrics(node, options.metrics_port, asyncio.get_event_loop()))
-            self._say_ready()
             running = asyncio.create_task(node.run())
             ending = asyncio.create_task(asyncio.to_thread(end.wait))
-            await asyncio.wait([running, ending], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [running, asyncio.create_task(_until_begun(node))], return_when=_FIRST
+            )
+            self._say_ready()
+            await asyncio.wait([running, ending], return_when=_FIRST)
             if running.done():
                 running.result()  # it ends only by an error, which says why
             log.info("node drains", reason=ending.result())
@@ -112,6 +118,14 @@ class _Process:
             os.fdopen(self._options.ready_fd, "w") as pipe,
         ):
             pipe.write(json.dumps(line) + "\n")
+
+
+async def _until_begun(node: Node) -> None:
+    """Until the node serves, or knows that it cannot yet, or for so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_BEGIN_S):
+            while not (node.site.serving or node.membership.failed):
+                await asyncio.sleep(_LOOK_S)
 
 
 def _coordination(options: argparse.Namespace, me: Member) -> Coordination:

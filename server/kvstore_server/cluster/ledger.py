@@ -11,6 +11,7 @@ class FileLedger:
     """`Ledger` in the data folder, of the node of that name."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path = folder / f"node-{name}.json"
 
     def load(self) -> bytes:

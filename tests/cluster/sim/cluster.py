@@ -46,7 +46,7 @@ class Setting:
     replicas: int = 2
     slots: int = 256
     nvme: bool = False
-    check_every: int = 4
+    check_every: int = 32
     policy: NodePolicy = field(default_factory=NodePolicy)
 
 
