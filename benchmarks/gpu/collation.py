@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from kvstore_kernels.collate_reference import collate_reference, scatter_referen
 from kvstore_kernels.cuda_runtime import cuda_runtime
 from kvstore_kernels.page_table import CellForm, PageTable, runs_of
 from kvstore_kernels.transfer import Transfer, Transfers
+from kvstore_kernels.transfer_graph import GraphForm
 
 DEVICE = torch.device("cuda", 0)
 MOVED_BYTES = 512 << 20  # by one gather or scatter
@@ -41,8 +42,8 @@ ROUNDS = 7
 SWEPT = [
     Tuning(tile_bytes=tile << 10, thread_bytes=thread, load_policy=policy)
     for tile, thread, policy in (
-        (8, 128, "evict_first"), (16, 64, "evict_first"), (16, 128, ""), (16, 256, "evict_first"),
-        (32, 64, "evict_first"), (32, 128, "evict_first"), (64, 128, "evict_first"),
+        (2, 64, ""), (2, 32, "evict_first"), (4, 32, ""), (4, 64, ""), (8, 32, ""), (8, 128, ""),
+        (16, 128, ""), (32, 128, ""),
     )
 ]  # fmt: skip
 SWEPT_KEPT = [
@@ -369,6 +370,10 @@ def measure_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
         "H2D": link.rate(to_pages),
         "both": link.rate(to_host, to_pages),
     }
+    out, back = (Transfers(collator, graphs=None) for collator in (link.rig.collator, link.back))
+    link.check(out, back)
+    found["turn by turn D2H"] = link.rate(partial(out.to_host, link.runs, link.host))
+    found["turn by turn H2D"] = link.rate(partial(back.to_pages, link.runs, link.other))
     if work in (PIECES[0], PIECES[3]):
         out, back = Transfers(link.rig.collator, direct=True), Transfers(link.back, direct=True)
         link.check(out, back)
@@ -403,16 +408,16 @@ def by_piece(link: LinkRig) -> dict[str, Any]:
 
 
 def sweep_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
-    """GB/s D2H / H2D by number and size of buffers."""
+    """GB/s D2H / H2D by what a graph has."""
     link = LinkRig(work, host)
     found = {}
-    for buffers, size in [(2, 8), (3, 2), (3, 4), (3, 8), (3, 16), (2, 16), (4, 8)]:
-        make = partial(Transfers, buffers=buffers, buffer_bytes=size << 20)
-        out, back = make(link.rig.collator), make(link.back)
+    for turns, buffers, size in [(32, 2, 2), (8, 2, 4), (16, 2, 4), (16, 3, 4), (8, 2, 8)]:
+        graphs = GraphForm(turns=turns, buffers=buffers, buffer_bytes=size << 20)
+        out, back = (Transfers(c, graphs=graphs) for c in (link.rig.collator, link.back))
         link.check(out, back)
         away = link.rate(partial(out.to_host, link.runs, link.host))
         home = link.rate(partial(back.to_pages, link.runs, link.other))
-        found[f"{buffers} x {size} MiB"] = f"{away:.1f}/{home:.1f}"
+        found[f"{turns} turns, {buffers} x {size} MiB"] = f"{away:.1f}/{home:.1f}"
     return found
 
 
@@ -455,25 +460,51 @@ def measure_slowdown(work: Work, host: torch.Tensor) -> dict[str, Any]:
     name, call = reader()
     graph = _graph_of(call, 16)
     link = LinkRig(work, host)
-    ways = {
-        "pipeline": (Transfers(link.rig.collator), Transfers(link.back)),
-        "zero-copy": (
-            Transfers(link.rig.collator, direct=True),
-            Transfers(link.back, direct=True),
-        ),
-    }
     found: dict[str, Any] = {f"{name} alone, us": eager_us(graph.replay) / 16}
-    for way, (out, back) in ways.items():
+    for direction, copy in _copies_alone(link).items():
+        found[f"one copy {direction}"] = _slowed(link, copy, graph)
+    ways: dict[str, dict[str, Any]] = {
+        "pipeline": {},
+        "turn by turn": {"graphs": None},
+        "zero-copy": {"direct": True},
+    }
+    for way, options in ways.items():
+        out, back = (Transfers(c, **options) for c in (link.rig.collator, link.back))
         link.check(out, back)
         moves = {
             "D2H": partial(out.to_host, link.runs, link.host),
             "H2D": partial(back.to_pages, link.runs, link.other),
         }
         for direction, move in moves.items():
-            slow, rate = _meanwhile(link, move, graph)
-            alone = eager_us(graph.replay)
-            found[f"{way} {direction}"] = f"{100 * (slow / alone - 1):.1f} % at {rate:.1f} GB/s"
+            found[f"{way} {direction}"] = _slowed(link, move, graph)
     return found
+
+
+def _slowed(link: LinkRig, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph) -> str:
+    slow, rate = _meanwhile(link, move, graph)
+    alone = eager_us(graph.replay)
+    return f"{100 * (slow / alone - 1):.1f} % at {rate:.1f} GB/s"
+
+
+class Copied:
+    """A copy under way."""
+
+    def __init__(self) -> None:
+        self._done = torch.cuda.current_stream().record_event()
+
+    def wait(self) -> None:
+        self._done.synchronize()
+
+
+def _copies_alone(link: LinkRig) -> dict[str, Callable[[], Copied]]:
+    """One large copy of as many bytes, without a kernel: the least that a transfer costs."""
+    here = torch.empty_like(link.host, device=DEVICE)
+
+    def copy(target: torch.Tensor, source: torch.Tensor) -> Copied:
+        target.copy_(source, non_blocking=True)
+        return Copied()
+
+    return {"D2H": partial(copy, link.host, here), "H2D": partial(copy, here, link.host)}
 
 
 def _graph_of(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
@@ -489,10 +520,17 @@ def _graph_of(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
+class Waits(Protocol):
+    """What a move gives."""
+
+    def wait(self) -> None:
+        """Returns when all has arrived."""
+
+
 class Mover(threading.Thread):
     """Moves pages without a pause until it is stopped."""
 
-    def __init__(self, move: Callable[[], Transfer], nbytes: int) -> None:
+    def __init__(self, move: Callable[[], Waits], nbytes: int) -> None:
         super().__init__()
         self._move, self._nbytes = move, nbytes
         self._stop_asked = threading.Event()
@@ -526,7 +564,7 @@ class Mover(threading.Thread):
 
 
 def _meanwhile(
-    link: LinkRig, move: Callable[[], Transfer], graph: torch.cuda.CUDAGraph
+    link: LinkRig, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph
 ) -> tuple[float, float]:
     """us of one replay while another thread moves pages, and at how many GB/s it does."""
     mover = Mover(move, link.host.numel())

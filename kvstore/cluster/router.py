@@ -591,26 +591,32 @@ class Router:
     async def advise(
         self, space: ClusterSpace, hashes: c.U8, *, kind: int, for_ms: int, timeout_ms: float
     ) -> int:
-        """A hint to every member; how many blocks the fullest of them has."""
-        view, most = await self._present(), 0
-        for member in self._by_health(view.members):
-            try:
-                count = await self._asked(
-                    member,
-                    space,
-                    lambda number, instance: m.Advise(
-                        namespace=number,
-                        instance=instance,
-                        kind=kind,
-                        for_ms=for_ms,
-                        hashes=hashes,
-                    ),
-                    timeout_ms,
-                )
-            except _GONE:
-                continue
-            most = max(most, count.blocks)
-        return most
+        """A hint to every member; how many of the blocks are stored at some of them."""
+        view = await self._present()
+        stored = np.zeros(len(hashes), bool)
+
+        async def tell(member: Member) -> None:
+            await self._asked(
+                member,
+                space,
+                lambda number, instance: m.Advise(
+                    namespace=number, instance=instance, kind=kind, for_ms=for_ms, hashes=hashes
+                ),
+                timeout_ms,
+            )
+            seen: m.Seen = await self._asked(
+                member,
+                space,
+                lambda number, instance: m.Look(namespace=number, instance=instance, hashes=hashes),
+                timeout_ms,
+            )
+            stored[seen.tiers > 0] = True
+
+        tasks = [self._world.spawn(tell(member)) for member in self._by_health(view.members)]
+        await self._world.wait_all(tasks, timeout_ms)
+        for task in tasks:
+            _swallow(task)
+        return int(np.count_nonzero(np.unique(hashes[stored], axis=0).any(axis=1)))
 
     async def explain(
         self, space: ClusterSpace, hashes: c.U8, timeout_ms: float

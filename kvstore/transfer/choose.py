@@ -12,14 +12,24 @@ from kvstore.transfer.stream import Pipes, StreamAgent, no_pipes
 KINDS = ("nixl", "ucxx", "grpc")
 
 
-def make_agent(kind: str, name: str, pipes: Pipes = no_pipes, *, host: str = "") -> Agent:
-    """An agent of a kind. name: for logs. pipes: how a grpc agent finds the streams of sessions.
-    host: this host's address as others reach it, for ucxx; its name unless given.
-    `InvalidArgument` for another kind, `Unavailable` where its library is not there."""
+def make_agent(
+    kind: str,
+    name: str,
+    pipes: Pipes = no_pipes,
+    *,
+    host: str = "",
+    over_tcp: bool = False,
+) -> Agent:
+    """An agent of a kind.
+
+    name: for logs. pipes: how a grpc agent finds the streams of sessions. host: this host's address
+    as others reach it, for ucxx; its name unless given. over_tcp: see `NixlAgent`.
+    `InvalidArgument` for another kind, `Unavailable` where its library or device is not there.
+    """
     if kind == "nixl":
         from kvstore.transfer.nixl import NixlAgent
 
-        return NixlAgent(name)
+        return NixlAgent(name, over_tcp=over_tcp)
     if kind == "ucxx":
         from kvstore.transfer.ucxx import UcxxAgent
 
@@ -42,9 +52,10 @@ def available() -> list[Availability]:
     """Each kind, the fastest first. Loads the libraries that there are."""
     from kvstore.transfer import nixl, ucxx
 
-    over = "over RDMA" if nixl.has_rdma() else "over TCP, so it writes and does not read"
     return [
-        _tried("nixl", nixl.load, over),
+        _tried("nixl", nixl.load, "over RDMA")
+        if nixl.has_rdma()
+        else Availability("nixl", False, nixl.NO_RDMA),
         _tried("ucxx", ucxx.load, "copies at both ends"),
         Availability("grpc", True, "copies at both ends"),
     ]

@@ -1,4 +1,4 @@
-"""NIXL over UCX: reads and writes of another process's memory over RDMA, and writes over TCP.
+"""NIXL over UCX: reads and writes of another process's memory over RDMA.
 
 What NIXL 1.5.1 and its UCX were seen to do decides how they are used here:
 
@@ -7,9 +7,9 @@ What NIXL 1.5.1 and its UCX were seen to do decides how they are used here:
 - Between processes of one host, UCX writes to the other's memory through the kernel (cma), which
   the other cannot refuse, whatever it destroys. Through a queue in shared memory, destroying an
   agent waits for a peer that is stopped. So neither is used: only RDMA and TCP are.
-- Over TCP a process aborts when a peer disappears that was reading from it. So reads are refused
-  there. A destroyed agent takes no write; an agent that lives takes writes to any address, so
-  its port must be reachable for trusted hosts alone.
+- Over TCP a process that is read from or written to may abort when the other one disappears: always
+  where it was stopped meanwhile and was being read from, else seldom. There a living agent also
+  takes writes to any address, registered or not. So TCP is only used where that is asked for.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from kvstore.transfer.base import U64, Bytes1D, Pieces, TransferFailed
 from kvstore.transfer.registered import Regions, Registered, checked, merged
 
 KIND = "nixl"
+NO_RDMA = "no RDMA device is here, and over TCP NIXL can abort the other process: use grpc"
 _WHEELS = ("nixl_cu13", "nixl_cu12")
 _NEVER = "^cma,xpmem,knem,sysv,posix"
 _PROGRESS_US = 1000  # of the passive side's thread: how long it sleeps where nothing wakes it
-_SPIN_S = 0.002
-_NAP_S = 50e-6
+_SPIN_S = 0.005
+_NAP_S = 20e-6
 _BODY = struct.Struct("<BxHIQ")  # RDMA?, regions, 0, address of the probe; then regions, metadata
 _PROBE_BYTES = 8
 
@@ -119,19 +120,25 @@ def has_rdma() -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
+def transports(*, rdma: bool) -> str:
+    """UCX's transports that are used, as in `UCX_TLS`. With RDMA it does not fall back to TCP."""
+    return f"{_NEVER},tcp" if rdma else _NEVER
+
+
 class NixlAgent:
     """A NIXL agent: see `kvstore.transfer.base.Agent`.
 
-    name: for logs. reads: whether remotes of this agent may read over TCP too, although a peer then
-    aborts where this process dies or closes in the middle of it; over RDMA they always may.
+    name: for logs. over_tcp: works without RDMA devices too, for tests and trusted networks:
+    a process may then abort where its peer dies. `Unavailable` where neither is to be had.
     """
 
     kind = KIND
 
-    def __init__(self, name: str, *, reads: bool = False) -> None:
+    def __init__(self, name: str, *, over_tcp: bool = False) -> None:
         self._bindings = load()
         self._name, self._rdma = name, has_rdma()
-        self._reads = reads or self._rdma
+        if not self._rdma and not over_tcp:
+            raise Unavailable(NO_RDMA)
         self._registered = Registered()
         self._lock = threading.Lock()
         self._fixed = self._closed = False
@@ -164,9 +171,8 @@ class NixlAgent:
             self._usable()
             if rdma != self._rdma:
                 raise TransferFailed("one of the two hosts has RDMA devices and the other has none")
-            remote = NixlRemote(
-                self._engine(passive=False), self._registered.regions, regions, self._reads
-            )
+            engine = self._engine(passive=False)
+            remote = NixlRemote(engine, self._registered.regions, regions)
             self._remotes.add(remote)
         try:
             remote.open(metadata, probe, max(0.0, deadline - time.monotonic()))
@@ -200,8 +206,8 @@ class NixlAgent:
 class NixlRemote:
     """Another process's memory: see `kvstore.transfer.base.Remote`. Made by `NixlAgent`."""
 
-    def __init__(self, engine: _Engine, local: Regions, remote: Regions, reads: bool) -> None:
-        self._engine, self._local, self._remote, self._reads = engine, local, remote, reads
+    def __init__(self, engine: _Engine, local: Regions, remote: Regions) -> None:
+        self._engine, self._local, self._remote = engine, local, remote
         self._peer: bytes | str = ""
         self._changed = threading.Condition()
         self._calls = 0
@@ -218,11 +224,7 @@ class NixlRemote:
             self._move(Pieces(one, there, size), timeout_s, read=False)
 
     def read(self, pieces: Pieces, timeout_s: float) -> None:
-        """See `Remote`. `TransferFailed` over TCP, unless the agent was told otherwise."""
-        if not self._reads:
-            raise TransferFailed(
-                "NIXL's reads over TCP can abort the other process: transfer by grpc, or use RDMA"
-            )
+        """See `Remote`."""
         self._run(pieces, timeout_s, read=True)
 
     def write(self, pieces: Pieces, timeout_s: float) -> None:
@@ -285,8 +287,8 @@ class NixlRemote:
                     raise DeadlineExceeded(f"{pieces.total} bytes took more than {timeout_s:g} s")
                 if self._ending:
                     raise TransferFailed("the connection was closed")
-                if spent > _SPIN_S:
-                    time.sleep(_NAP_S)
+                # At first it only lets others run: the peer, on a host with few processors.
+                time.sleep(0 if spent < _SPIN_S else _NAP_S)
                 done = self._engine.done(handle)
             self._engine.release(handle)
             settled = True
@@ -322,7 +324,7 @@ class _Engine:
         rows = [(address, nbytes, 0, "") for address, nbytes in regions]
         with self._failing("NIXL does not start or does not take the memory"):
             agent = bindings.nixlAgent(f"{name}-{secrets.token_hex(8)}", config)
-            with _ucx_environment(f"{_NEVER},tcp" if rdma else _NEVER):
+            with _ucx_environment(transports(rdma=rdma)):
                 backend = agent.createBackend("UCX", {})
             agent.registerMem(bindings.nixlRegDList(bindings.DRAM_SEG, rows), [backend])
         self._agent: _Native | None = agent
@@ -425,10 +427,10 @@ def _opened(body: bytes) -> tuple[bool, int, Regions, bytes]:
 
 
 @contextlib.contextmanager
-def _ucx_environment(transports: str) -> Iterator[None]:
+def _ucx_environment(allowed: str) -> Iterator[None]:
     """UCX reads its settings when a backend is made, and from the environment alone where a list
     is meant. What others in this process want of it is left as it is."""
-    wanted = {"UCX_TLS": transports, "UCX_LOG_LEVEL": os.environ.get("UCX_LOG_LEVEL", "error")}
+    wanted = {"UCX_TLS": allowed, "UCX_LOG_LEVEL": os.environ.get("UCX_LOG_LEVEL", "error")}
     with _creating:
         before = {name: os.environ.get(name) for name in wanted}
         os.environ.update(wanted)

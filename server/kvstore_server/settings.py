@@ -119,6 +119,8 @@ ByteRate = Annotated[int, BeforeValidator(_parse_rate), Field(ge=0)]
 PoolSize = Annotated[int, BeforeValidator(_parse_pool_size)]
 WholeNumber = Annotated[int, BeforeValidator(_not_bool)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+OptionalPath = Annotated[AbsolutePath | None, BeforeValidator(_none_word)]
+OptionalText = Annotated[str | None, BeforeValidator(_none_word)]
 
 
 class Settings(BaseSettings):
@@ -183,13 +185,13 @@ class Settings(BaseSettings):
         le=65535,
         description="Loopback TCP port of gRPC (0: any free one; none: no TCP).",
     )
-    node_name: str | None = Field(
+    node_name: OptionalText = Field(
         default=None, description="This daemon's name in a cluster (none: it is alone)."
     )
     peer_listen: str = Field(
         default="127.0.0.1:7420", description="HOST:PORT for the cluster's nodes and clients."
     )
-    peer_advertise: str | None = Field(
+    peer_advertise: OptionalText = Field(
         default=None, description="HOST:PORT that others reach it at (none: as peer-listen)."
     )
     members: str = Field(
@@ -209,16 +211,18 @@ class Settings(BaseSettings):
     repair_rate: ByteRate = Field(
         default=256 << 20, description="Bytes a second that bringing copies to nodes may take."
     )
-    cluster_secret: Path | None = Field(
+    cluster_secret: OptionalPath = Field(
         default=None,
         description="File with the secret that all nodes of a cluster share (none: chain.key in"
         " the data folder).",
     )
-    peer_tls_ca: Path | None = Field(
+    peer_tls_ca: OptionalPath = Field(
         default=None, description="PEM of the authority of all nodes' and clients' certificates."
     )
-    peer_tls_certificate: Path | None = Field(default=None, description="PEM of this node's own.")
-    peer_tls_key: Path | None = Field(default=None, description="PEM of its key.")
+    peer_tls_certificate: OptionalPath = Field(
+        default=None, description="PEM of this node's own certificate."
+    )
+    peer_tls_key: OptionalPath = Field(default=None, description="PEM of its key.")
     peer_insecure: bool = Field(
         default=False, description="Serve other hosts without TLS, on a network of their own."
     )

@@ -23,6 +23,11 @@ _ETC_FILE = Path("/etc/kvstore/server.toml")
 # Other programs have KVSTORE_* variables too (an orchestrator sets KVSTORE_SERVICE_HOST for a
 # service of that name), so only a name this close to a setting's is taken for a mistyped one.
 _TYPO_LIKENESS = 0.85
+# A cluster's clients have these; on a host with both they are no mistyped settings.
+_CLIENTS_VARIABLES = tuple(
+    f"{_PREFIX}CLUSTER_{name}"
+    for name in ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERTIFICATE", "TLS_KEY")
+)
 
 
 class Kind(enum.StrEnum):
@@ -133,7 +138,7 @@ def _read_file(path: Path) -> dict[str, object]:
 def _refuse_mistyped_variables() -> None:
     known = [variable_name(field) for field in Settings.model_fields] + [CONFIG_VARIABLE]
     for name in os.environ:
-        if name.startswith(_PREFIX) and name not in known:
+        if name.startswith(_PREFIX) and name not in (*known, *_CLIENTS_VARIABLES):
             close = difflib.get_close_matches(name, known, 1, _TYPO_LIKENESS)
             if close:
                 raise InvalidArgument(f"environment {name}", f"write {close[0]} or unset it")
@@ -144,17 +149,22 @@ def _validate(values: dict[str, object], origins: Mapping[str, Origin]) -> Setti
         return Settings.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-    first, *others = [(origins[str(problem["loc"][0])], _explain(problem)) for problem in problems]
+    first, *others = [(origins[_field(problem)], _explain(problem)) for problem in problems]
     rest = [f"{origin}: {message}" for origin, message in others]
     raise InvalidArgument(str(first[0]), "; ".join([first[1], *rest]))
 
 
+def _field(problem: ErrorDetails) -> str:
+    """Which setting it is about. Settings that do not fit together are those of a node."""
+    return str(problem["loc"][0]) if problem["loc"] else "node_name"
+
+
 def _explain(problem: ErrorDetails) -> str:
-    field = str(problem["loc"][0])
+    field = _field(problem)
     if problem["type"] == "extra_forbidden":
         known = list(Settings.model_fields)
         close = difflib.get_close_matches(field, known, 1, 0.5)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         return f"{field} is no setting: {hint}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{field} = {problem['input']!r}: {message}"
+    return f"{field} = {problem['input']!r}: {message}" if problem["loc"] else message

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from cluster.nodes import nodes
 
 from daemon import daemon
 from kvstore import Attention, KVStore, Layout, Session
@@ -23,16 +24,18 @@ LAYOUT = Layout(
     dtype="float32",
     block_tokens=16,
 )
-WAYS = ["embedded", "direct", "copy-in", "grpc"]
+WAYS = ["embedded", "direct", "copy-in", "grpc", "cluster"]
 _names = itertools.count()
 
 
 @dataclass(frozen=True)
 class Place:
-    """One store and a session with it. holder: a session whose views hold blocks in the store."""
+    """One store and a session with it. holder: a session whose views hold blocks in the store.
+    parts: whether ranks may put cells of a block one by one."""
 
     session: Session
     holder: Session
+    parts: bool = True
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -47,6 +50,16 @@ def place(
             embedded.check()
         return
     folder = tmp_path_factory.mktemp(way)
+    if way == "cluster":
+        # One node: what a store counts is counted once. Views of a cluster are copies as well.
+        flags = ("--dram", "32MiB", "--transfer", "grpc")
+        with (
+            nodes(folder, 1, *flags, replicas=1) as cluster,
+            cluster.client(transfer="grpc") as many,
+            KVStoreClient(cluster.daemons["a"].target) as client,
+        ):
+            yield Place(many, client, parts=False)
+        return
     trust = "copy-in" if way == "copy-in" else "direct"
     with (
         daemon(folder, "--dram", "32MiB", "--trust", trust, grpc=way == "grpc") as running,

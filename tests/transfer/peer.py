@@ -53,7 +53,7 @@ def agent(kind: str, name: str) -> Iterator[Agent]:
         if kind == "nixl":
             from kvstore.transfer.nixl import NixlAgent
 
-            made = NixlAgent(name, reads=True)
+            made = NixlAgent(name, over_tcp=True)
         elif kind == "ucxx":
             from kvstore.transfer.ucxx import UcxxAgent
 
@@ -193,13 +193,13 @@ def passive(own: Agent, memory: np.ndarray) -> None:
 def active(own: Agent, memory: np.ndarray) -> None:
     own.register(memory)
     say()
-    _, description, remote = sys.stdin.readline().split()
+    description, remote = sys.stdin.readline().split()
     connection = own.connect(bytes.fromhex(description), TIMEOUT_S)
     pieces = everything(memory, int(remote))
     try:
         for value in range(1, 1 << 30):
             memory[:] = value % 251
-            connection.write(pieces, TIMEOUT_S)
+            connection.write(pieces, 2.0)
             say(written=value)
     except KVStoreError as error:
         connection.close()

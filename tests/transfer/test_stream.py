@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -78,9 +79,11 @@ def test_a_closed_passive_agent_refuses_and_nothing_is_written(both: Both) -> No
 
 
 def test_another_agent_s_token_is_refused(both: Both) -> None:
-    with contextlib.closing(StreamAgent("other")) as other:
-        with pytest.raises(TransferFailed, match="unknown token"):
-            both.active.connect(other.describe(), TIMEOUT_S)
+    with (
+        contextlib.closing(StreamAgent("other")) as other,
+        pytest.raises(TransferFailed, match="unknown token"),
+    ):
+        both.active.connect(other.describe(), TIMEOUT_S)
 
 
 def test_a_read_or_write_before_the_token_ends_the_pipe(both: Both) -> None:
@@ -116,6 +119,17 @@ class Liar:
         self._far.close()
 
 
+@contextlib.contextmanager
+def lied_to(registered: Registered, answer: bytes | None) -> Iterator[tuple[Liar, StreamRemote]]:
+    """A connection to such an end."""
+    with (
+        contextlib.closing(Liar(answer)) as liar,
+        contextlib.closing(StreamRemote(registered, liar.pipe)) as remote,
+    ):
+        remote.open(bytes(16), TIMEOUT_S)
+        yield liar, remote
+
+
 FIRST = frames.VERSION + 1  # the number of a connection's first chunk
 LIES = {
     "nonsense": b"nonsense",
@@ -132,12 +146,10 @@ def test_a_lying_passive_end_fails_the_connection_and_writes_nothing(lie: str) -
     memory = np.full(8, 7, np.uint8)
     registered = Registered()
     registered.add(memory)
-    with contextlib.closing(Liar(LIES[lie])) as liar:
-        with contextlib.closing(StreamRemote(registered, liar.pipe)) as remote:
-            remote.open(bytes(16), TIMEOUT_S)
-            piece = Pieces(u64(memory.ctypes.data), u64(64), u64(8))
-            with pytest.raises(TransferFailed):
-                remote.read(piece, TIMEOUT_S)
+    with lied_to(registered, LIES[lie]) as (_, remote):
+        piece = Pieces(u64(memory.ctypes.data), u64(64), u64(8))
+        with pytest.raises(TransferFailed):
+            remote.read(piece, TIMEOUT_S)
     assert (memory == 7).all()
 
 
@@ -145,26 +157,29 @@ def test_an_answer_after_the_deadline_changes_nothing() -> None:
     memory = np.full(8, 7, np.uint8)
     registered = Registered()
     registered.add(memory)
-    with contextlib.closing(Liar(None)) as liar:
-        with contextlib.closing(StreamRemote(registered, liar.pipe)) as remote:
-            remote.open(bytes(16), TIMEOUT_S)
-            piece = Pieces(u64(memory.ctypes.data), u64(64), u64(8))
-            with pytest.raises(DeadlineExceeded):
-                remote.read(piece, 0.05)
-            liar._answer = frames.encode(Kind.DATA, FIRST + 1, [bytes(8)])
-            liar._far.send(frames.encode(Kind.DATA, FIRST, [bytes(range(8))]), TIMEOUT_S)
-            remote.read(piece, TIMEOUT_S)  # its answer comes behind the late one
+    with lied_to(registered, None) as (liar, remote):
+        piece = Pieces(u64(memory.ctypes.data), u64(64), u64(8))
+        with pytest.raises(DeadlineExceeded):
+            remote.read(piece, 0.05)
+        liar._answer = frames.encode(Kind.DATA, FIRST + 1, [bytes(8)])
+        liar._far.send(frames.encode(Kind.DATA, FIRST, [bytes(range(8))]), TIMEOUT_S)
+        remote.read(piece, TIMEOUT_S)  # its answer comes behind the late one
     assert (memory == 0).all()
 
 
 def test_a_side_that_takes_nothing_more_is_met_by_the_deadline() -> None:
-    import socket
-
     near, far = socket.socketpair()
-    with contextlib.closing(far), contextlib.closing(SocketPipe(near)) as pipe:
-        with pytest.raises(DeadlineExceeded):
-            while True:
-                pipe.send(bytes(frames.MAX_FRAME_BYTES), 0.1)
+
+    def send_on_and_on(pipe: SocketPipe) -> None:
+        while True:
+            pipe.send(bytes(frames.MAX_FRAME_BYTES), 0.1)
+
+    with (
+        contextlib.closing(far),
+        contextlib.closing(SocketPipe(near)) as pipe,
+        pytest.raises(DeadlineExceeded),
+    ):
+        send_on_and_on(pipe)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)

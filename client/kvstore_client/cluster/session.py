@@ -31,6 +31,7 @@ from kvstore.errors import (
     InvalidArgument,
     KVStoreError,
     ProtocolError,
+    ResourceExhausted,
     Unavailable,
 )
 from kvstore.layout import Layout
@@ -592,7 +593,7 @@ class ClusterSession:
         """Advice beside a match or a put: where it is not taken, nothing is lost."""
         try:
             self.hint(namespace, chain, hint, timeout_s=max(deadline.left_s, 1e-3))
-        except (Unavailable, DeadlineExceeded):
+        except (Unavailable, DeadlineExceeded, ResourceExhausted):
             return
 
     def _ask_all(self, message: Any, deadline: Deadline) -> list[Any]:
