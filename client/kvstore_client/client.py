@@ -27,12 +27,15 @@ class KVStoreClient:
     """A client of the store at `target`; implements `kvstore.Session`, thread-safe.
 
     target: `unix:///path/to/kvstore.sock` (shared memory; gRPC where that cannot be had),
-    `grpc+unix:///path/to/kvstore.grpc.sock`, or `grpc://127.0.0.1:port`; none: the daemon of this
-    user. timeout_s: the deadline of every call that names none. token: for TCP. verify_reads:
-    check the checksums at each `get_into` too (shared memory only: over gRPC it changes nothing).
-    lazy: return at once, and find nothing until the store answers. `data_path` tells which way
-    the blocks travel. Raises `InvalidArgument` for a target of another form, and, unless lazy,
-    `Unavailable` or `DeadlineExceeded` where no store answers, and `PermissionDenied`.
+    `grpc+unix:///path/to/kvstore.grpc.sock`, `grpc://127.0.0.1:port`, or some nodes of a cluster,
+    `cluster://host:port,host:port[?transfer=KIND&replicas=N]`; none: the daemon of this user.
+    timeout_s: the deadline of every call that names none. token: for TCP, and for a cluster, whose
+    token may also be in the environment (see `cluster.access`). verify_reads: check the checksums
+    at each `get_into` too (shared memory only: over gRPC it changes nothing, and what comes from
+    a cluster is always checked). lazy: return at once, and find nothing until the store answers.
+    `data_path` tells which way the blocks travel. Raises `InvalidArgument` for a target of another
+    form and, unless lazy, `Unavailable` or `DeadlineExceeded` where no store answers, and
+    `PermissionDenied`.
     """
 
     def __init__(
@@ -122,7 +125,8 @@ class KVStoreClient:
         (empty: unknown or none); position: the first block's index in its chain (-1: unknown).
         Blocks that are there already, or for which there is no room, are counted, not raised;
         a store that is away or full stores nothing. persist: wait, until the deadline at most,
-        for the blocks to be synced on NVMe; the result says how many are.
+        for the blocks to be synced on NVMe; the result says how many are. A cluster takes whole
+        blocks only, and says how many of them are at as many nodes as the put waited for.
         """
         return self._session.put(
             namespace,

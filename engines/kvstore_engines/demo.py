@@ -100,15 +100,16 @@ def answer(
     """Answers the prompts one after the other, in a process of its own."""
     progress("loading torch and the model")
     with workers() as started:
-        _ask(started, engine, prompts[0][:WARM_UP_TOKENS], 1)
+        ask(started, engine, prompts[0][:WARM_UP_TOKENS], 1)
         results = []
         for i, prompt in enumerate(prompts):
             progress(f"question {i + 1} of {len(prompts)}")
-            results.append(_ask(started, engine, prompt, new_tokens))
+            results.append(ask(started, engine, prompt, new_tokens))
     return results
 
 
-def _ask(started: Workers, engine: EngineSpec, prompt: list[int], new_tokens: int) -> Result:
+def ask(started: Workers, engine: EngineSpec, prompt: list[int], new_tokens: int) -> Result:
+    """The answer to one prompt."""
     return started.ask(Job(engine=engine, prompts=[prompt], new_tokens=new_tokens))[0][0]
 
 

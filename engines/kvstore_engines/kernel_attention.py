@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,29 +18,40 @@ _READY = ("gqa_decode", "mla_decode", "mla_gluon")  # flex would be compiled for
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class DecodeStep:
     """A batch, divided. rest: the same tokens, with the spans of several tokens alone. rows: (n,)
-    int64, the tokens of the other spans in the batch; table: (n, most pages) int32; lengths: (n,)
-    int32."""
+    int64, the tokens of the other spans in the batch, or None where they are all of it; table: (n,
+    most pages) int32; lengths: (n,) int32."""
 
     batch: Batch
     rest: Batch
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     table: torch.Tensor
     lengths: torch.Tensor
 
     @classmethod
-    def of(cls, batch: Batch) -> _Step:
+    def of(cls, batch: Batch) -> DecodeStep:
+        """Waits for nothing."""
         device = batch.positions.device
         single = [span for span in batch.spans if span.tokens == 1]
         rest = tuple(span for span in batch.spans if span.tokens > 1)
+        rows = [span.start for span in single]
+        lengths = torch.tensor(_lengths(single), dtype=torch.int32, device=device)
+        if not rest:
+            return cls.whole(batch, _table(single, device), lengths)
         return cls(
             batch=batch,
             rest=Batch(batch.positions, batch.pages, batch.offsets, rest),
-            rows=torch.tensor([span.start for span in single], dtype=torch.int64, device=device),
+            rows=torch.tensor(rows, dtype=torch.int64, device=device),
             table=_table(single, device),
-            lengths=torch.tensor(_lengths(single), dtype=torch.int32, device=device),
+            lengths=lengths,
         )
+
+    @classmethod
+    def whole(cls, batch: Batch, table: torch.Tensor, lengths: torch.Tensor) -> DecodeStep:
+        """Of one token a span."""
+        rest = Batch(batch.positions, batch.pages, batch.offsets, ())
+        return cls(batch=batch, rest=rest, rows=None, table=table, lengths=lengths)
 
 
 def _lengths(spans: Sequence[Span]) -> list[int]:
@@ -60,8 +72,9 @@ class KernelAttention:
 
     def __init__(self) -> None:
         self._torch = TorchAttention()
-        self._step: _Step | None = None
+        self._step: DecodeStep | None = None
         self._workspace: DecodeWorkspace | None = None
+        self._fixed = False
         self._taken = set[_Form]()
         self._refused = set[_Form]()
 
@@ -74,6 +87,8 @@ class KernelAttention:
         decoded = self._decode(q, k, v, step, scale)
         if decoded is None:
             return self._torch.grouped(q, layer_pages, batch, scale)
+        if step.rows is None:
+            return decoded
         out = self._torch.grouped(q, layer_pages, step.rest, scale)
         out[step.rows] = decoded
         return out
@@ -86,14 +101,31 @@ class KernelAttention:
         decoded = self._decode(q, layer_pages, None, step, scale)
         if decoded is None or decoded.shape[-1] != rank:
             return self._torch.latent(q, layer_pages, batch, scale, rank)
+        if step.rows is None:
+            return decoded
         out = self._torch.latent(q, layer_pages, step.rest, scale, rank)
         out[step.rows] = decoded
         return out
 
-    def _step_of(self, batch: Batch) -> _Step:
-        if self._step is None or self._step.batch is not batch:
-            self._step = _Step.of(batch)
-            n = len(self._step.rows)
+    @property
+    def refuses(self) -> bool:
+        """Whether there was a form of decode that no kernel took."""
+        return bool(self._refused)
+
+    @contextmanager
+    def fixed(self, step: DecodeStep, workspace: DecodeWorkspace) -> Iterator[None]:
+        """Inside, all batches are that step, on that workspace, which the caller plans for."""
+        before = self._step, self._workspace
+        self._step, self._workspace, self._fixed = step, workspace, True
+        try:
+            yield
+        finally:
+            (self._step, self._workspace), self._fixed = before, False
+
+    def _step_of(self, batch: Batch) -> DecodeStep:
+        if self._step is None or not (self._fixed or self._step.batch is batch):
+            self._step = DecodeStep.of(batch)
+            n = len(self._step.lengths)
             if n:
                 workspace = self._room_for(n, batch.positions.device)
                 workspace.step(_lengths([s for s in batch.spans if s.tokens == 1]))
@@ -111,16 +143,17 @@ class KernelAttention:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor | None,
-        step: _Step,
+        step: DecodeStep,
         scale: float,
     ) -> torch.Tensor | None:
         """(n, heads, dim of the values) of the new tokens; None where there are none, or no kernel
         for them."""
         form = (q.shape[1:], q.dtype, k.shape[1:], k.dtype, scale)
-        if not len(step.rows) or form in self._refused:
+        if not len(step.lengths) or form in self._refused:
             return None
         assert self._workspace is not None
-        arguments = (q[step.rows][:, None], k, v, step.table, step.lengths, self._workspace)
+        new = q if step.rows is None else q[step.rows]
+        arguments = (new[:, None], k, v, step.table, step.lengths, self._workspace)
         rules = Rules(scale=scale)
         if form not in self._taken:
             try:

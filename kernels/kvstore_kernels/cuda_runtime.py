@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -172,11 +173,11 @@ class CudaRuntime:
         self._call("cudaGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
         return kind.value == _COPY_NODE
 
-    def copy_ends(self, node: int) -> tuple[int, int]:
-        """(target, source) of a copy in a graph."""
+    def copy_target(self, node: int) -> int:
+        """Where a copy in a graph goes."""
         found = _CopyParameters()
         self._call("cudaGraphMemcpyNodeGetParams", ctypes.c_void_p(node), ctypes.byref(found))
-        return found.target.address or 0, found.source.address or 0
+        return found.target.address or 0
 
     def instantiate(self, graph: int) -> int:
         """An executable of a graph, which must not be destroyed before it."""
@@ -190,19 +191,20 @@ class CudaRuntime:
         )
         return executable.value or 0
 
-    def retarget_copy(
-        self, executable: int, node: int, target: int, source: int, nbytes: int
+    def retarget_copies(
+        self,
+        executable: int,
+        nodes: Sequence[int],
+        targets: Sequence[int],
+        sources: Sequence[int],
+        nbytes: int,
     ) -> None:
-        """Gives a copy of the graph other ends, for launches from now on."""
-        self._call(
-            "cudaGraphExecMemcpyNodeSetParams1D",
-            ctypes.c_void_p(executable),
-            ctypes.c_void_p(node),
-            ctypes.c_void_p(target),
-            ctypes.c_void_p(source),
-            ctypes.c_size_t(nbytes),
-            _ANY_DIRECTION,
-        )
+        """Gives copies of the graph, of so many bytes each, other ends for launches from now on."""
+        handle, size = ctypes.c_void_p(executable), ctypes.c_size_t(nbytes)
+        name = "cudaGraphExecMemcpyNodeSetParams1D"
+        for node, target, source in zip(nodes, targets, sources, strict=True):
+            ends = (ctypes.c_void_p(target), ctypes.c_void_p(source))
+            self._call(name, handle, ctypes.c_void_p(node), *ends, size, _ANY_DIRECTION)
 
     def launch_graph(self, executable: int, stream: int) -> None:
         """Gives all of it to a stream."""

@@ -1,9 +1,11 @@
-"""Turns of a transfer in a CUDA graph: captured once, launched again for other blocks and rows.
+"""Turns of a transfer to the host in a CUDA graph: captured once, launched again for other blocks.
 
 Given one by one, a turn through a buffer costs the host 0.1 ms: a kernel, a copy, two events and
-two waits. Here some turns are one launch, and all that is told anew is where on the host each copy
-goes. So buffers can be small and still have the link busy; and small ones stay in the L2, from
-which the copies then come: the memory, on which a decode depends, sees the pages' bytes alone.
+two waits. Here many turns are one launch, and all that is told anew is where on the host each copy
+goes. So two buffers of 4 MiB have the link busy; and these stay in the L2, from which the copies
+then come. The memory, on which a decode depends, sees the reading of the pages alone: a decode is
+slowed half as much. The other way nothing is gained, since copies from the host slow it whatever
+they are read by.
 """
 
 from __future__ import annotations
@@ -27,9 +29,13 @@ class GraphForm:
     buffers: int = 2
     buffer_bytes: int = 4 << 20
 
+    def blocks_per_turn(self, nbytes: int) -> int:
+        """Of blocks of so many bytes."""
+        return max(1, self.buffer_bytes // nbytes)
+
 
 class TurnsGraph:
-    """A number of blocks between their pages and rows that lie densely on the host.
+    """A number of blocks from their pages to rows that lie densely on the host.
 
     Launches follow each other on one stream. Raises CudaCallFailedError.
     """
@@ -43,24 +49,27 @@ class TurnsGraph:
         runs: torch.Tensor,
         kernels: torch.cuda.Stream,
         host: int,
-        out: bool,
     ) -> None:
         """runs: some of the dtype and shape that launches will have. kernels: the stream of
         launches. host: an address of pinned memory for as many rows as a launch has; it is not
-        touched. out: to the host."""
+        touched."""
         self._collator, self._runtime, self._form = collator, runtime, form
-        self._kernels, self._out = kernels, out
+        self._kernels = kernels
         nbytes, device = collator.form.nbytes, collator.table.device
-        self._per_turn = per_turn = max(1, form.buffer_bytes // nbytes)
-        self._turn_bytes = per_turn * nbytes
-        self.blocks = form.turns * per_turn
+        self._per_turn = form.blocks_per_turn(nbytes)
+        self._turn_bytes = self._per_turn * nbytes
+        self.blocks = form.turns * self._per_turn
         self._copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(kernels):
-            shape = (form.buffers, per_turn, nbytes)
+            shape = (form.buffers, self._per_turn, nbytes)
             self._buffers = torch.empty(shape, dtype=torch.uint8, device=device)
-            # Runs that do not exist: the kernel is compiled now, and no page is written.
+            # Runs that do not exist: the kernel is compiled now, and no page is read.
             self._runs = torch.full((self.blocks, runs.shape[1]), -1, dtype=runs.dtype).to(device)
             self._collate(0)
+        origin = self._buffers.data_ptr()
+        self._sources = [
+            origin + turn % form.buffers * self._turn_bytes for turn in range(form.turns)
+        ]
         graph = self._captured(host)
         try:
             self._nodes = self._nodes_in_order(graph, host)
@@ -76,11 +85,10 @@ class TurnsGraph:
 
         runs: (blocks, runs per block) on the GPU. host: where the first row is.
         """
-        for turn, node in enumerate(self._nodes):
-            there = host + turn * self._turn_bytes
-            self._runtime.retarget_copy(
-                self._executable, node, *self._ends(there, turn), self._turn_bytes
-            )
+        targets = self._targets(host)
+        self._runtime.retarget_copies(
+            self._executable, self._nodes, targets, self._sources, self._turn_bytes
+        )
         with torch.cuda.stream(self._kernels):
             self._runs.copy_(runs, non_blocking=True)
             self._runtime.launch_graph(self._executable, self._kernels.cuda_stream)
@@ -99,48 +107,35 @@ class TurnsGraph:
         return graph
 
     def _give_turns(self, host: int) -> None:
-        self._copies.wait_event(self._kernels.record_event())
-        lanes = (self._kernels, self._copies)
-        filling, draining = lanes if self._out else lanes[::-1]
+        kernels, copies = self._kernels, self._copies
         emptied: list[torch.cuda.Event] = []
-        for turn in range(self._form.turns):
+        for turn, target in enumerate(self._targets(host)):
             if turn >= self._form.buffers:
-                filling.wait_event(emptied[turn - self._form.buffers])
-            for lane in (filling, draining):
-                if lane is draining:
-                    draining.wait_event(filling.record_event())
-                if lane is self._kernels:
-                    self._collate(turn)
-                else:
-                    self._copy(host + turn * self._turn_bytes, turn)
-            emptied.append(draining.record_event())
-        self._kernels.wait_event(self._copies.record_event())
+                kernels.wait_event(emptied[turn - self._form.buffers])
+            self._collate(turn)
+            copies.wait_event(kernels.record_event())
+            self._runtime.copy_each(
+                np.array([target]),
+                np.array([self._sources[turn]]),
+                np.array([self._turn_bytes]),
+                copies.cuda_stream,
+            )
+            emptied.append(copies.record_event())
+        kernels.wait_event(emptied[-1])
 
     def _collate(self, turn: int) -> None:
         first = turn * self._per_turn
         runs = self._runs[first : first + self._per_turn]
-        rows = self._buffers[turn % self._form.buffers]
-        self._collator.launch(runs, rows, out=self._out, keep=self._out)
+        self._collator.launch(runs, self._buffers[turn % self._form.buffers], out=True, keep=True)
 
-    def _copy(self, there: int, turn: int) -> None:
-        target, source = self._ends(there, turn)
-        size = np.array([self._turn_bytes])
-        stream = self._copies.cuda_stream
-        self._runtime.copy_each(np.array([target]), np.array([source]), size, stream)
-
-    def _ends(self, there: int, turn: int) -> tuple[int, int]:
-        """(target, source) of a turn's copy."""
-        here = self._buffers.data_ptr() + turn % self._form.buffers * self._turn_bytes
-        return (there, here) if self._out else (here, there)
+    def _targets(self, host: int) -> list[int]:
+        """Where each turn's copy goes."""
+        return [host + turn * self._turn_bytes for turn in range(self._form.turns)]
 
     def _nodes_in_order(self, graph: int, host: int) -> list[int]:
         """The copies' nodes, by the turns that they are of."""
-        nodes = {}
-        for node in self._runtime.copy_nodes(graph):
-            target, source = self._runtime.copy_ends(node)
-            there = target if self._out else source
-            nodes[(there - host) // self._turn_bytes] = node
-        return [nodes[turn] for turn in range(self._form.turns)]
+        nodes = {self._runtime.copy_target(node): node for node in self._runtime.copy_nodes(graph)}
+        return [nodes[target] for target in self._targets(host)]
 
 
 def _destroy(runtime: CudaRuntime, graph: int, executable: int) -> None:

@@ -155,9 +155,7 @@ _PLAIN: dict[str, tuple[Put, Take]] = {
 }
 
 
-def _field(
-    field: dataclasses.Field[Any], dimensions: Mapping[str, int]
-) -> tuple[str, Put, Take]:
+def _field(field: dataclasses.Field[Any], dimensions: Mapping[str, int]) -> tuple[str, Put, Take]:
     of = str(field.type).rsplit(".", 1)[-1]
     if of in _PLAIN:
         return field.name, *_PLAIN[of]

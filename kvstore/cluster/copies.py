@@ -164,6 +164,7 @@ class Spread:
 async def spread(
     site: Site,
     held: Held,
+    partners: Sequence[Member],
     *,
     copies: int,
     view: View,
@@ -172,15 +173,15 @@ async def spread(
     persist: bool,
     own: c.U8,
 ) -> Spread:
-    """Brings blocks of one place to `copies` nodes, this one among them: to the best of the ranking
-    at once, and to the next one for each that fails. own: 1 where this node has synced a block."""
+    """Brings blocks to `copies` nodes, this one among them: to the first of their partners at once,
+    and to the next one for each that fails. own: 1 where this node has synced a block."""
     n = len(held.hashes)
     ttls = np.full(n, ttl_ms, np.uint64)
     found = np.ones(n, np.uint8)
     persisted = own.copy()
     if not n or copies <= 1:
         return Spread(copies=found, persisted=persisted)
-    waiting, _mine = site.partners(int(held.places[0]))
+    waiting = list(partners)
     running: list[tuple[Member, Task[Pulled]]] = []
     short = copies - 1
     while (short > 0 and waiting) or running:
@@ -227,6 +228,16 @@ def groups(places: c.U64) -> Sequence[c.U32]:
     order = np.argsort(places, kind="stable").astype(np.uint32)
     edges = np.flatnonzero(np.diff(places[order])) + 1
     return np.split(order, edges)
+
+
+def by_partners(site: Site, held: Held) -> list[tuple[c.U32, list[Member]]]:
+    """Rows of blocks that have the same partners in the same order, and those."""
+    found: dict[tuple[str, ...], tuple[list[c.U32], list[Member]]] = {}
+    for rows in groups(held.places):
+        partners, _mine = site.partners(int(held.places[rows[0]]))
+        names = tuple(member.name for member in partners)
+        found.setdefault(names, ([], partners))[0].append(rows)
+    return [(np.sort(np.concatenate(rows)), partners) for rows, partners in found.values()]
 
 
 _NVME = 2

@@ -169,23 +169,24 @@ class Got:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Put:
-    """Asks the node to read blocks of one segment from the sender's memory, to store them, and to
-    see to R copies; answered by `Stored`.
+    """Asks the node to read blocks from the sender's memory, to store them, and to see to R copies;
+    answered by `Stored`.
 
-    checksums: (n, cells), of what is to arrive. parent, position, ttl_ms: as in `Commit`. copies:
-    how many to wait for. wait_ms: as in `Get`.
+    put_ids: (n, 16). checksums: (n, cells), of what is to arrive. parents: (n, 32), zeros where
+    unknown. positions: uint32, 2**32 - 1 where unknown. ttl_ms: as in `Commit`. copies: how many
+    to wait for. wait_ms: as in `Get`.
     """
 
     session: int
     epoch: int
     namespace: int
     instance: int
-    put_id: bytes
+    put_ids: U8
     hashes: U8
     addresses: U64
     checksums: U64
-    parent: bytes
-    position: int
+    parents: U8
+    positions: U32
     ttl_ms: int
     copies: int
     wait_ms: int

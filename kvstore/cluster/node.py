@@ -17,7 +17,7 @@ from kvstore import limits
 from kvstore.block import fixed_fields
 from kvstore.cluster import messages as m
 from kvstore.cluster.coordination import Coordination
-from kvstore.cluster.copies import Held, groups, hold, spread
+from kvstore.cluster.copies import Held, by_partners, hold, spread
 from kvstore.cluster.heat import Heat
 from kvstore.cluster.intake import Arrivals, give_up, take_in
 from kvstore.cluster.members import Member, encode_view
@@ -278,14 +278,14 @@ class Node:
         site.fence(message.epoch)
         space = site.space(message.namespace, message.instance)
         hashes = _checked(message.hashes)
-        _check_put(message, space)
+        _check_put(message)
         site.counters.puts += 1
         n, end_ms = len(hashes), site.world.now_ms() + message.wait_ms
         status = np.full(n, m.PutStatus.EXISTS, np.uint8)
         absent = np.flatnonzero(site.store.look(space.number, hashes) == 0)
         if len(absent):
             memory = self._memory_of(message.session)
-            arrivals = _arrivals(message).rows(absent)
+            arrivals = _arrivals(message, space).rows(absent)
             left_ms = max(end_ms - site.world.now_ms(), 1.0)
             status[absent] = await take_in(site, space, memory, arrivals, left_ms)
         there = np.flatnonzero(np.isin(status, _STORED))
@@ -325,25 +325,38 @@ class Node:
         view = site.view
         if not n:
             return m.Stored(status=found, copies=found, persisted=synced, epoch=view.epoch)
-        for _ in range(_ROUNDS):
+        if min(copies, view.replicas) == 1 and not persist:
+            found[:] = 1  # the node that was asked has them
+        for _ in range(_ROUNDS if not found.all() else 0):
             view = site.view
             found[:], synced[:] = 0, 0
             async with hold(site, space, hashes, end_ms - site.world.now_ms()) as held:
                 own = np.zeros(len(held.hashes), np.uint8)
                 if persist:
                     own = await self._persist(space, held.hashes, end_ms)
-                for rows in groups(held.places):
-                    done = await spread(
-                        site,
-                        held.rows(rows),
-                        copies=min(copies, view.replicas),
-                        view=view,
-                        end_ms=end_ms,
-                        ttl_ms=ttl_ms,
-                        persist=persist,
-                        own=own[rows],
+                plans = by_partners(site, held)
+                tasks = [
+                    site.world.spawn(
+                        spread(
+                            site,
+                            held.rows(rows),
+                            partners,
+                            copies=min(copies, view.replicas),
+                            view=view,
+                            end_ms=end_ms,
+                            ttl_ms=ttl_ms,
+                            persist=persist,
+                            own=own[rows],
+                        )
                     )
-                    found[rows], synced[rows] = done.copies, done.persisted
+                    for rows, partners in plans
+                ]
+                left_ms = max(end_ms - site.world.now_ms(), 0.0) + site.policy.call_ms
+                await site.world.wait_all(tasks, left_ms)
+                for (rows, _partners), task in zip(plans, tasks, strict=True):
+                    if task.done:
+                        done = task.result()
+                        found[rows], synced[rows] = done.copies, done.persisted
             if site.view is view or site.world.now_ms() >= end_ms:
                 break
         if site.view is not view:  # what was counted under it may be nowhere that a reader looks
@@ -396,7 +409,7 @@ class Node:
         space = await self._space_of(message.name, message.layout, message.generation)
         hashes = _checked(message.hashes)
         n, end_ms = len(hashes), site.world.now_ms() + message.wait_ms
-        arrivals = _arrivals_of_pull(message, space)
+        arrivals = _arrivals(message, space)
         status = np.full(n, m.PutStatus.EXISTS, np.uint8)
         tiers = site.store.look(space.number, hashes)
         beaten = await self._beaten(space, hashes, message.put_ids, np.flatnonzero(tiers))
@@ -646,55 +659,30 @@ def _checked(hashes: c.U8) -> c.U8:
     return hashes
 
 
-def _check_put(message: m.Put, space: Space) -> None:
+def _check_put(message: m.Put) -> None:
     n = len(message.hashes)
     if not n:
         raise InvalidArgument("hashes", "at least one, please")
-    if len(message.put_id) != 16:
-        raise InvalidArgument("put_id", "must have 16 bytes")
-    if message.checksums.shape != (n, space.layout.n_cells):
-        raise InvalidArgument("checksums", f"expected ({n}, {space.layout.n_cells})")
-    if message.addresses.shape != (n,):
-        raise InvalidArgument("addresses", "expected one for each block")
     if len(np.unique(message.hashes, axis=0)) != n:
         raise InvalidArgument("hashes", "a key comes twice")
     if not 0 <= message.ttl_ms <= limits.MAX_TTL_MS:
         raise InvalidArgument("ttl_ms", f"0 to {limits.MAX_TTL_MS}, please")
     if not 1 <= message.copies <= limits.MAX_REPLICAS:
         raise InvalidArgument("copies", f"1 to {limits.MAX_REPLICAS}, please")
-    if len(message.parent) not in (0, limits.KEY_BYTES):
-        raise InvalidArgument("parent", f"must have {limits.KEY_BYTES} bytes, or none")
 
 
-def _arrivals(message: m.Put) -> Arrivals:
+def _arrivals(message: m.Put | m.Pull, space: Space) -> Arrivals:
+    """What is to arrive; `InvalidArgument` names an array of another shape than the others."""
     n = len(message.hashes)
-    parents = np.zeros((n, limits.KEY_BYTES), np.uint8)
-    positions = np.full(n, 0xFFFFFFFF, np.uint32)
-    if message.position >= 0:
-        parents[1:] = message.hashes[:-1]
-        if message.parent:
-            parents[0] = np.frombuffer(message.parent, np.uint8)
-        positions = (message.position + np.arange(n)).astype(np.uint32)
-    return Arrivals(
-        hashes=message.hashes,
-        addresses=message.addresses,
-        checksums=message.checksums,
-        put_ids=np.tile(np.frombuffer(message.put_id, np.uint8), (n, 1)),
-        parents=parents,
-        positions=positions,
-        ttl_ms=np.full(n, message.ttl_ms, np.uint64),
-    )
-
-
-def _arrivals_of_pull(message: m.Pull, space: Space) -> Arrivals:
-    n = len(message.hashes)
+    ttl_ms = message.ttl_ms
+    ttls = np.full(n, ttl_ms, np.uint64) if isinstance(ttl_ms, int) else ttl_ms
     shapes = {
         "put_ids": (message.put_ids.shape, (n, 16)),
         "addresses": (message.addresses.shape, (n,)),
         "checksums": (message.checksums.shape, (n, space.layout.n_cells)),
         "parents": (message.parents.shape, (n, limits.KEY_BYTES)),
         "positions": (message.positions.shape, (n,)),
-        "ttl_ms": (message.ttl_ms.shape, (n,)),
+        "ttl_ms": (ttls.shape, (n,)),
     }
     for name, (found, expected) in shapes.items():
         if found != expected:
@@ -706,7 +694,7 @@ def _arrivals_of_pull(message: m.Pull, space: Space) -> Arrivals:
         put_ids=message.put_ids,
         parents=message.parents,
         positions=message.positions,
-        ttl_ms=message.ttl_ms,
+        ttl_ms=ttls,
     )
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import commands as c
+from kvstore import limits
 from kvstore.cluster import messages as m
 from kvstore.cluster.members import Member, MemberState, View, decode_view
-from kvstore.cluster.placement import SPARE, Ranking, new_put_id
+from kvstore.cluster.placement import NONCE_BYTES, PUT_ID_BYTES, SPARE, Ranking, new_put_id
 from kvstore.cluster.site import Health
 from kvstore.cluster.world import Attachment, Task, World
 from kvstore.errors import (
@@ -32,6 +33,7 @@ from kvstore.layout import Layout
 from kvstore.transfer.base import TransferFailed
 
 _NO_NODE = "no node of the cluster answers"
+_RENEWALS = 16  # pieces of one get that may be asked for anew after this side failed
 _GONE = (Unavailable, DeadlineExceeded)
 
 
@@ -339,6 +341,13 @@ class Router:
             found[place] = order
         return found
 
+    def _targets(self, places: Sequence[int]) -> list[list[Member]]:
+        """For each place whom new blocks of it are put to, the best first."""
+        assert self.view
+        members = self.view.members
+        ranked = self._ranking.targets(np.array(places, np.uint64)).tolist()
+        return [self._by_health(members[n] for n in row) for row in ranked]
+
     # -- match -------------------------------------------------------------------------
 
     async def match(
@@ -420,127 +429,9 @@ class Router:
     # -- put ---------------------------------------------------------------------------
 
     async def put(self, space: ClusterSpace, puts: Puts, timeout_ms: float) -> PutOutcome:
-        """Puts blocks segment by segment, several at once. What fails is NO_SPACE or FAILED."""
+        """Puts blocks, several members at once. What fails is NO_SPACE or FAILED."""
         await self._present()
-        n, end_ms = len(puts.hashes), self._world.now_ms() + timeout_ms
-        outcome = PutOutcome(
-            status=np.full(n, m.PutStatus.FAILED, np.uint8),
-            copies=np.zeros(n, np.uint8),
-            persisted=np.zeros(n, np.uint8),
-        )
-        edges = np.flatnonzero(np.diff(puts.places)) + 1
-        segments = [s for s in np.split(np.arange(n), edges) if len(s)]
-        running: list[Task[None]] = []
-        while segments or running:
-            while segments and len(running) < self.policy.in_flight:
-                rows = segments.pop(0)
-                running.append(
-                    self._world.spawn(self._put_segment(space, puts, rows, outcome, end_ms))
-                )
-            await self._world.wait(running, end_ms - self._world.now_ms())
-            over = [task for task in running if task.done]
-            for task in over:
-                running.remove(task)
-                _swallow(task)
-            if not over:
-                for task in running:
-                    task.cancel()
-                break
-        return outcome
-
-    async def _put_segment(
-        self,
-        space: ClusterSpace,
-        puts: Puts,
-        rows: npt.NDArray[np.intp],
-        outcome: PutOutcome,
-        end_ms: float,
-    ) -> None:
-        """To the best member that takes it, and to the next ones for what that one could not."""
-        place = int(puts.places[rows[0]])
-        tried: set[str] = set()
-        nonce = self._world.random.randbytes(6)
-        while True:
-            assert self.view
-            view = self.view
-            order = [view.members[n] for n in self._ranking.targets(_one(place))[0].tolist()]
-            order = [member for member in self._by_health(order) if member.name not in tried]
-            left_ms = end_ms - self._world.now_ms()
-            if not order or left_ms <= 0:
-                return
-            member = order[0]
-            try:
-                await self._put_at(
-                    member,
-                    space,
-                    puts,
-                    rows,
-                    outcome=outcome,
-                    put_id=new_put_id(nonce, place),
-                    left_ms=left_ms,
-                )
-            except m.WrongEpoch as error:
-                if not error.view:  # it lags behind, and will learn
-                    tried.add(member.name)
-                continue
-            except (InvalidArgument, ResourceExhausted):
-                raise
-            except KVStoreError:
-                self.counters.failed_over += 1
-                tried.add(member.name)
-                continue
-            return
-
-    async def _put_at(
-        self,
-        member: Member,
-        space: ClusterSpace,
-        puts: Puts,
-        rows: npt.NDArray[np.intp],
-        *,
-        outcome: PutOutcome,
-        put_id: bytes,
-        left_ms: float,
-    ) -> None:
-        assert self.view
-        first, epoch = int(rows[0]), self.view.epoch
-        wait_ms = int(max(left_ms - 20.0, 1.0))
-        session = 0 if puts.here else await self._session(member)
-
-        def message(number: int, instance: int) -> m.Put | m.Spread:
-            hashes = np.ascontiguousarray(puts.hashes[rows])
-            if puts.here:
-                return m.Spread(
-                    epoch=epoch,
-                    namespace=number,
-                    instance=instance,
-                    hashes=hashes,
-                    ttl_ms=puts.ttl_ms,
-                    copies=puts.copies,
-                    wait_ms=wait_ms,
-                    persist=int(puts.persist),
-                )
-            parent = puts.hashes[first - 1].tobytes() if first else puts.parent
-            return m.Put(
-                session=session,
-                epoch=epoch,
-                namespace=number,
-                instance=instance,
-                put_id=put_id,
-                hashes=hashes,
-                addresses=puts.addresses[rows],
-                checksums=puts.checksums[rows],
-                parent=parent if puts.position >= 0 else b"",
-                position=puts.position + first if puts.position >= 0 else -1,
-                ttl_ms=puts.ttl_ms,
-                copies=puts.copies,
-                wait_ms=wait_ms,
-                persist=int(puts.persist),
-            )
-
-        stored: m.Stored = await self._asked(member, space, message, left_ms)
-        outcome.status[rows], outcome.copies[rows] = stored.status, stored.copies
-        outcome.persisted[rows] = stored.persisted
+        return await _Put(self, space, puts).run(self._world.now_ms() + timeout_ms)
 
     # -- forgetting, advice, explanations ----------------------------------------------
 
@@ -681,6 +572,7 @@ class _Get:
         self._tiers = np.zeros(len(chain), np.uint8)
         self._running: list[_Flight] = []
         self._flying = np.zeros(len(chain), np.int64)  # pieces that ask for each block
+        self._again = _RENEWALS
 
     async def run(self, end_ms: float) -> c.U8:
         """See `Router.get`."""
@@ -688,7 +580,7 @@ class _Get:
         try:
             while world.now_ms() < end_ms:
                 self._start(end_ms)
-                if not self._running:
+                if not self._running or self._tiers.all():
                     break
                 hedges = [f.piece.hedge_at_ms for f in self._running if not f.piece.hedged]
                 until = min([end_ms, *hedges])
@@ -700,6 +592,8 @@ class _Get:
                 self._hedge()
         finally:
             for flight in self._running:
+                if flight.piece.hedged:  # who was asked later has answered first, or nobody has
+                    self._router.health.failed(flight.piece.member.name)
                 world.spawn(self._outlive(flight, policy.grace_ms))
         return self._tiers
 
@@ -790,6 +684,11 @@ class _Get:
         """The next member is asked; whether this one still writes is not known, unless it said."""
         router = self._router
         router.counters.failed_over += 1
+        if piece.ring != router._memory.generation and self._again > 0:
+            # It was this side's ring that failed: the member is as good as before.
+            self._again -= 1
+            for row in piece.rows.tolist():
+                self._left[row].insert(0, piece.member)
         if piece.asked and isinstance(error, _GONE):
             router.counters.lost_landings += len(piece.rows)
             router._memory.lose(piece.addresses)
@@ -827,6 +726,151 @@ class _Get:
         router._memory.give(piece.addresses)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Blocks of some segments that one member is asked to store."""
+
+    member: Member
+    segments: list[npt.NDArray[np.intp]]
+    task: Task[None]
+
+
+class _Put:
+    """One put under way: segments that nobody has stored yet, and whom each was tried at.
+
+    A segment goes to the best member that is not suspected, and to the next ones for what that one
+    could not; segments of one member go together.
+    """
+
+    def __init__(self, router: Router, space: ClusterSpace, puts: Puts) -> None:
+        self._router, self._space, self._puts = router, space, puts
+        n = len(puts.hashes)
+        self._outcome = PutOutcome(
+            status=np.full(n, m.PutStatus.FAILED, np.uint8),
+            copies=np.zeros(n, np.uint8),
+            persisted=np.zeros(n, np.uint8),
+        )
+        edges = np.flatnonzero(np.diff(puts.places)) + 1
+        self._left = [rows for rows in np.split(np.arange(n), edges) if len(rows)]
+        self._tried: dict[int, set[str]] = {}  # by the segment's first row
+        nonces = {int(rows[0]): router._world.random.randbytes(NONCE_BYTES) for rows in self._left}
+        self._put_ids = np.empty((n, PUT_ID_BYTES), np.uint8)
+        for rows in self._left:
+            put_id = new_put_id(nonces[int(rows[0])], int(puts.places[rows[0]]))
+            self._put_ids[rows] = np.frombuffer(put_id, np.uint8)
+        self._parents = np.zeros((n, limits.KEY_BYTES), np.uint8)
+        self._positions = np.full(n, 0xFFFFFFFF, np.uint32)
+        if puts.position >= 0:
+            self._parents[1:] = puts.hashes[:-1]
+            if puts.parent:
+                self._parents[0] = np.frombuffer(puts.parent, np.uint8)
+            self._positions = (puts.position + np.arange(n)).astype(np.uint32)
+
+    async def run(self, end_ms: float) -> PutOutcome:
+        """See `Router.put`."""
+        world = self._router._world
+        running: list[_Batch] = []
+        while True:
+            self._start(running, end_ms)
+            left_ms = end_ms - world.now_ms()
+            if not running or left_ms <= 0:
+                break
+            await world.wait([batch.task for batch in running], left_ms)
+            for batch in [batch for batch in running if batch.task.done]:
+                running.remove(batch)
+                self._settle(batch)
+        for batch in running:
+            batch.task.cancel()
+        return self._outcome
+
+    def _start(self, running: list[_Batch], end_ms: float) -> None:
+        router = self._router
+        most = max(1, router.policy.piece_bytes // self._space.layout.block_bytes)
+        targets = router._targets([int(self._puts.places[rows[0]]) for rows in self._left])
+        batches: dict[str, tuple[Member, list[npt.NDArray[np.intp]]]] = {}
+        later = []
+        for rows, order in zip(self._left, targets, strict=True):
+            tried = self._tried.get(int(rows[0]), set())
+            member = next((each for each in order if each.name not in tried), None)
+            if member is None:
+                continue  # nobody is left: it stays FAILED
+            _, together = batches.setdefault(member.name, (member, []))
+            full = sum(map(len, together)) >= most
+            if full or len(running) + len(batches) > router.policy.in_flight:
+                later.append(rows)
+            else:
+                together.append(rows)
+        self._left = later
+        for member, segments in batches.values():
+            if segments:
+                task = router._world.spawn(self._put_at(member, segments, end_ms))
+                running.append(_Batch(member, segments, task))
+
+    def _settle(self, batch: _Batch) -> None:
+        """What a member did not take is tried at the next one."""
+        lags = False
+        try:
+            batch.task.result()
+        except m.WrongEpoch as error:
+            lags = not error.view  # it will learn; else the view is a later one by now
+        except (InvalidArgument, ResourceExhausted):
+            raise
+        except KVStoreError:
+            self._router.counters.failed_over += 1
+            lags = True
+        else:
+            return
+        for rows in batch.segments:
+            if lags:
+                self._tried.setdefault(int(rows[0]), set()).add(batch.member.name)
+            self._left.append(rows)
+
+    async def _put_at(
+        self, member: Member, segments: list[npt.NDArray[np.intp]], end_ms: float
+    ) -> None:
+        router, puts = self._router, self._puts
+        assert router.view
+        epoch, rows = router.view.epoch, np.concatenate(segments)
+        session = 0 if puts.here else await router._session(member)
+        left_ms = max(end_ms - router._world.now_ms(), 1.0)
+        wait_ms = int(max(left_ms - 20.0, 1.0))
+        hashes = np.ascontiguousarray(puts.hashes[rows])
+
+        def message(number: int, instance: int) -> m.Put | m.Spread:
+            if puts.here:
+                return m.Spread(
+                    epoch=epoch,
+                    namespace=number,
+                    instance=instance,
+                    hashes=hashes,
+                    ttl_ms=puts.ttl_ms,
+                    copies=puts.copies,
+                    wait_ms=wait_ms,
+                    persist=int(puts.persist),
+                )
+            return m.Put(
+                session=session,
+                epoch=epoch,
+                namespace=number,
+                instance=instance,
+                put_ids=self._put_ids[rows],
+                hashes=hashes,
+                addresses=puts.addresses[rows],
+                checksums=puts.checksums[rows],
+                parents=self._parents[rows],
+                positions=self._positions[rows],
+                ttl_ms=puts.ttl_ms,
+                copies=puts.copies,
+                wait_ms=wait_ms,
+                persist=int(puts.persist),
+            )
+
+        stored: m.Stored = await router._asked(member, self._space, message, left_ms)
+        outcome = self._outcome
+        outcome.status[rows], outcome.copies[rows] = stored.status, stored.copies
+        outcome.persisted[rows] = stored.persisted
+
+
 def _swallow(task: Task[Any]) -> None:
     """What a member did not do is a miss; what the caller did wrong is an error."""
     if not task.done:
@@ -844,7 +888,3 @@ def _answer(task: Task[Any]) -> Any:
         return task.result() if task.done else None
     except KVStoreError:
         return None
-
-
-def _one(place: int) -> c.U64:
-    return np.array([place], np.uint64)

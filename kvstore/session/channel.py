@@ -63,6 +63,11 @@ class ChannelLink:
         """Whether the connection is over."""
         return self._port.closed
 
+    @property
+    def pool_fd(self) -> int:
+        """The memfd of the pool, as long as the link is open."""
+        return self._arenas[0].fd
+
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """See `Link.call`."""
         self._guard.check()

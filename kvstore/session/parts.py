@@ -46,7 +46,6 @@ class Part:
             for at, own, nbytes in self.cell_runs
         ]
 
-
     def take_out(self, source: int, target: int, arrived: memoryview) -> list[int]:
         """Copies the part's bytes from one address to another as they are.
 

@@ -134,6 +134,8 @@ class StreamAgent:
             remotes, self._remotes = self._remotes, set()
         for remote in remotes:
             remote.close()
+        for end in ends:
+            end.close()
 
     def serve_read(self, frame: frames.Frame) -> bytes:
         """The answer to a READ, for `PassiveEnd`."""
@@ -163,6 +165,8 @@ class StreamAgent:
         self._fixed = True
 
     def _served(self, frame: frames.Frame) -> list[memoryview] | None:
+        if self._closed:
+            return None
         return self._registered.views(frame.addresses, frame.nbytes)
 
 

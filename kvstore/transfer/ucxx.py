@@ -1,8 +1,12 @@
 """The transfer by frames over UCX endpoints, by way of the package ucxx.
 
 UCX is used by one thread alone, which the agent owns: it posts sends and receives, and makes
-progress. What comes is copied from frames by the passive side itself, as over any stream, so UCX
-never has a block's memory in hand. Shared memory is left out for the reasons that `nixl` gives.
+progress. A frame is an active message. What comes is copied from frames by the passive side itself,
+as over any stream, so UCX never has a block's memory in hand. Shared memory is left out for the
+reasons that `nixl` gives.
+
+ucxx 0.52 does not let go of a worker, with some file descriptors, whose endpoint was closed while
+it waited for a message, so an agent is best kept for the life of its process.
 """
 
 from __future__ import annotations
@@ -24,14 +28,13 @@ import numpy as np
 
 from kvstore import limits
 from kvstore.errors import DeadlineExceeded, ProtocolError, Unavailable
-from kvstore.transfer import frames
 from kvstore.transfer.base import Bytes1D, TransferFailed
 from kvstore.transfer.stream import TOKEN_BYTES, FramePipe, StreamAgent, StreamRemote
 
 KIND = "ucxx"
 _WHERE = struct.Struct("<H")  # the listener's port; then its host
-_LENGTH = struct.Struct("<Q")  # before each frame
-_CONFIG = {"TLS": "^cma,xpmem,knem,sysv,posix"}
+# No rendezvous: UCX 1.21 crashes where the other process dies in one, and NIXL is loaded here too.
+_CONFIG = {"TLS": "^cma,xpmem,knem,sysv,posix", "RNDV_THRESH": "inf"}
 _NAP_MS = 50  # how long the thread sleeps at most where nothing wakes it
 _CLOSE_NS = 100_000_000
 _FRAMES_KEPT = 4  # that came on one pipe and were not yet delivered
@@ -39,6 +42,7 @@ _FRAMES_KEPT = 4  # that came on one pipe and were not yet delivered
 
 class _Request(Protocol):
     completed: bool
+    recv_buffer: object
 
     def check_error(self) -> None: ...
 
@@ -46,8 +50,8 @@ class _Request(Protocol):
 class _Endpoint(Protocol):
     alive: bool
 
-    def stream_send(self, array: object) -> _Request: ...
-    def stream_recv(self, array: object) -> _Request: ...
+    def am_send(self, array: object) -> _Request: ...
+    def am_recv(self) -> _Request: ...
     def set_close_callback(self, function: Callable[[], None]) -> None: ...
     def remove_close_callback(self) -> None: ...
     def close_blocking(self, period: int, max_attempts: int) -> None: ...
@@ -96,7 +100,7 @@ def load() -> _Library:
 
         @staticmethod
         def worker() -> object:
-            features = (native.Feature.STREAM, native.Feature.WAKEUP)
+            features = (native.Feature.AM, native.Feature.WAKEUP)
             return native.UCXWorker(native.UCXContext(_CONFIG, features))
 
         @staticmethod
@@ -158,9 +162,8 @@ class UcxPipe:
         self._inbox: queue.Queue[bytes | None] = queue.Queue()
         self._lost = self._closed = False
         self._reader: threading.Thread | None = None
-        self._receiving: tuple[_Request, Bytes1D] | None = None
-        self._payload = False
-        self._sends: collections.deque[tuple[list[_Request], _Sending]] = collections.deque()
+        self._receiving: _Request | None = None
+        self._sends: collections.deque[tuple[_Request, _Sending]] = collections.deque()
 
     def start(self, deliver: Callable[[bytes], None], lost: Callable[[], None]) -> None:
         """See `FramePipe`."""
@@ -202,66 +205,60 @@ class UcxPipe:
         self._lost = True
         for _, sending in self._sends:
             sending.end("the other process is gone")
-        self._sends.clear()
-        self._receiving = None
         self._inbox.put(None)
 
     def drop(self) -> None:
         """Closes the endpoint. On the agent's thread."""
-        self._thread.forget(self)
         self.lose()
         # Who holds an endpoint holds UCX's worker.
         endpoint, self._endpoint = self._endpoint, None
         if endpoint is not None:
-            endpoint.remove_close_callback()
             with contextlib.suppress(self._thread.library.UCXError):
                 endpoint.close_blocking(_CLOSE_NS, 1)
+            endpoint.remove_close_callback()
+        self._thread.forget(self)
+        if self.is_settled:
+            self._sends.clear()
+            self._receiving = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether UCX has no more use for the memory of sends and receives."""
+        requests = [request for request, _ in self._sends]
+        if self._receiving is not None:
+            requests.append(self._receiving)
+        return all(request.completed for request in requests)
 
     def _post(self, sending: _Sending) -> None:
         endpoint, array = self._endpoint, self._thread.library.array
         if self._lost or endpoint is None or not endpoint.alive:
             sending.end("the other process is gone")
             return
-        parts = (np.frombuffer(sending.length, np.uint8), np.frombuffer(sending.frame, np.uint8))
-        requests = [endpoint.stream_send(array(part)) for part in parts]
-        self._sends.append((requests, sending))
+        request = endpoint.am_send(array(np.frombuffer(sending.frame, np.uint8)))
+        self._sends.append((request, sending))
 
     def _sent(self) -> bool:
         any_ended = False
-        while self._sends and all(request.completed for request in self._sends[0][0]):
-            requests, sending = self._sends.popleft()
-            for request in requests:
-                request.check_error()
+        while self._sends and self._sends[0][0].completed:
+            request, sending = self._sends.popleft()
+            request.check_error()
             sending.end()
             any_ended = True
         return any_ended
 
     def _received(self) -> bool:
         if self._receiving is None:
-            if self._inbox.qsize() >= _FRAMES_KEPT:
+            endpoint = self._endpoint
+            if endpoint is None or self._inbox.qsize() >= _FRAMES_KEPT:
                 return False
-            self._receive(_LENGTH.size, payload=False)
+            self._receiving = endpoint.am_recv()
             return True
-        request, memory = self._receiving
-        if not request.completed:
+        if not self._receiving.completed:
             return False
-        request.check_error()
-        if self._payload:
-            self._inbox.put(memory.tobytes())
-            self._receiving = None
-            return True
-        (nbytes,) = _LENGTH.unpack(memory.tobytes())
-        if not 0 < nbytes <= frames.MAX_FRAME_BYTES:
-            self.lose()
-        else:
-            self._receive(nbytes, payload=True)
+        self._receiving.check_error()
+        self._inbox.put(bytes(memoryview(cast(bytes, self._receiving.recv_buffer))))
+        self._receiving = None
         return True
-
-    def _receive(self, nbytes: int, *, payload: bool) -> None:
-        memory = np.empty(nbytes, np.uint8)
-        assert self._endpoint is not None
-        request = self._endpoint.stream_recv(self._thread.library.array(memory))
-        self._receiving, self._payload = (request, memory), payload
 
     def _deliver(self, deliver: Callable[[bytes], None], lost: Callable[[], None]) -> None:
         while (frame := self._inbox.get()) is not None:
@@ -277,7 +274,7 @@ class _Sending:
     """A frame on its way."""
 
     def __init__(self, frame: bytes) -> None:
-        self.frame, self.length = frame, _LENGTH.pack(len(frame))
+        self.frame = frame
         self.failure = ""
         self.ended = threading.Event()
 
@@ -295,6 +292,7 @@ class _UcxThread:
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._todo: collections.deque[Callable[[], None]] = collections.deque()
         self._pipes: list[UcxPipe] = []
+        self._dropped: list[UcxPipe] = []  # until UCX lets go of their memory
         self._serve: Callable[[FramePipe], object] | None = None
         self._ending = False
         self._lock = threading.Lock()
@@ -349,6 +347,7 @@ class _UcxThread:
         """A pipe is dropped. On the thread."""
         if pipe in self._pipes:
             self._pipes.remove(pipe)
+            self._dropped.append(pipe)
 
     def close(self) -> None:
         """Ends the thread and UCX with it. Safe to call twice. `TransferFailed`."""
@@ -399,6 +398,8 @@ class _UcxThread:
         worker.progress()
         for pipe in list(self._pipes):
             busy |= pipe.step()
+        if self._dropped:
+            self._dropped = [pipe for pipe in self._dropped if not pipe.is_settled]
         return busy
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""`kvstore-server`: reads the settings and serves, or shows and checks them."""
+"""`kvstore-server`: reads the settings and serves, or shows and checks them; a cluster's secret."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from kvstore import __version__
 from kvstore.errors import KVStoreError
 from kvstore.sizes import format_size
+from kvstore_server.secrets_file import load_shared_secret, make_shared_secret
 from kvstore_server.settings import Settings
 from kvstore_server.settings_sources import Loaded, load
 
@@ -123,6 +124,29 @@ def check(context: typer.Context, config: Config = None) -> None:
     with _errors_as_exits():
         loaded = load(context.obj, config or context.meta["config"])
     print(f"ok: {loaded.file or 'no settings file'}")
+
+
+@app.command("new-secret")
+def new_secret(file: Annotated[Path, typer.Argument(help="File to make, mode 0600.")]) -> None:
+    """Makes the secret of a new cluster; the file goes to all of its nodes, and nowhere else."""
+    with _errors_as_exits():
+        make_shared_secret(file)
+
+
+@app.command("cluster-token")
+def cluster_token(
+    context: typer.Context,
+    config: Config = None,
+    cluster_secret: Annotated[str | None, typer.Option(help=_help("cluster_secret"))] = None,
+) -> None:
+    """Prints the token that clients of a cluster show; who has it can read and write blocks."""
+    from kvstore_proto.cluster.rpc import client_token
+
+    with _errors_as_exits():
+        named = {} if cluster_secret is None else {"cluster_secret": cluster_secret}
+        given = {**context.obj, **named}
+        settings = load(given, config or context.meta["config"]).settings
+        print(client_token(load_shared_secret(settings.shared_secret)))
 
 
 def _as_json(loaded: Loaded) -> str:

@@ -1,6 +1,6 @@
-"""The daemon's two secret files: the key of all chains, and the token of gRPC over TCP.
+"""The daemon's secret files: the key of all chains, the token of gRPC over TCP, a cluster's secret.
 
-Both are made once, with mode 0600, and are whole or absent: a crash never leaves half of one.
+Each is made once, with mode 0600, and is whole or absent: a crash never leaves half of one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,23 @@ def load_shared_secret(path: Path) -> bytes:
     return secret
 
 
+def make_shared_secret(path: Path) -> None:
+    """Makes a new secret for a cluster, of 32 random bytes, which goes to all of its nodes.
+
+    `InvalidArgument` where there is such a file already, or none can be written there.
+    """
+    try:
+        made = _publish(path, secrets.token_bytes(_SECRET_BYTES))
+    except OSError as error:
+        raise InvalidArgument("file", f"{path} cannot be written: {error.strerror}") from None
+    if not made:
+        raise InvalidArgument(
+            "file",
+            f"{path} is there already: with another secret, what is put"
+            " under this one is never found again",
+        )
+
+
 def load_token_path(folder: Path) -> Path:
     """The file with the bearer token that gRPC over TCP asks for, made on first use.
 
@@ -78,8 +95,9 @@ def _read_or_make(path: Path, content: bytes) -> bytes:
     return path.read_bytes()
 
 
-def _publish(path: Path, content: bytes) -> None:
-    """Writes the file whole under another name, then links it; keeps one that is there already."""
+def _publish(path: Path, content: bytes) -> bool:
+    """Writes the file whole under another name, then links it; False where there is one already,
+    which is kept."""
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     try:
         with os.fdopen(fd, "wb") as file:
@@ -89,10 +107,11 @@ def _publish(path: Path, content: bytes) -> None:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return  # another daemon was faster; its content counts
+            return False  # another daemon was faster; its content counts
     finally:
         os.unlink(temporary)
     _sync_folder(path.parent)
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

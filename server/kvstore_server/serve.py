@@ -138,8 +138,7 @@ class _Daemon:
             self._gateway = Gateway(self._loop, command, on_outcome=self._gateway_is)
             self._gateway.start()
         if self._settings.node_name is not None:
-            secret = self._settings.cluster_secret or self._settings.data_dir / "chain.key"
-            command = node_command(self._settings, secret)
+            command = node_command(self._settings)
             self._node = NodeProcess(self._loop, command, on_outcome=self._node_is)
             self._node.start()
         if not self._waits_for:
@@ -206,7 +205,7 @@ def gateway_command(settings: Settings, token: Path) -> list[str]:
     return command
 
 
-def node_command(settings: Settings, secret: Path) -> list[str]:
+def node_command(settings: Settings) -> list[str]:
     """The node process's command line, less the pipes that its supervisor adds."""
     assert settings.node_name
     command = [sys.executable, "-P", "-m", "kvstore_server.cluster"]
@@ -216,7 +215,7 @@ def node_command(settings: Settings, secret: Path) -> list[str]:
     command += ["--members", settings.members, "--etcd", settings.etcd]
     command += ["--cluster", settings.cluster, "--transfer", settings.transfer]
     command += ["--repair-rate", str(settings.repair_rate or _ALL_BYTES)]
-    command += ["--secret-file", str(secret), "--data-dir", str(settings.data_dir)]
+    command += ["--secret-file", str(settings.shared_secret), "--data-dir", str(settings.data_dir)]
     command += ["--log-format", settings.log_format, "--log-level", settings.log_level]
     optional = {
         "--tls-ca": settings.peer_tls_ca,

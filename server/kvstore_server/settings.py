@@ -294,9 +294,12 @@ class Settings(BaseSettings):
             raise ValueError(str(error)) from None
         if known and self.replicas > len(known):
             raise ValueError(f"{self.replicas} replicas cannot be on {len(known)} nodes")
+        tls = (self.peer_tls_ca, self.peer_tls_certificate, self.peer_tls_key)
+        if any(tls) and not all(tls):
+            raise ValueError("peer_tls_ca, peer_tls_certificate and peer_tls_key go together")
         host = self.peer_listen.rpartition(":")[0]
         loopback = host in ("localhost", "[::1]") or host.startswith("127.")
-        if not (loopback or self.peer_tls_certificate or self.peer_insecure):
+        if not (loopback or any(tls) or self.peer_insecure):
             raise ValueError(
                 f"{self.peer_listen} is open to other hosts: name peer_tls_ca, peer_tls_certificate"
                 " and peer_tls_key, or say peer_insecure"
@@ -307,6 +310,11 @@ class Settings(BaseSettings):
     def advertised(self) -> str:
         """Where others reach this node."""
         return self.peer_advertise or self.peer_listen
+
+    @property
+    def shared_secret(self) -> Path:
+        """The file of the secret that all nodes of the cluster have."""
+        return self.cluster_secret or self.data_dir / "chain.key"
 
     @property
     def max_blocks_per_pool(self) -> int:

@@ -5,19 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
+import signal
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.proxies import Proxies
 from daemon import Daemon
-from kvstore import Layout
+from kvstore import Layout, Session
+from kvstore.commands import ExplainStatus
+from kvstore.errors import KVStoreError
+from kvstore_client import KVStoreClient
 from kvstore_client.cluster.session import ClusterSession
 from kvstore_proto.cluster.rpc import client_token
 
 LAYOUT = Layout.opaque(model="cluster-test", block_tokens=16, block_bytes=64 << 10)
+_END_S = 20.0
+_LOOK_S = 0.02
+_NODE = b"kvstore_server.cluster"
+T = TypeVar("T")
 
 
 def free_ports(n: int) -> list[int]:
@@ -31,11 +44,36 @@ def free_ports(n: int) -> list[int]:
         return found
 
 
+def eventually(look: Callable[[], T], timeout_s: float, what: str = "") -> T:
+    """What `look` returns once that is true: other processes tell nobody when they are done. A
+    `KVStoreError` counts as not yet."""
+    end, pace, last = time.monotonic() + timeout_s, threading.Event(), ""
+    while True:
+        try:
+            found = look()
+        except KVStoreError as error:
+            found, last = None, str(error)  # type: ignore[assignment]
+        if found:
+            return found
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what} {last}"
+        pace.wait(_LOOK_S)
+
+
 class Nodes:
-    """Daemons named a, b, c, ... that share a secret."""
+    """Daemons named a, b, c, ... that share a secret.
+
+    flags: of all of them; `{folder}` in one stands for the node's own folder. proxied: they advertise addresses of `proxies`, which can cut any two of them, or one from all
+    clients, off from each other.
+    """
 
     def __init__(
-        self, folder: Path, n: int, *flags: str, etcd: str = "", replicas: int = 2
+        self,
+        folder: Path,
+        n: int,
+        *flags: str,
+        etcd: str = "",
+        replicas: int = 2,
+        proxied: bool = False,
     ) -> None:
         self.folder, self.flags, self.replicas, self.etcd = folder, flags, replicas, etcd
         self.names = [chr(ord("a") + i) for i in range(n)]
@@ -45,50 +83,165 @@ class Nodes:
         self.secret_file.write_bytes(self.secret)
         os.chmod(self.secret_file, 0o600)
         self.daemons: dict[str, Daemon] = {}
+        self.proxies = Proxies(self._node_pids, self.ports) if proxied else None
+        self._sessions: dict[str, KVStoreClient] = {}
+        self._paused: set[str] = set()
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """Where nodes and clients reach each node, by name."""
+        ports = self.proxies.ports if self.proxies else self.ports
+        return {name: f"127.0.0.1:{port}" for name, port in ports.items()}
 
     @property
     def seeds(self) -> list[str]:
         """Where clients find the nodes."""
-        return [f"127.0.0.1:{port}" for port in self.ports.values()]
+        return list(self.addresses.values())
+
+    # -- their lives -------------------------------------------------------------------
 
     def start(self, names: Sequence[str] = ()) -> None:
         """Starts nodes that do not run, all or those of some names, and waits until they serve."""
-        starting = [self._begin(name) for name in names or self.names]
+        starting = [self.begin(name) for name in names or self.names]
         for daemon in starting:
             daemon.wait_ready()
 
-    def _begin(self, name: str) -> Daemon:
+    def begin(self, name: str, *flags: str) -> Daemon:
+        """Starts a node, and does not wait. flags: in addition to those of all."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        members = ",".join(f"{n}=127.0.0.1:{port}" for n, port in self.ports.items())
+        members = ",".join(f"{name}={address}" for name, address in self.addresses.items())
         who = ["--etcd", self.etcd] if self.etcd else ["--members", members]
+        if self.proxies:
+            who += ["--peer-advertise", self.addresses[name]]
+        if name in self.daemons:
+            self.daemons[name].end()
         self.daemons[name] = Daemon(
             folder,
             *("--dram", "64MiB", "--node-name", name),
             *("--peer-listen", f"127.0.0.1:{self.ports[name]}", *who),
             *("--replicas", str(self.replicas), "--cluster-secret", str(self.secret_file)),
-            *self.flags,
+            *(flag.format(folder=folder) for flag in (*self.flags, *flags)),
         )
         return self.daemons[name]
+
+    def node_pid(self, name: str) -> int | None:
+        """The process beside the daemon's core that speaks with other hosts; None while there is
+        none."""
+        return _child_of(self.daemons[name].process.pid)
+
+    def kill(self, name: str) -> None:
+        """Both processes of a node die, as with their host; returns when they have."""
+        self._forget_session(name)
+        node = self.node_pid(name)
+        with contextlib.ExitStack() as stack:
+            if node:
+                ended = stack.enter_context(_pidfd(node))
+            self.daemons[name].kill()
+            if node:
+                signal.pidfd_send_signal(ended, signal.SIGKILL)
+                select.select([ended], [], [], _END_S)
+        self._paused.discard(name)
+
+    def kill_node_process(self, name: str) -> None:
+        """The process beside the core dies alone; its supervisor starts another one."""
+        node = self.node_pid(name)
+        assert node
+        with _pidfd(node) as ended:
+            signal.pidfd_send_signal(ended, signal.SIGKILL)
+            select.select([ended], [], [], _END_S)
+
+    def pause(self, name: str, part: str = "both") -> None:
+        """A node's processes (`core`, `node`, `both`) stop where they are: connections stay open,
+        nothing is answered."""
+        self._paused.add(name)
+        self._signal(name, signal.SIGSTOP, part)
+
+    def resume(self, name: str) -> None:
+        """Ends a `pause`."""
+        self._signal(name, signal.SIGCONT)
+        self._paused.discard(name)
+
+    def _signal(self, name: str, number: int, part: str = "both") -> None:
+        pids = {"node": self.node_pid(name), "core": self.daemons[name].process.pid}
+        for each, pid in pids.items():
+            if pid and part in (each, "both"):
+                os.kill(pid, number)
+
+    def end(self) -> None:
+        """Ends what still runs."""
+        for name in list(self._sessions):
+            self._forget_session(name)
+        for name in list(self._paused):
+            self.resume(name)
+        for daemon in self.daemons.values():
+            if daemon.process.poll() is None:
+                daemon.process.terminate()
+        for daemon in self.daemons.values():
+            with contextlib.suppress(TimeoutError):
+                daemon.process.wait(_END_S)
+            daemon.end()
+        if self.proxies:
+            self.proxies.close()
+
+    # -- to look at them ---------------------------------------------------------------
 
     def client(self, **options: object) -> ClusterSession:
         """A session with all of them."""
         token = client_token(self.secret)
         return ClusterSession(self.seeds, token=token, **options)  # type: ignore[arg-type]
 
-    def end(self) -> None:
-        """Ends what still runs."""
-        for daemon in self.daemons.values():
-            if daemon.process.poll() is None:
-                daemon.process.terminate()
-        for daemon in self.daemons.values():
-            daemon.end()
+    def local(self, name: str) -> Session:
+        """A session with one node's own store, on its unix socket."""
+        if name not in self._sessions:
+            self._sessions[name] = KVStoreClient(self.daemons[name].target)
+        return self._sessions[name]
+
+    def holders(
+        self, space: str, hashes: npt.NDArray[np.uint8], layout: Layout = LAYOUT
+    ) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which of the blocks each living node has: bool (n,), by name."""
+        found = {}
+        for name, daemon in self.daemons.items():
+            if daemon.process.poll() is None and name not in self._paused:
+                store = self.local(name)
+                reports = store.explain(store.open_namespace(space, layout), hashes)
+                found[name] = np.array([r.status == ExplainStatus.STORED for r in reports])
+        return found
+
+    def fewest_copies(self, space: str, hashes: npt.NDArray[np.uint8]) -> int:
+        """Of all these blocks, at how many living nodes the rarest is."""
+        return int(sum(here.astype(int) for here in self.holders(space, hashes).values()).min())
+
+    def log(self, name: str) -> str:
+        """What a node has logged."""
+        return "\n".join(self.daemons[name].log)
+
+    def _forget_session(self, name: str) -> None:
+        session = self._sessions.pop(name, None)
+        if session:
+            session.close()
+
+    def _node_pids(self) -> dict[int, str]:
+        pids = {}
+        for name in list(self.daemons):
+            pid = self.node_pid(name)
+            if pid:
+                pids[pid] = name
+        return pids
 
 
 @contextlib.contextmanager
-def nodes(folder: Path, n: int, *flags: str, etcd: str = "", replicas: int = 2) -> Iterator[Nodes]:
+def nodes(
+    folder: Path,
+    n: int,
+    *flags: str,
+    etcd: str = "",
+    replicas: int = 2,
+    proxied: bool = False,
+) -> Iterator[Nodes]:
     """Nodes that serve, for the length of a `with`."""
-    found = Nodes(folder, n, *flags, etcd=etcd, replicas=replicas)
+    found = Nodes(folder, n, *flags, etcd=etcd, replicas=replicas, proxied=proxied)
     try:
         found.start()
         yield found
@@ -104,3 +257,26 @@ def blocks(n: int, seed: int, layout: Layout = LAYOUT) -> npt.NDArray[np.uint8]:
 def chain(n: int, seed: int) -> npt.NDArray[np.uint8]:
     """Random keys, (n, 32)."""
     return np.random.default_rng(seed).integers(0, 256, (n, 32), np.uint8)
+
+
+@contextlib.contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _child_of(parent: int) -> int | None:
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{name}/stat").read_bytes()
+            state, ppid = stat.rpartition(b")")[2].split()[:2]
+            if int(ppid) != parent or state == b"Z":
+                continue
+            if _NODE in Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0"):
+                return int(name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return None

@@ -12,11 +12,13 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
 
 CLIENT = "client"  # whoever is no node
 _CHUNK = 1 << 16
 _CALL_S = 10.0
+T = TypeVar("T")
 
 
 class Proxies:
@@ -49,7 +51,7 @@ class Proxies:
         self._thread.join()
         self._loop.close()
 
-    def _run[T](self, work) -> T:  # type: ignore[no-untyped-def]
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_S)
 
     # -- on the loop -------------------------------------------------------------------

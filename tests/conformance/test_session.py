@@ -24,7 +24,6 @@ from kvstore import (
     Layout,
     Miss,
     MissReason,
-    NamespaceHandle,
     Session,
     Tier,
     hash_chain,

@@ -30,6 +30,7 @@ from kvstore_kernels.transfer import (
     lane_of,
     pass_through,
 )
+from kvstore_kernels.transfer_graph import GraphForm
 
 
 class FakeGpu:
@@ -332,6 +333,53 @@ class FakeLibrary:
             ctypes.memmove(target, source, size)
         return self.fails.get("cudaMemcpyBatchAsync", 0)
 
+    # A graph is number 50 and has a kernel, 60, and copies 61 and 62 to 1061 and 1062.
+
+    def cudaStreamBeginCapture(self, stream: Any, mode: int) -> int:
+        self.calls.append(f"cudaStreamBeginCapture({stream.value}, {mode})")
+        return self.fails.get("cudaStreamBeginCapture", 0)
+
+    def cudaStreamEndCapture(self, stream: Any, graph: Any) -> int:
+        graph._obj.value = 50
+        return self.fails.get("cudaStreamEndCapture", 0)
+
+    def cudaGraphGetNodes(self, graph: Any, nodes: Any, count: Any) -> int:
+        assert graph.value == 50
+        count._obj.value = 3
+        if nodes is not None:
+            nodes[:] = [60, 61, 62]
+        return self.fails.get("cudaGraphGetNodes", 0)
+
+    def cudaGraphNodeGetType(self, node: Any, kind: Any) -> int:
+        kind._obj.value = int(node.value > 60)
+        return 0
+
+    def cudaGraphMemcpyNodeGetParams(self, node: Any, parameters: Any) -> int:
+        ctypes.cast(parameters, ctypes.POINTER(ctypes.c_size_t))[12] = 1000 + node.value
+        return 0
+
+    def cudaGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:
+        assert (graph.value, flags.value) == (50, 0)
+        executable._obj.value = 70
+        return self.fails.get("cudaGraphInstantiateWithFlags", 0)
+
+    def cudaGraphExecMemcpyNodeSetParams1D(self, executable: Any, *arguments: Any) -> int:
+        *numbers, kind = arguments
+        self.calls.append(f"set {executable.value}: {[n.value for n in numbers]}, {kind}")
+        return self.fails.get("cudaGraphExecMemcpyNodeSetParams1D", 0)
+
+    def cudaGraphLaunch(self, executable: Any, stream: Any) -> int:
+        self.calls.append(f"launch {executable.value} on {stream.value}")
+        return 0
+
+    def cudaGraphExecDestroy(self, executable: Any) -> int:
+        self.calls.append(f"destroy {executable.value}")
+        return 0
+
+    def cudaGraphDestroy(self, graph: Any) -> int:
+        self.calls.append(f"destroy {graph.value}")
+        return 0
+
 
 class _NameOfError:
     restype: Any = None
@@ -387,6 +435,52 @@ def test_attributes_are_asked_of_the_device() -> None:
     assert CudaRuntime(FakeLibrary(13_000)).device_attribute(100, 1) == 101
     with pytest.raises(CudaCallFailedError):
         CudaRuntime(FakeLibrary(13_000, {"cudaRuntimeGetVersion": 35}))
+
+
+def test_a_graph_s_copies_are_found_and_given_other_ends() -> None:
+    library = FakeLibrary(13_000)
+    runtime = CudaRuntime(library)
+    runtime.begin_capture(7)
+    graph = runtime.end_capture(7)
+    nodes = runtime.copy_nodes(graph)
+    assert {node: runtime.copy_target(node) for node in nodes} == {61: 1061, 62: 1062}
+    executable = runtime.instantiate(graph)
+    runtime.retarget_copies(executable, nodes, [1, 2], [3, 4], 5)
+    runtime.launch_graph(executable, 7)
+    runtime.destroy_executable(executable)
+    runtime.destroy_graph(graph)
+    assert library.calls == [
+        "cudaStreamBeginCapture(7, 1)",
+        "set 70: [61, 1, 3, 5], 4",
+        "set 70: [62, 2, 4, 5], 4",
+        "launch 70 on 7",
+        "destroy 70",
+        "destroy 50",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("cudaStreamBeginCapture", CudaRuntime.begin_capture),
+        ("cudaStreamEndCapture", CudaRuntime.end_capture),
+        ("cudaGraphGetNodes", CudaRuntime.copy_nodes),
+        ("cudaGraphInstantiateWithFlags", CudaRuntime.instantiate),
+    ],
+)
+def test_graphs_that_cannot_be_made_are_typed_errors(
+    call: str, what: Callable[[CudaRuntime, int], object]
+) -> None:
+    with pytest.raises(CudaCallFailedError) as caught:
+        what(CudaRuntime(FakeLibrary(13_000, {call: 901})), 50)
+    assert (caught.value.call, caught.value.code) == (call, 901)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "blocks"), [(1, 4 << 20), (4 << 20, 1), (64 << 20, 1), (3 << 20, 1), (2 << 20, 2)]
+)
+def test_a_graph_s_buffer_has_room_for_a_block(nbytes: int, blocks: int) -> None:
+    assert GraphForm().blocks_per_turn(nbytes) == blocks
 
 
 @pytest.mark.parametrize(("read_only", "flags"), [(False, 3), (True, 11)])

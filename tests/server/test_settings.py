@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kvstore import __version__
 from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore_proto.cluster.rpc import client_token, node_token
 from kvstore_server.cli import app
 from kvstore_server.secrets_file import load_secret, load_token_path
 from kvstore_server.settings import Settings
@@ -74,46 +75,115 @@ def test_the_file_is_found_by_flag_then_variable_then_user(
     assert load({}, file(home, "tenants = 4")).settings.tenants == 4
 
 
-def test_every_setting_can_be_a_variable_and_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {
-        "socket": "/s/k.sock",
-        "dram": "8GiB",
-        "data_dir": "/d",
-        "nvme": "/n/1:64MiB,/n/2:1GiB",
-        "nvme_admission": "every",
-        "nvme_write_rate": "100MiB",
-        "nvme_scrub_rate": "0",
-        "eviction": "arc",
-        "tenants": "2",
-        "max_blocks": "99",
-        "trust": "copy-in",
-        "huge_pages": "require",
-        "numa_node": "1",
-        "prefault": "false",
-        "grpc": "false",
-        "grpc_port": "0",
-        "log_format": "json",
-        "log_level": "debug",
-    }
-    assert set(values) == set(Settings.model_fields)
+ALONE = {
+    "socket": "/s/k.sock",
+    "dram": "8GiB",
+    "data_dir": "/d",
+    "nvme": "/n/1:64MiB,/n/2:1GiB",
+    "nvme_admission": "every",
+    "nvme_write_rate": "100MiB",
+    "nvme_scrub_rate": "0",
+    "eviction": "arc",
+    "tenants": "2",
+    "max_blocks": "99",
+    "trust": "copy-in",
+    "huge_pages": "require",
+    "numa_node": "1",
+    "prefault": "false",
+    "grpc": "false",
+    "grpc_port": "0",
+    "log_format": "json",
+    "log_level": "debug",
+}
+LISTED = {
+    "node_name": "a",
+    "peer_listen": "0.0.0.0:7000",
+    "peer_advertise": "10.0.0.1:7000",
+    "members": "a=10.0.0.1:7000*2,b=10.0.0.2:7000,c=10.0.0.3:7000",
+    "replicas": "3",
+    "node_weight": "2",
+    "transfer": "grpc",
+    "repair_rate": "1MiB",
+    "cluster_secret": "/s/secret",
+    "peer_tls_ca": "/s/ca.pem",
+    "peer_tls_certificate": "/s/a.pem",
+    "peer_tls_key": "/s/a.key",
+    "node_metrics_port": "0",
+}
+KEPT_BY_ETCD = {
+    "node_name": "a",
+    "peer_listen": "10.0.0.1:7000",
+    "etcd": "http://10.0.0.9:2379",
+    "cluster": "blue",
+    "peer_insecure": "true",
+}
+SWITCHES = ("prefault", "grpc", "peer_insecure")
+
+
+def flags_of(values: dict[str, str]) -> list[str]:
+    found = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if name in SWITCHES:
+            found.append(f"--{flag}" if value == "true" else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", value]
+    return found
+
+
+@pytest.mark.parametrize("values", [ALONE, LISTED, KEPT_BY_ETCD])
+def test_every_setting_can_be_a_variable_and_a_flag(
+    values: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {*ALONE, *LISTED, *KEPT_BY_ETCD} == set(Settings.model_fields)
     for name, value in values.items():
         monkeypatch.setenv(f"KVSTORE_{name.upper()}", value)
     from_environment = load({}).settings
     for name in values:
         monkeypatch.delenv(f"KVSTORE_{name.upper()}")
-    switches = {"prefault", "grpc"}
-    flags = [f"--no-{name}" for name in sorted(switches)]
-    for name in sorted(set(values) - switches):
-        flags += [f"--{name.replace('_', '-')}", values[name]]
-    status, out, _ = run(*flags, "config", "show", "--json")
+    status, out, _ = run(*flags_of(values), "config", "show", "--json")
     assert status == 0
     shown = {name: row["value"] for name, row in json.loads(out).items()}
     assert shown == from_environment.model_dump(mode="json")
-    assert shown["dram"] == 8 << 30
-    assert shown["nvme"] == [
-        {"path": "/n/1", "nbytes": 64 << 20},
-        {"path": "/n/2", "nbytes": 1 << 30},
+    defaults = load({}).settings.model_dump(mode="json")
+    assert all(shown[name] != defaults[name] for name in values)
+
+
+def test_sizes_and_volumes_are_read() -> None:
+    settings = load(ALONE).settings
+    assert settings.dram == 8 << 30
+    assert [(str(each.path), each.nbytes) for each in settings.nvme] == [
+        ("/n/1", 64 << 20),
+        ("/n/2", 1 << 30),
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "either members or etcd, and not both"),
+        ({"members": "a=h:1,b=h:2", "etcd": "http://h:1"}, "either members or etcd"),
+        ({"members": "a=h:1"}, "2 replicas cannot be on 1 nodes"),
+        ({"members": "a=h"}, "'h' of a is not HOST:PORT"),
+        ({"etcd": "http://h", "trust": "copy-in"}, "trust must be direct"),
+        ({"etcd": "http://h", "peer_listen": "0.0.0.0:7000"}, "or say peer_insecure"),
+        ({"etcd": "http://h", "peer_tls_ca": "/ca"}, "peer_tls_key go together"),
+        ({"etcd": "http://h", "node_name": "a b"}, "1 to 63 letters"),
+    ],
+)
+def test_settings_of_a_node_that_do_not_fit_together_are_refused(
+    flags: dict[str, str], words: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=words) as caught:
+        load({"node_name": "a", **flags})
+    assert caught.value.field == "flag --node-name"
+
+
+def test_the_file_s_node_can_be_taken_back(home: Path) -> None:
+    config = file(home, 'node_name = "a"\netcd = "http://h"\ncluster_secret = "~/s"\n')
+    assert load({}, config).settings.cluster_secret == home / "HOME" / "s"
+    alone = load({"node_name": "none", "cluster_secret": "none"}, config).settings
+    assert (alone.node_name, alone.cluster_secret) == (None, None)
 
 
 def test_a_flag_may_come_again_for_each_volume() -> None:
@@ -194,6 +264,7 @@ def test_a_mistyped_variable_is_refused_and_a_stranger_is_not(
 ) -> None:
     monkeypatch.setenv("KVSTORE_SERVICE_HOST", "10.0.0.1")  # set by an orchestrator
     monkeypatch.setenv("KVSTORE_PORT", "tcp://10.0.0.1:1")
+    monkeypatch.setenv("KVSTORE_CLUSTER_TLS_CERTIFICATE", "/client.pem")  # its client's
     assert load({}).settings.tenants == 1
     monkeypatch.setenv("KVSTORE_TENNANTS", "2")
     with pytest.raises(InvalidArgument, match="KVSTORE_TENNANTS: write KVSTORE_TENANTS"):
@@ -300,3 +371,37 @@ def test_damaged_or_open_secrets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "grpc.token").chmod(0o604)
     with pytest.raises(InvalidArgument, match="chmod 600"):
         load_token_path(tmp_path)
+
+
+def test_a_cluster_s_secret_is_made_once_and_its_token_shown(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    assert run("new-secret", str(path)) == (0, "", "")
+    secret = path.read_bytes()
+    assert (len(secret), path.stat().st_mode & 0o777) == (32, 0o600)
+    status, _, err = run("new-secret", str(path))
+    assert status == 2
+    assert f"{path} is there already" in err
+    assert path.read_bytes() == secret
+    status, _, err = run("new-secret", str(tmp_path / "none" / "secret"))
+    assert status == 2
+    assert "cannot be written: No such file" in err
+
+    shown = (0, client_token(secret) + "\n", "")
+    assert run("cluster-token", "--cluster-secret", str(path)) == shown
+    assert run("--cluster-secret", str(path), "cluster-token") == shown
+    assert client_token(secret) != node_token(secret)
+
+
+def test_a_cluster_without_a_secret_of_its_own_goes_by_the_daemon_s(tmp_path: Path) -> None:
+    secret = load_secret(tmp_path)
+    assert run("--data-dir", str(tmp_path), "cluster-token")[1] == client_token(secret) + "\n"
+
+
+def test_a_secret_that_is_none_shows_no_token(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"x" * 65)
+    for mode, words in ((0o604, "chmod 600"), (0o600, "has 65 bytes, not 16 to 64")):
+        path.chmod(mode)
+        status, out, err = run("cluster-token", "--cluster-secret", str(path))
+        assert (status, out) == (2, "")
+        assert words in err

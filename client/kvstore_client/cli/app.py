@@ -10,7 +10,7 @@ from typer.exceptions import TyperException
 
 from kvstore import __version__
 from kvstore.errors import KVStoreError
-from kvstore_client.cli import chain_commands, commands, options, output, target
+from kvstore_client.cli import chain_commands, cluster_commands, commands, options, output, target
 from kvstore_client.cli.output import Code
 
 _EPILOG = (
@@ -33,6 +33,7 @@ for command in (
     commands.bench,
 ):
     app.command()(command)
+app.add_typer(cluster_commands.app, name="cluster")
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from kvstore.errors import InvalidArgument, PermissionDenied
 from kvstore.session.base import Session
+from kvstore_client import targets
 from kvstore_client.client import KVStoreClient
-from kvstore_client.targets import default_target
+from kvstore_client.cluster.access import TOKEN_FILE as CLUSTER_TOKEN_FILE
+from kvstore_client.cluster.session import ClusterSession
+from kvstore_client.targets import CLUSTER_SCHEME, default_target
 
 TARGET_VARIABLE = "KVSTORE_TARGET"
 TOKEN_VARIABLE = "KVSTORE_TOKEN_FILE"
@@ -31,12 +34,29 @@ def connect(target: str, timeout_s: float) -> AbstractContextManager[Session]:
     Raises `InvalidArgument`, `Unavailable`, `DeadlineExceeded` and `PermissionDenied`.
     """
     token = read_token(target)
-    try:
+    with _advice(target):
         return contextlib.closing(KVStoreClient(target, timeout_s=timeout_s, token=token))
+
+
+def connect_to_ask(target: str, timeout_s: float) -> ClusterSession:
+    """A session with the cluster at `target` for questions about it. Raises as `connect` does."""
+    with _advice(target):
+        return targets.connect_to_ask(target, timeout_s=timeout_s)
+
+
+@contextlib.contextmanager
+def _advice(target: str) -> Iterator[None]:
+    """Says where the token that was refused, or was not there, is to be named."""
+    try:
+        yield
     except PermissionDenied as error:
-        if not target.startswith(_TCP):
+        if target.startswith(_TCP):
+            advice = f"let ${TOKEN_VARIABLE} name the grpc.token in the daemon's data folder"
+        elif target.startswith(CLUSTER_SCHEME):
+            advice = f"let ${CLUSTER_TOKEN_FILE} name a file with what kvstore-server cluster-token"
+            advice += " prints"
+        else:
             raise
-        advice = f"let ${TOKEN_VARIABLE} name the grpc.token in the daemon's data folder"
         raise PermissionDenied(f"{error}: {advice}") from None
 
 

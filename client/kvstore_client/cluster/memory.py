@@ -9,8 +9,9 @@ import numpy as np
 from sortedcontainers import SortedDict
 
 from kvstore import commands as c
-from kvstore import limits
 from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.memory import Arena
+from kvstore.transfer.apart import ApartAgent, export
 from kvstore.transfer.base import Agent, Bytes1D
 
 _ALIGN = 4096
@@ -53,17 +54,34 @@ class Extents:
 
 
 class _Life:
-    """One agent, with the memory that it has registered. It ends when nobody uses it any more."""
+    """One agent, with the memory that it exports: the arena, then the ring. It ends when nobody
+    uses it any more."""
 
-    def __init__(self, agent: Agent, arena: Bytes1D, ring: Bytes1D) -> None:
-        self.agent, self.arena, self.ring = agent, arena, ring
-        agent.register(arena)
-        agent.register(ring)
-        self.description = agent.describe()
-        self.start = int(ring.__array_interface__["data"][0])
-        self.extents = Extents(ring.size)
+    def __init__(self, agent: Agent, arena_bytes: int, ring_bytes: int) -> None:
+        self.agent = agent
+        self.memory = Arena.create("landing", arena_bytes + ring_bytes)
+        try:
+            export(agent, self.memory.array, self.memory.fd)
+            self.description = agent.describe()
+        except BaseException:
+            self.memory.close()
+            raise
+        # Taken at once, so that no page is first touched in the middle of a transfer.
+        self.memory.populate(threading.Event())
+        here = int(self.memory.array.__array_interface__["data"][0])
+        self.arena = self.memory.array[:arena_bytes]
+        self.ring = self.memory.array[arena_bytes:]
+        self.start = here + arena_bytes  # of the ring
+        self.extents = Extents(ring_bytes)
         self.lost_bytes = 0
         self.users = 0
+        self.dead = False
+
+    def close(self) -> None:
+        """When it returns, nothing lands any more, and the memory is given back."""
+        self.agent.close()
+        self.arena = self.ring = np.empty(0, np.uint8)
+        self.memory.close()
 
 
 class LandingRing:
@@ -80,6 +98,7 @@ class LandingRing:
         self._make_agent = make_agent
         self._arena_bytes, self._ring_bytes = arena_bytes, ring_bytes
         self._lock = threading.RLock()
+        self._closed = False
         self.generation = 0
         self._life = self._new_life()
         self._old: list[_Life] = []
@@ -88,12 +107,20 @@ class LandingRing:
     def _new_life(self) -> _Life:
         agent = self._make_agent()
         try:
-            # Zeroed once here, so that no page is first touched in the middle of a transfer.
-            arena = _pages(self._arena_bytes)
-            return _Life(agent, arena, _pages(self._ring_bytes))
+            life = _Life(agent, self._arena_bytes, self._ring_bytes)
         except BaseException:
             agent.close()
             raise
+        if isinstance(agent, ApartAgent):
+            agent.on_death = lambda: self._died(life)
+        return life
+
+    def _died(self, life: _Life) -> None:
+        """What exported a ring is gone, and with it whatever was on its way there."""
+        with self._lock:
+            life.dead = True
+            if life is self._life and not self._closed:
+                self._renew()
 
     @property
     def kind(self) -> str:
@@ -104,11 +131,6 @@ class LandingRing:
     def arena(self) -> Bytes1D:
         """Where what is put lies meanwhile; whoever uses it holds `arena_use`."""
         return self._life.arena
-
-    @property
-    def agent(self) -> Agent:
-        """The agent that is described now."""
-        return self._life.agent
 
     def describe(self) -> bytes:
         """See `ClientMemory.describe`."""
@@ -170,15 +192,17 @@ class LandingRing:
             over = [life for life in self._old if not life.users]
             self._old = [life for life in self._old if life.users]
         for life in over:
-            life.agent.close()
+            life.close()
 
     def close(self) -> None:
         """Ends the agents: nothing lands any more. `KVStoreError` where that cannot be had; then
         the memory stays."""
         error: KVStoreError | None = None
+        with self._lock:
+            self._closed = True
         for life in (*self._old, self._life):
             try:
-                life.agent.close()
+                life.close()
             except KVStoreError as found:
                 error = found
                 _KEPT.append(life)
@@ -194,11 +218,3 @@ class LandingRing:
 
 
 _KEPT: list[_Life] = []  # memory that may still be written to must never be anybody else's
-
-
-def _pages(nbytes: int) -> Bytes1D:
-    """Zeroed memory that begins on a page."""
-    raw = np.zeros(nbytes + limits.GRANULE_BYTES, np.uint8)
-    raw[:: limits.GRANULE_BYTES] = 0
-    start = -int(raw.__array_interface__["data"][0]) % limits.GRANULE_BYTES
-    return raw[start : start + nbytes]

@@ -61,7 +61,7 @@ from kvstore.session.requests import (
     checked_put,
     hint_ms,
 )
-from kvstore.transfer.choose import make_agent
+from kvstore.transfer.apart import make_safe_agent
 from kvstore_client.cluster.memory import LandingRing
 from kvstore_proto.cluster.pipes import Streams
 from kvstore_proto.cluster.rpc import Tls
@@ -125,7 +125,7 @@ class ClusterSession:
         self._streams = Streams()
 
         def new_agent() -> Any:
-            agent = make_agent(transfer, "client", pipes=self._streams.book.find)
+            agent = make_safe_agent(transfer, "client", self._streams.book.find)
             self._streams.set_agent(agent)
             return agent
 

@@ -22,7 +22,7 @@ from kvstore.cluster.members import Member, parse_members
 from kvstore.cluster.node import Node
 from kvstore.cluster.site import NodePolicy
 from kvstore.errors import InvalidArgument, KVStoreError
-from kvstore.transfer.choose import make_agent
+from kvstore.transfer.apart import make_safe_agent
 from kvstore_proto.cluster.pipes import Streams
 from kvstore_proto.cluster.rpc import Tls, client_token, node_token
 from kvstore_proto.cluster.world import AsyncWorld
@@ -68,9 +68,9 @@ class _Process:
             store = ChannelNodeStore(str(options.channel), timeout_s=CONNECT_S)
             stack.callback(store.close)
             streams = Streams()
-            agent = make_agent(options.transfer, me.name, pipes=streams.book.find)
+            agent = make_safe_agent(options.transfer, me.name, streams.book.find)
             streams.set_agent(agent)
-            transfers = AgentTransfers(agent, store.pool)
+            transfers = AgentTransfers(agent, store.pool, store.pool_fd)
             stack.callback(transfers.close)
             world = AsyncWorld(token=node_token(self._secret), tls=self._tls, streams=streams)
             stack.push_async_callback(world.close)

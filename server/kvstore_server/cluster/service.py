@@ -21,7 +21,9 @@ from kvstore_proto.cluster.rpc import ATTACH, AUTHORIZATION, CALL, OPTIONS, SERV
 log = structlog.get_logger()
 _MOST_CALLS = 512  # that run at one time
 _GREETING_S = 5.0
+_GOODBYE_S = 1.0
 _NO_TOKEN = (grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+_ENDS = (grpc.StatusCode.UNAVAILABLE, "this node ends")
 
 
 class PeerService:
@@ -38,6 +40,8 @@ class PeerService:
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         self._server.add_generic_rpc_handlers((generic,))
         self._running: set[asyncio.Task[Any]] = set()
+        self._pipes: set[StreamPipe] = set()
+        self._stopping = False
 
     async def start(self, address: str, tls: Tls | None) -> int:
         """Binds and serves; the port. OSError-like `RuntimeError` where it cannot be had."""
@@ -49,8 +53,16 @@ class PeerService:
         return int(port)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more calls, and lets those that run end for so long."""
-        await self._server.stop(grace_s)
+        """Takes no more calls, and lets those that run end for so long; then sessions end, which
+        would not by themselves."""
+        self._stopping = True
+        await self._let_end(grace_s)
+        for pipe in self._pipes:
+            pipe.close()
+        await self._server.stop(_GOODBYE_S)
+        await self._let_end(grace_s)
+
+    async def _let_end(self, grace_s: float) -> None:
         if self._running:
             await asyncio.wait(list(self._running), timeout=grace_s)
 
@@ -68,6 +80,8 @@ class PeerService:
 
     async def _call(self, frame: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         is_node = await self._who(context)
+        if self._stopping:
+            await context.abort(*_ENDS)
         try:
             message = CODEC.decode_frame(frame)
         except KVStoreError as error:
@@ -91,12 +105,14 @@ class PeerService:
         is_node = await self._who(context)
         pipe = StreamPipe(context.write)
         pipe.follow(_quietly(requests))
+        self._pipes.add(pipe)
         welcomed: Welcomed | None = None
         try:
             welcomed = await self._welcome(pipe, is_node)
             if welcomed:
                 await pipe.over()
         finally:
+            self._pipes.discard(pipe)
             pipe.end()
             if welcomed:
                 self._keep(self._node.ended(welcomed.session))

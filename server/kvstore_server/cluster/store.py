@@ -50,6 +50,11 @@ class ChannelNodeStore:
         return self._memory.pool
 
     @property
+    def pool_fd(self) -> int:
+        """The memfd that the pool is mapped from; the link's."""
+        return self._link.pool_fd
+
+    @property
     def instance(self) -> int:
         """See `NodeStore.instance`."""
         return self._memory.instance

@@ -6,19 +6,26 @@ import asyncio
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
-from kvstore.errors import InvalidArgument
+import structlog
+
+from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.transfer.apart import ApartAgent, export
 from kvstore.transfer.base import Agent, Bytes1D, Pieces, Remote
+
+log = structlog.get_logger()
 
 _THREADS = 4
 
 
 class AgentTransfers:
-    """agent: not yet described. pool: registered with it here, whole."""
+    """agent: not yet described. pool: the store's, mapped from `fd`, exported here as a whole."""
 
-    def __init__(self, agent: Agent, pool: Bytes1D) -> None:
+    def __init__(self, agent: Agent, pool: Bytes1D, fd: int) -> None:
         self._agent = agent
-        agent.register(pool)
+        export(agent, pool, fd)
         self._description = agent.describe()
+        if isinstance(agent, ApartAgent):
+            agent.on_death = self._again
         self._threads = ThreadPoolExecutor(_THREADS, "kvstore-transfer")
         # Not with the others: what hangs there is ended by a close.
         self._closes = ThreadPoolExecutor(_THREADS, "kvstore-transfer-end")
@@ -31,6 +38,13 @@ class AgentTransfers:
     def describe(self) -> bytes:
         """See `Transfers.describe`."""
         return self._description
+
+    def _again(self) -> None:
+        """The process that exported the pool has died; the next one."""
+        try:
+            self._description = self._agent.describe()
+        except KVStoreError as error:  # others copy from here no more; the rest goes on
+            log.error("the pool cannot be exported again", reason=str(error))
 
     async def connect(self, kind: str, agent: bytes, timeout_ms: float) -> AgentMemory:
         """See `Transfers.connect`."""

@@ -23,83 +23,88 @@ _SLOT = 4096
 _NO_CELLS = np.empty(0, np.uint32)
 
 
-class SimRing:
-    """See `kvstore.cluster.router.ClientMemory`: a landing ring and a place to put from.
+class _Life:
+    """One agent and its landing memory. Every entry has a number that changes whenever it is given
+    back, so that a byte which lands for an earlier get is seen."""
 
-    Every entry has a number that changes whenever it is given back, so that a byte which lands for
-    a get of an earlier number is seen.
-    """
+    def __init__(self, world: SimWorld, slots: int, sources: Bytes1D) -> None:
+        self.agent: SimAgent = world.agent()
+        self.memory = np.zeros(slots * _SLOT, np.uint8)
+        self.start = world.space.add(self.memory)
+        for memory in (self.memory, sources):
+            self.agent.register(memory)
+        self.agent.guard = lambda address: self.numbers[(address - self.start) // _SLOT]
+        self.numbers = [0] * slots
+        self.free = list(range(slots))
+        self.lost = self.users = 0
+
+    def holds(self, address: int) -> bool:
+        """Whether it is the ring that an address is of."""
+        return self.start <= address < self.start + self.memory.size
+
+
+class SimRing:
+    """See `kvstore.cluster.router.ClientMemory`: a landing ring and a place to put from, as the
+    client's: what may still be written to is lost, and where too much is, another ring is made."""
 
     def __init__(self, world: SimWorld, slots: int) -> None:
         self._world, self._slots = world, slots
         self.generation = 0
-        self.remade = 0
-        self._making = False
         self.sources = np.zeros(slots * _SLOT, np.uint8)
         self._sources_at = world.space.add(self.sources)
         self._next_source = 0
-        self._make()
-
-    def _make(self) -> None:
-        self.agent: SimAgent = self._world.agent()
-        self.landing = np.zeros(self._slots * _SLOT, np.uint8)
-        at = self._landing_at = self._world.space.add(self.landing)
-        for memory in (self.landing, self.sources):
-            self.agent.register(memory)
-        self._free = list(range(self._slots))
-        self._lost = 0
-        numbers = self._numbers = [0] * self._slots
-        self.agent.guard = lambda address: numbers[(address - at) // _SLOT]
-        self.generation += 1
+        self._life = _Life(world, slots, self.sources)
+        self._old: list[_Life] = []
 
     @property
     def kind(self) -> str:
         """See `ClientMemory.kind`."""
-        return self.agent.kind
+        return self._life.agent.kind
 
     def describe(self) -> bytes:
         """See `ClientMemory.describe`."""
-        return self.agent.describe()
+        return self._life.agent.describe()
 
     def take(self, blocks: int, nbytes: int) -> c.U64 | None:
         """See `ClientMemory.take`."""
         assert nbytes <= _SLOT
-        if len(self._free) < blocks:
-            self._remake_soon()
+        life = self._life
+        if len(life.free) < blocks:
             return None
-        taken = [self._free.pop(0) for _ in range(blocks)]
-        return np.array([self._landing_at + slot * _SLOT for slot in taken], np.uint64)
+        life.users += 1
+        taken = [life.free.pop(0) for _ in range(blocks)]
+        return np.array([life.start + slot * _SLOT for slot in taken], np.uint64)
 
     def give(self, addresses: c.U64) -> None:
         """See `ClientMemory.give`."""
-        for slot in self._slots_of(addresses):
-            self._numbers[slot] += 1
-            self._free.append(slot)
+        life = self._life_of(addresses)
+        for address in addresses.tolist():
+            slot = (address - life.start) // _SLOT
+            assert slot not in life.free, "an entry of the ring is given back twice"
+            life.numbers[slot] += 1
+            life.free.append(slot)
+        self._leave(life)
 
     def lose(self, addresses: c.U64) -> None:
         """See `ClientMemory.lose`."""
-        self._lost += len(self._slots_of(addresses))
-        if self._lost > self._slots // 4:
-            self._remake_soon()
+        life = self._life_of(addresses)
+        life.lost += len(addresses)
+        if life is self._life and 2 * life.lost >= self._slots:
+            self._old.append(life)
+            self._life = _Life(self._world, self._slots, self.sources)
+            self.generation += 1
+        self._leave(life)
 
-    def _slots_of(self, addresses: c.U64) -> list[int]:
-        """Those of the present ring: an earlier one is gone as a whole."""
-        slots = [(int(address) - self._landing_at) // _SLOT for address in addresses]
-        return [slot for slot in slots if 0 <= slot < self._slots]
+    def _life_of(self, addresses: c.U64) -> _Life:
+        lives = (self._life, *self._old)
+        return next(life for life in lives if life.holds(int(addresses[0])))
 
-    def _remake_soon(self) -> None:
-        if not self._making and self._lost:
-            self._making = True
-            self._world.spawn(self._remake())
-
-    async def _remake(self) -> None:
-        """Revokes the ring, and makes another one."""
-        try:
-            await self.agent.close()
-            self._make()
-            self.remade += 1
-        finally:
-            self._making = False
+    def _leave(self, life: _Life) -> None:
+        """One user less; an old ring that has none any more is revoked."""
+        life.users -= 1
+        if life in self._old and not life.users:
+            self._old.remove(life)
+            self._world.spawn(life.agent.close())
 
     def at(self, address: int, nbytes: int) -> Bytes1D:
         """Bytes of the ring."""

@@ -99,6 +99,7 @@ class Host:
         store = SimNodeStore(self.store, world.process, world.space, cluster.rng, lost)
         self.agent = world.agent()
         self.agent.register(store.pool)
+        self.agent.own_guard = store.use_of
         self.node = Node(
             world,
             store,

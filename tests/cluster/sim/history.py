@@ -59,10 +59,11 @@ def payload(space: int, number: int) -> Bytes1D:
 @dataclass(slots=True)
 class Written:
     """One put of one key. ended: when its call was over, None as long as it is not. ttl_ms: 0 for
-    ever."""
+    ever. deaths: that there had been by then."""
 
     name: Name
     began: float
+    deaths: int
     ttl_ms: float = 0.0
     ended: float | None = None
 
@@ -75,6 +76,11 @@ class Promise:
     copies: int
     since: float
     deaths: int = 0
+
+    @property
+    def left(self) -> int:
+        """How many nodes have it at least."""
+        return self.copies - self.deaths
 
 
 @dataclass(slots=True)
@@ -92,6 +98,7 @@ class Truth:
     written: list[Written] = field(default_factory=list)
     promises: dict[Name, Promise] = field(default_factory=dict)
     drops: dict[int, list[Forgotten]] = field(default_factory=dict)
+    deaths: int = 0
     hits: int = 0
     misses: int = 0
     acknowledged: int = 0
@@ -100,23 +107,21 @@ class Truth:
 
     def begin_put(self, name: Name, now: float, ttl_ms: float = 0.0) -> int:
         """A put's number, which its bytes are made of. All puts of a key have a time, or none."""
-        self.written.append(Written(name, now, ttl_ms))
+        self.written.append(Written(name, now, self.deaths, ttl_ms))
         return len(self.written) - 1
 
     def end_put(self, number: int, now: float, copies: int) -> None:
         """The call has ended. copies: on how many nodes the block is, as it was told; 0 where
-        nothing was."""
+        nothing was. Some of them may have died while that was on its way."""
         written = self.written[number]
         written.ended = now
-        if (
-            copies
-            and not written.ttl_ms
-            and not self._dropped_since(written.name[0], written.began)
-        ):
+        forgotten = written.ttl_ms or self._dropped_since(written.name[0], written.began)
+        if copies and not forgotten:
             self.acknowledged += 1
+            made = Promise(copies, now, self.deaths - written.deaths)
             known = self.promises.get(written.name)
-            if known is None or copies - 1 >= known.copies - 1 - known.deaths:
-                self.promises[written.name] = Promise(copies, now)
+            if made.left > max(known.left if known else 0, 0):
+                self.promises[written.name] = made
 
     def _dropped_since(self, space: int, since: float) -> bool:
         drops = self.drops.get(space, ())
@@ -141,9 +146,10 @@ class Truth:
 
     def death(self) -> None:
         """A node died with what it held."""
+        self.deaths += 1
         for name, promise in list(self.promises.items()):
             promise.deaths += 1
-            if promise.deaths >= promise.copies:
+            if promise.left <= 0:
                 del self.promises[name]
 
     # -- gets ----------------------------------------------------------------------------

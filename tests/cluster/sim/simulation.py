@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,8 @@ class Simulation:
         self.cluster = SimCluster(self.plan.setting, self.rng)
         self.loop = self.cluster.loop
         self.clients: list[SimClient] = []
+        self._views: dict[int, View] = {}
+        self._epochs: dict[str, int] = {}
         self.nemesis = Nemesis(
             self.cluster,
             trouble or made,
@@ -141,7 +143,9 @@ class Simulation:
         for number in range(self.plan.rounds):
             self._trouble()
             self.nemesis.stop()
-            self._look_for_lost()
+            self._look()
+            self._wait(f"after round {number}", self._what_is_absent)
+            self._read_all()
             self._settle(f"after round {number}")
         for client in self.clients:
             client.process.kill()
@@ -173,8 +177,7 @@ class Simulation:
                 client = self._new_client()
                 client.world.spawn(self._work(client, end))
             self.loop.run_until(min(self.loop.now + 200.0, end))
-            if not self.plan.tight:
-                self._look_for_lost()
+            self._look()
 
     def _new_client(self) -> SimClient:
         cluster = self.cluster
@@ -266,6 +269,18 @@ class Simulation:
     def _stores(self) -> Iterator[Host]:
         return (host for host in self.cluster.hosts.values() if host.store.process.alive)
 
+    def _look(self) -> None:
+        """What holds at any time: nothing is lost, and no node goes back to an earlier view, nor
+        by another one than all others of its epoch."""
+        for host in self.cluster.alive():
+            view = host.node.site.view
+            if view.epoch:
+                assert self._views.setdefault(view.epoch, view) == view, "two views of one epoch"
+                last = self._epochs.get(host.name, 0)
+                assert view.epoch >= last, f"{host.name} went back to {view.epoch} from {last}"
+                self._epochs[host.name] = view.epoch
+        self._look_for_lost()
+
     def _look_for_lost(self) -> None:
         """No promised block is gone from all stores that live."""
         if self.plan.tight or not self.truth.promises:
@@ -279,22 +294,23 @@ class Simulation:
 
     # -- peace ---------------------------------------------------------------------------
 
-    def _settle(self, when: str) -> None:
-        """Waits until all is well, which must not take long; then reads everything."""
+    def _wait(self, when: str, what_is_amiss: Callable[[], str]) -> None:
+        """Until nothing is amiss, which must not take long."""
         end = self.loop.now + PEACE_MS
-        while True:
-            self.loop.run_until(self.loop.now + LOOK_MS)
-            trouble = self._what_is_amiss()
-            if not trouble:
-                break
+        while trouble := what_is_amiss():
             assert self.loop.now < end, f"{when}: {trouble}"
+            self.loop.run_until(self.loop.now + LOOK_MS)
+            self._look()
+
+    def _settle(self, when: str) -> None:
+        """Waits until all is well, then reads everything."""
+        self._wait(when, self._what_is_amiss)
         self.cluster.check()
-        self._look_for_lost()
         self._read_all()
         self._renew_promises()
 
-    def _what_is_amiss(self) -> str:
-        """Why the cluster is not settled, empty where it is."""
+    def _what_is_absent(self) -> str:
+        """Why not all hosts serve under one view, empty where they do."""
         data = self.cluster.coordinator.view
         if data is None:
             return "there is no view"
@@ -305,8 +321,21 @@ class Simulation:
                 return f"{host.name} is down"
             if site.view != view:
                 return f"{host.name} goes by epoch {site.view.epoch}, not {view.epoch}"
-            if site.role not in (MemberState.UP, MemberState.OUT) or not site.serving:
-                return f"{host.name} is {site.role}, serving {site.serving}"
+            member = view.find(host.name)
+            if member is None or member.run != site.me.run or not site.serving:
+                return f"{host.name} is {member}, serving {site.serving}"
+        return ""
+
+    def _what_is_amiss(self) -> str:
+        """Why the cluster is not settled, empty where it is."""
+        absent = self._what_is_absent()
+        if absent:
+            return absent
+        view = next(iter(self.cluster.hosts.values())).node.site.view
+        for host in self.cluster.hosts.values():
+            site = host.node.site
+            if site.role not in (MemberState.UP, MemberState.OUT):
+                return f"{host.name} is {site.role}"
             if site.role == MemberState.UP and site.settled != view.epoch:
                 return f"{host.name} has settled epoch {site.settled}, not {view.epoch}"
         return self._what_is_not_placed(view) or self._what_is_held()

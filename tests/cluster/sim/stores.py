@@ -305,6 +305,10 @@ class SimNodeStore:
         """What an agent registers."""
         return self._host.pool
 
+    def use_of(self, address: int) -> int:
+        """Differs whenever the slot at an address of the pool is used for something else."""
+        return int(self._host.generations[(address - self._base) // limits.GRANULE_BYTES])
+
     def _died(self) -> None:
         for link in self._links:
             link.died()

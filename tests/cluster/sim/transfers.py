@@ -21,6 +21,7 @@ from cluster.sim.network import Network
 from kvstore.errors import DeadlineExceeded, InvalidArgument, ProtocolError
 from kvstore.transfer.base import Pieces, TransferFailed
 
+Guard = Callable[[int], int]
 Bytes1D = npt.NDArray[np.uint8]
 _AWAY_MS = 20.0  # between two attempts to get a chunk through
 
@@ -102,7 +103,10 @@ class SimAgent:
         self.name = fabric.name_for(process)
         self.remotes: list[SimRemote] = []
         self._registered: list[tuple[int, int]] = []
-        self.guard: Callable[[int], int] | None = None
+        # What memory at an address is used for now: bytes that move for another use are a bug.
+        # guard: of what others write here. own_guard: of what this side reads to and writes from.
+        self.guard: Guard | None = None
+        self.own_guard: Guard | None = None
         self.incoming: list[SimRemote] = []
         fabric.agents[self.name] = self
         process.at_death.append(self._died)
@@ -212,6 +216,8 @@ class _Move:
         self.told: Future[None] = Future()
         self._chunks = self._cut(pieces)
         self._guarded = self._numbers_there() if writes else []
+        guard = remote.agent.own_guard
+        self._own = [guard(at) for at, _, _ in self._chunks] if guard is not None else []
         self._next = 0
         self._tried_ms = 0.0
         remote.moves[self] = None
@@ -266,6 +272,7 @@ class _Move:
         assert other.reaches(remote, nbytes), f"{remote:#x} of {other.name} is not registered"
         on_way_ms = fabric.carriage.chunk_ms * fabric.rng.uniform(0.2, 2.0)
         if self.writes:
+            self._check_own("a block was written over while it was sent")
             data = fabric.flip(agent.space.at(local, nbytes).copy())
             self._after(on_way_ms, lambda: self._land(data, remote))
         else:
@@ -299,11 +306,17 @@ class _Move:
 
         def arrive() -> None:
             if self in self.remote.moves:
+                self._check_own("late bytes came to a slot used anew")
                 agent.space.at(to, nbytes)[:] = data
                 self._landed()
 
         process = None if self.fabric.carriage.hardware else agent.process
         self.fabric.loop.after(on_way_ms, arrive, process)
+
+    def _check_own(self, problem: str) -> None:
+        guard = self.remote.agent.own_guard
+        if guard is not None:
+            assert guard(self._chunks[self._next][0]) == self._own[self._next], problem
 
     def _landed(self) -> None:
         self.fabric.moved += 1

@@ -1,0 +1,215 @@
+"""Puts and gets that go on while nodes fail, and a model of what must be readable meanwhile."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from cluster.nodes import LAYOUT, Nodes, blocks, chain
+from kvstore import Hit
+from kvstore.errors import KVStoreError
+from kvstore_client.cluster.session import ClusterSession
+
+_JOIN_S = 30.0
+_PAUSE_S = 0.002  # between two calls, so that the nodes have the processors as well
+_MEMORY = {"arena_bytes": 8 << 20, "ring_bytes": 32 << 20}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One call. began_s: monotonic. missed: blocks that it should have had and had not."""
+
+    began_s: float
+    took_s: float
+    missed: int
+
+
+class Load:
+    """One thread that puts chains and one that gets those that were acknowledged as replicated.
+
+    Chain i has the keys and the bytes of seed i. most: chains that are put in all, so that nothing
+    need be evicted. `forgive` ends the claim that what was acknowledged before must be readable:
+    then a miss is legal, wrong bytes never are.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        space: str,
+        *,
+        seed: int = 1,
+        blocks_each: int = 8,
+        most: int = 40,
+        transfer: str = "grpc",
+    ) -> None:
+        self.space, self.blocks_each, self._most = space, blocks_each, most
+        self._random, self._first = random.Random(seed), seed * 1_000_000
+        self.reader = nodes.client(transfer=transfer, **_MEMORY)
+        try:
+            self.writer = nodes.client(transfer=transfer, **_MEMORY)
+        except BaseException:
+            self.reader.close()
+            raise
+        self._lock = threading.Lock()
+        self.acknowledged: list[int] = []
+        self._may_miss: set[int] = set()
+        self.gets: list[Sample] = []
+        self.puts: list[Sample] = []
+        self.wrong: list[str] = []
+        self._stop, self._seen = threading.Event(), threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=f"load-{work.__name__}")
+            for work in (self._put_for_ever, self._get_for_ever)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        self.wait_for(puts=1, gets=1)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(_JOIN_S)
+        self.writer.close()
+        self.reader.close()
+        if error is None:
+            self.check()
+
+    def wait_for(self, *, puts: int = 0, gets: int = 0, timeout_s: float = 20.0) -> None:
+        """Until so many more have ended well."""
+        with self._seen:
+            gets, puts = gets + self._good_gets, puts + len(self.acknowledged)
+            enough = self._seen.wait_for(
+                lambda: (self._good_gets >= gets and len(self.acknowledged) >= puts) or self.wrong,
+                timeout_s,
+            )
+        self.check()
+        assert enough, f"no {gets} gets and {puts} puts within {timeout_s} s: {self.words()}"
+
+    _good_gets = 0
+
+    def check(self) -> None:
+        """Nothing wrong was read so far, and nothing was missed that must be there."""
+        assert not self.wrong, "\n".join(self.wrong[:10])
+
+    def more(self, chains: int) -> None:
+        """May put so many more."""
+        self._most += chains
+
+    def forgive(self) -> None:
+        """See the class."""
+        with self._lock:
+            self._may_miss |= set(self.acknowledged)
+
+    def keys(self) -> np.ndarray:
+        """Of all blocks that must be readable, uint8 (n, 32)."""
+        with self._lock:
+            due = [seed for seed in self.acknowledged if seed not in self._may_miss]
+        return np.concatenate([chain(self.blocks_each, seed) for seed in due])
+
+    def longest_get_s(self, since_s: float) -> float:
+        """Of those that ended after that moment."""
+        with self._lock:
+            return max((g.took_s for g in self.gets if g.began_s + g.took_s >= since_s), default=0)
+
+    def words(self) -> str:
+        """How it went."""
+        with self._lock:
+            took = np.array([g.took_s for g in self.gets] or [0.0]) * 1e3
+            missed = sum(bool(g.missed) for g in self.gets)
+            median, tail = np.percentile(took, [50, 99])
+            return (
+                f"{len(self.gets)} gets (median {median:.0f} ms, p99 {tail:.0f},"
+                f" longest {took.max():.0f}; {missed} missed),"
+                f" {len(self.acknowledged)} of {len(self.puts)} puts replicated,"
+                f" {self.reader.router.counters}"
+            )
+
+    # -- the threads -------------------------------------------------------------------
+
+    def _guarded(self, work) -> None:  # type: ignore[no-untyped-def]
+        try:
+            work()
+        except BaseException as error:
+            self._note(f"{work.__name__} ended: {type(error).__name__}: {error}")
+
+    def _note(self, wrong: str) -> None:
+        with self._seen:
+            self.wrong.append(wrong)
+            self._seen.notify_all()
+
+    def _put_for_ever(self) -> None:
+        seed = self._first
+        space = _opened(self.writer, self.space, self._stop)
+        while not self._stop.wait(_PAUSE_S):
+            if len(self.acknowledged) >= self._most:
+                self._stop.wait(20 * _PAUSE_S)
+                continue
+            seed += 1
+            began_s = time.monotonic()
+            n = self.blocks_each
+            try:
+                done = self.writer.put(space, chain(n, seed), list(blocks(n, seed)), position=0)
+            except KVStoreError as error:
+                self._note(f"a put raised {type(error).__name__}: {error}")
+                return
+            took_s = time.monotonic() - began_s
+            with self._seen, self._lock:
+                self.puts.append(Sample(began_s, took_s, n - done.replicated))
+                if done.replicated == n:
+                    self.acknowledged.append(seed)
+                self._seen.notify_all()
+
+    def _get_for_ever(self) -> None:
+        space = _opened(self.reader, self.space, self._stop)
+        n = self.blocks_each
+        target = np.zeros((n, LAYOUT.block_bytes), np.uint8)
+        while not self._stop.wait(_PAUSE_S):
+            with self._lock:
+                if not self.acknowledged:
+                    continue
+                seed = self._random.choice(self.acknowledged)
+            target[:] = 0
+            began_s = time.monotonic()
+            try:
+                got = self.reader.get_into(space, chain(n, seed), list(target))
+            except KVStoreError as error:
+                self._note(f"a get raised {type(error).__name__}: {error}")
+                return
+            took_s = time.monotonic() - began_s
+            hits = sum(isinstance(each, Hit) for each in got)
+            truth = blocks(n, seed)
+            if not (target[:hits] == truth[:hits]).all():
+                self._note(f"chain {seed}: other bytes were read than were put")
+            if (target[:hits] == truth[:hits]).all() and hits < n and not self._legal(seed):
+                self._note(f"chain {seed}: {got[hits]} after {took_s:.3f} s, {self.words()}")
+            with self._seen, self._lock:
+                self.gets.append(Sample(began_s, took_s, n - hits))
+                self._good_gets += hits == n
+                self._seen.notify_all()
+
+    def _legal(self, seed: int) -> bool:
+        with self._lock:
+            return seed in self._may_miss
+
+
+def _opened(session: ClusterSession, name: str, stop: threading.Event):  # type: ignore[no-untyped-def]
+    while True:
+        try:
+            return session.open_namespace(name, LAYOUT)
+        except KVStoreError:
+            if stop.wait(0.05):
+                raise
