@@ -146,7 +146,8 @@ class Commit:
     """Says that whole blocks are written in slots of the sender's stock: a put in one command.
 
     `granules` has a slot for each hash, `NO_SLOT` for one that is stored already as far as the
-    sender knows. `checksums` is (n, cells) xxh3-64; `parent`, `position`, `ttl_ms` as in `Reserve`.
+    sender knows. `put_id` is 16 bytes for all of them, or 16 for each. `checksums` is (n, cells)
+    xxh3-64; `parent`, `position`, `ttl_ms` as in `Reserve`.
     `more`: how many slots the sender would like to hold ahead for blocks of this namespace.
     """
 

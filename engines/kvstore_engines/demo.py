@@ -96,20 +96,26 @@ def answer(
     prompts: Sequence[list[int]],
     new_tokens: int,
     progress: Callable[[str], None],
+    *,
+    before: Callable[[int], None] | None = None,
 ) -> list[Result]:
-    """Answers the prompts one after the other, in a process of its own."""
+    """Answers the prompts one after the other, in a process of its own.
+
+    before: called with the number of each prompt, from 0 on, before it is asked.
+    """
     progress("loading torch and the model")
     with workers() as started:
-        ask(started, engine, prompts[0][:WARM_UP_TOKENS], 1)
+        _ask(started, engine, prompts[0][:WARM_UP_TOKENS], 1)
         results = []
         for i, prompt in enumerate(prompts):
+            if before:
+                before(i)
             progress(f"question {i + 1} of {len(prompts)}")
-            results.append(ask(started, engine, prompt, new_tokens))
+            results.append(_ask(started, engine, prompt, new_tokens))
     return results
 
 
-def ask(started: Workers, engine: EngineSpec, prompt: list[int], new_tokens: int) -> Result:
-    """The answer to one prompt."""
+def _ask(started: Workers, engine: EngineSpec, prompt: list[int], new_tokens: int) -> Result:
     return started.ask(Job(engine=engine, prompts=[prompt], new_tokens=new_tokens))[0][0]
 
 

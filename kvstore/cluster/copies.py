@@ -232,12 +232,14 @@ def groups(places: c.U64) -> Sequence[c.U32]:
 
 def by_partners(site: Site, held: Held) -> list[tuple[c.U32, list[Member]]]:
     """Rows of blocks that have the same partners in the same order, and those."""
-    found: dict[tuple[str, ...], tuple[list[c.U32], list[Member]]] = {}
-    for rows in groups(held.places):
-        partners, _mine = site.partners(int(held.places[rows[0]]))
-        names = tuple(member.name for member in partners)
-        found.setdefault(names, ([], partners))[0].append(rows)
-    return [(np.sort(np.concatenate(rows)), partners) for rows, partners in found.values()]
+    together = groups(held.places)
+    firsts = np.array([rows[0] for rows in together], np.intp)
+    found: dict[tuple[int, ...], list[c.U32]] = {}
+    for rows, ranked in zip(together, site.ranked(held.places[firsts]), strict=True):
+        found.setdefault(ranked, []).append(rows)
+    return [
+        (np.sort(np.concatenate(rows)), site.partners_of(ranked)) for ranked, rows in found.items()
+    ]
 
 
 _NVME = 2

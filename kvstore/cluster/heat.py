@@ -66,7 +66,8 @@ class Heat:
         """Whether the segment is on more members than it has to be."""
         site, view = self._site, self._site.view
         copies = view.replicas + site.policy.hot_copies
-        others, _mine = site.partners(place, site.policy.hot_copies)
+        (ranked,) = site.ranked(np.array([place], np.uint64), site.policy.hot_copies)
+        others = site.partners_of(ranked)
         chosen: list[Member] = others[: copies - 1]
         hashes = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
         done = 0

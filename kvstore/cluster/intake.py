@@ -121,7 +121,7 @@ async def _commit(site: Site, space: Space, arrivals: Arrivals, run: slice, slot
     parent = arrivals.parents[first].tobytes() if arrivals.parents[first].any() else b""
     commit = c.Commit(
         namespace=space.number,
-        put_id=arrivals.put_ids[first].tobytes(),
+        put_id=arrivals.put_ids[run].tobytes(),
         hashes=arrivals.hashes[run],
         granules=slots[run],
         checksums=arrivals.checksums[run],
@@ -134,16 +134,16 @@ async def _commit(site: Site, space: Space, arrivals: Arrivals, run: slice, slot
 
 
 def _runs(arrivals: Arrivals, sound: npt.NDArray[np.bool_]) -> Iterator[slice]:
-    """Sound blocks that one commit can name: of one put, following each other in their chain."""
+    """Sound blocks that one commit can name: that follow each other in a chain, or have none."""
     n = len(sound)
     follows = np.zeros(n, bool)
     if n > 1:
-        one_put = (arrivals.put_ids[1:] == arrivals.put_ids[:-1]).all(axis=1)
-        placed = arrivals.positions[1:] != NO_POSITION
-        next_one = arrivals.positions[1:] == arrivals.positions[:-1] + np.uint32(1)
-        child = (arrivals.parents[1:] == arrivals.hashes[:-1]).all(axis=1)
+        before, after = arrivals.positions[:-1], arrivals.positions[1:]
+        chained = (after != NO_POSITION) & (after == before + np.uint32(1))
+        chained &= (arrivals.parents[1:] == arrivals.hashes[:-1]).all(axis=1)
+        alone = (before == NO_POSITION) & (after == NO_POSITION)
         same_end = arrivals.ttl_ms[1:] == arrivals.ttl_ms[:-1]
-        follows[1:] = one_put & placed & next_one & child & same_end & sound[1:] & sound[:-1]
+        follows[1:] = (chained | alone) & same_end & sound[1:] & sound[:-1]
     starts = np.flatnonzero(sound & ~follows)
     ends = np.flatnonzero(sound & ~np.append(follows[1:], False)) + 1
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):

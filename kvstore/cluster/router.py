@@ -330,8 +330,11 @@ class Router:
             earlier = self._ranking.earlier(unique).tolist()
             rows = [[*a, *(n for n in b if n not in a)] for a, b in zip(rows, earlier, strict=True)]
         found = {}
+        orders: dict[tuple[int, ...], list[Member]] = {}
         for place, row in zip(unique.tolist(), rows, strict=True):
-            order = self._by_health(members[n] for n in row)
+            if tuple(row) not in orders:
+                orders[tuple(row)] = self._by_health(members[n] for n in row)
+            order = orders[tuple(row)]
             hot = self._hot.get(place, 0)
             if hot:  # all of its copies share the load
                 copies = self._ranking.copies + hot
@@ -346,7 +349,11 @@ class Router:
         assert self.view
         members = self.view.members
         ranked = self._ranking.targets(np.array(places, np.uint64)).tolist()
-        return [self._by_health(members[n] for n in row) for row in ranked]
+        orders: dict[tuple[int, ...], list[Member]] = {}  # few, where there are many places
+        for row in ranked:
+            if tuple(row) not in orders:
+                orders[tuple(row)] = self._by_health(members[n] for n in row)
+        return [orders[tuple(row)] for row in ranked]
 
     # -- match -------------------------------------------------------------------------
 
@@ -788,6 +795,7 @@ class _Put:
         most = max(1, router.policy.piece_bytes // self._space.layout.block_bytes)
         targets = router._targets([int(self._puts.places[rows[0]]) for rows in self._left])
         batches: dict[str, tuple[Member, list[npt.NDArray[np.intp]]]] = {}
+        sizes: dict[str, int] = {}
         later = []
         for rows, order in zip(self._left, targets, strict=True):
             tried = self._tried.get(int(rows[0]), set())
@@ -795,11 +803,12 @@ class _Put:
             if member is None:
                 continue  # nobody is left: it stays FAILED
             _, together = batches.setdefault(member.name, (member, []))
-            full = sum(map(len, together)) >= most
-            if full or len(running) + len(batches) > router.policy.in_flight:
+            size = sizes.get(member.name, 0)
+            if size >= most or len(running) + len(batches) > router.policy.in_flight:
                 later.append(rows)
             else:
                 together.append(rows)
+                sizes[member.name] = size + len(rows)
         self._left = later
         for member, segments in batches.values():
             if segments:

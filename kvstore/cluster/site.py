@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from kvstore import commands as c
 from kvstore.cluster.members import Member, MemberState, View, decode_view, encode_view
 from kvstore.cluster.messages import WrongEpoch
-from kvstore.cluster.placement import Ranking
+from kvstore.cluster.placement import OVERLOAD, SPARE, Ranking
 from kvstore.cluster.world import Ledger, NodeStore, World
 from kvstore.errors import ProtocolError, StaleNamespace, Unavailable
 from kvstore.layout import Layout
@@ -201,19 +199,17 @@ class Site:
         out, me = MemberState.OUT, self.me.name
         return [m for m in self.view.members if m.name != me and m.state != out]
 
-    def partners(self, place: int, extra: int = 0) -> tuple[list[Member], bool]:
-        """Who else should have copies of blocks of a place, the best first, those that fail or
-        are full last; and whether this node should have one."""
-        copies = self.ranking.copies + extra
-        members = [self.view.members[n] for n in self._targets(place, extra)]
-        mine = any(m.name == self.me.name for m in members[:copies])
-        others = [m for m in members if m.name != self.me.name]
-        return sorted(others, key=lambda m: (self.health.suspects(m.name), self.is_full(m))), mine
+    def ranked(self, places: c.U64, extra: int = 0) -> list[tuple[int, ...]]:
+        """For each place the numbers of the members that new blocks of it may go to, the best
+        first; `extra` more where it is hot."""
+        most = self.ranking.copies + SPARE + extra
+        return [tuple(row) for row in self.ranking.targets(places, most=most).tolist()]
 
-    def _targets(self, place: int, extra: int) -> Sequence[int]:
-        most = self.ranking.copies + 1 + extra
-        found: list[int] = self.ranking.targets(np.array([place], np.uint64), most=most)[0].tolist()
-        return found
+    def partners_of(self, ranked: Sequence[int]) -> list[Member]:
+        """All of those but this node, those that fail or are full last."""
+        members = [self.view.members[n] for n in ranked]
+        others = [m for m in members if m.name != self.me.name]
+        return sorted(others, key=lambda m: (self.health.suspects(m.name), self.is_full(m)))
 
     def is_full(self, member: Member) -> bool:
         """Whether it holds much more than its share, so that the next one in the ranking is to
@@ -224,7 +220,7 @@ class Site:
         weights = {m.name: m.weight for m in self.view.members}
         known = {name: load for name, (load, _) in self.loads.items() if name in weights}
         fair = sum(known.values()) / max(1, sum(weights[name] for name in known))
-        return used > 1.25 * fair * member.weight
+        return used > OVERLOAD * fair * member.weight
 
     # -- namespaces --------------------------------------------------------------------
 

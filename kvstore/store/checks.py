@@ -43,7 +43,10 @@ def check_reserve(command: c.Reserve) -> None:
 
 
 def _check_chain(command: c.Reserve | c.Commit) -> None:
-    check_put(command.put_id, command.hashes)
+    many = (
+        isinstance(command, c.Commit) and len(command.put_id) == len(command.hashes) * PUT_ID_BYTES
+    )
+    check_put(command.put_id[:PUT_ID_BYTES] if many else command.put_id, command.hashes)
     if len(command.parent) not in (0, limits.KEY_BYTES):
         raise InvalidArgument("parent", f"expected {limits.KEY_BYTES} bytes or none")
     if not -1 <= command.position <= limits.MAX_POSITION - len(command.hashes):

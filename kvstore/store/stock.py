@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
+from kvstore.block import PUT_ID_BYTES
 from kvstore.errors import InvalidArgument, LayoutMismatch, PermissionDenied, ResourceExhausted
 from kvstore.store.blocks import IdArray
 from kvstore.store.checks import check_commit
@@ -178,7 +179,7 @@ class Stock:
         held = blocks if len(ours) == n else [blocks[i] for i in ours.tolist()]
         whole = Whole(
             keys=command.hashes[ours],
-            put_ids=command.put_id * len(ours),
+            put_ids=_put_ids(command, ours),
             ids=np.array(held, np.uint32),
             granules=command.granules[ours],
             checksums=command.checksums[ours],
@@ -222,3 +223,10 @@ class Stock:
         sizes = self._sizes(np.array(granules, np.uint32))
         self._count(who, -int(sizes.sum()) * limits.GRANULE_BYTES)
         return np.array(blocks, np.uint32)
+
+
+def _put_ids(command: c.Commit, ours: npt.NDArray[np.int64]) -> bytes:
+    """The put id of each of the blocks numbered `ours`, joined."""
+    if len(command.put_id) == PUT_ID_BYTES:
+        return command.put_id * len(ours)
+    return np.frombuffer(command.put_id, np.uint8).reshape(-1, PUT_ID_BYTES)[ours].tobytes()

@@ -305,7 +305,8 @@ class _Move:
         data = self.fabric.flip(other.space.at(at, nbytes).copy())
 
         def arrive() -> None:
-            if self in self.remote.moves:
+            # A process has ended when its store sees that: by then its network card has let go.
+            if self in self.remote.moves and agent.process.alive:
                 self._check_own("late bytes came to a slot used anew")
                 agent.space.at(to, nbytes)[:] = data
                 self._landed()
