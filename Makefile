@@ -3,11 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_proto/v1 \
+PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_proto \
 	kernels/kvstore_kernels engines/kvstore_engines engines/kvstore_integrations benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-vllm test-sglang test-lmcache test-gpu bench-gpu lint format bench proto clean
+.PHONY: help demo cluster-demo test test-long test-vllm test-sglang test-lmcache test-gpu bench-gpu lint format bench proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## a real model answers through the store; tokens equal to the run without it
 	$(BIN)/python -m kvstore_engines.demo
+
+cluster-demo: $(READY) ## three servers, one killed while an engine reads from it; tokens equal
+	$(BIN)/python -m kvstore_engines.cluster_demo
 
 test: lint ## lint and the whole test suite, but for the long hunts
 	$(BIN)/python -m pytest -m "not long"

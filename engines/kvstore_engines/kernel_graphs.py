@@ -17,6 +17,7 @@ from kvstore_engines.kernel_attention import DecodeStep, KernelAttention
 from kvstore_engines.models import Model
 from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import Parallel
+from kvstore_kernels.capturing import uncollected
 from kvstore_kernels.decode import DecodeWorkspace
 
 MOST_GRAPHS = 32  # of one model; of more the one that was used longest ago goes
@@ -119,7 +120,8 @@ class _StepGraph:
             if self._attention.refuses:
                 return logits
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Other threads may go on with the GPU, this one alone is watched.
+            with uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._forward(batch)
         self._graph = graph
         return logits

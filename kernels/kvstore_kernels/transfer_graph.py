@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvstore_kernels.capturing import uncollected
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.cuda_runtime import CudaRuntime
 
@@ -100,7 +101,7 @@ class TurnsGraph:
         runtime, stream = self._runtime, self._kernels.cuda_stream
         runtime.begin_capture(stream)
         try:
-            with torch.cuda.stream(self._kernels):
+            with uncollected(), torch.cuda.stream(self._kernels):
                 self._give_turns(host)
         finally:  # or the stream would be of no use any more
             graph = runtime.end_capture(stream)

@@ -29,13 +29,15 @@ class MemberState(enum.StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Member:
     """One `kvstore-server`. address: host:port of its peer service. weight: its share of the
-    blocks beside the others'. run: differs in each life of its process."""
+    blocks beside the others'. run: differs in each life of its process. joined: the epoch that
+    it has been a member since, 0 in a static list, of which all are members all the time."""
 
     name: str
     address: str
     weight: int = 1
     run: int = 0
     state: MemberState = MemberState.UP
+    joined: int = 0
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -115,6 +117,7 @@ def encode_view(view: View) -> bytes:
             "weight": m.weight,
             "run": m.run,
             "state": str(m.state),
+            "joined": m.joined,
         }
         for m in view.members
     ]
@@ -209,4 +212,5 @@ def _member(fields: dict[str, Any]) -> Member:
         weight=_whole(fields["weight"]),
         run=_whole(fields["run"]),
         state=MemberState(fields["state"]),
+        joined=int(fields.get("joined", 0)),
     )

@@ -26,7 +26,13 @@ from kvstore.cluster.messages import (
     WrongEpoch,
 )
 from kvstore.cluster.site import Site
-from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, Unavailable
+from kvstore.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    KVStoreError,
+    ProtocolError,
+    Unavailable,
+)
 
 _AWAY = (Unavailable, DeadlineExceeded)
 _TRIES = 5
@@ -40,7 +46,6 @@ class Membership:
         self._site, self._coordination, self._forget_all = site, coordination, forget_all
         self.coordinated = False  # whether the last look at the coordination worked
         self.failed = False  # whether some look at it did not
-        self._was_member = False
 
     async def run(self) -> None:
         """Registers, then follows and keeps the list for ever. Never ends by itself, but for
@@ -55,7 +60,7 @@ class Membership:
                 await self._round()
                 self.coordinated = True
                 await self._coordination.changed(site.policy.watch_s)
-            except _AWAY:  # the data path goes on under the last view
+            except (*_AWAY, ProtocolError):  # the data path goes on under the last view
                 self.coordinated, self.failed = False, True
                 await site.world.sleep(site.policy.retry_ms)
 
@@ -65,28 +70,31 @@ class Membership:
         view = await self._coordination.view()
         if view is not None:
             site.adopt(view)
-        await self._serve()
+        await self._serve(present)
         names = [member.name for member in present]
         if site.me.name in names and site.me.name == min(names):
             wanted = self.wanted(view, present)
             if wanted is not None and await self._coordination.advance(wanted):
                 site.adopt(wanted)
-                await self._serve()
+                await self._serve(present)
 
     def wanted(self, view: View | None, present: Sequence[Member]) -> View | None:
         """The next view, None where the present one is right. present: who is registered."""
         site = self._site
         if view is None:
-            members = tuple(replace(member, state=MemberState.UP) for member in present)
+            members = tuple(replace(m, state=MemberState.UP, joined=1) for m in present)
             return View(epoch=1, replicas=site.replicas, members=members)
         here = {member.name: member for member in present}
         gone = [member.name for member in view.members if member.name not in here]
-        if gone:
+        left = [m for m in view.members if m.name in here and m.state != MemberState.JOINING]
+        # Where nobody is left who knows what was forgotten, those that are gone are waited for.
+        if gone and (left or site.serving):
             return view.without(*gone)
         again = [
-            replace(here[m.name], state=m.state)
+            replace(here[m.name], state=m.state, joined=m.joined)
             for m in view.members
-            if (here[m.name].run, here[m.name].address, here[m.name].weight)
+            if m.name in here
+            and (here[m.name].run, here[m.name].address, here[m.name].weight)
             != (m.run, m.address, m.weight)
         ]
         if again:
@@ -101,7 +109,8 @@ class Membership:
         if new:
             empty = not any(m.state == MemberState.UP for m in view.members)
             state = MemberState.UP if empty else MemberState.JOINING
-            return view.with_members([replace(member, state=state) for member in new])
+            since = view.epoch + 1
+            return view.with_members([replace(m, state=state, joined=since) for m in new])
         return None
 
     def _all_settled(self, view: View) -> bool:
@@ -112,27 +121,34 @@ class Membership:
 
     # -- serving -----------------------------------------------------------------------
 
-    async def _serve(self) -> None:
-        """Begins to serve once this node knows what was forgotten while it was no member, or was
-        not there at all; ends it when it is a member no more."""
+    async def _serve(self, present: Sequence[Member]) -> None:
+        """Begins to serve once this node knows what was forgotten while it was no member; ends it
+        when it is a member no more. present: who is registered."""
         site = self._site
-        member = site.role is not None
-        if not (member and self._was_member):
+        member = site.view.find(site.me.name)
+        if member is None:
             site.serving = False
-        self._was_member = member
-        if member and not site.serving and await self._learn_generations():
-            site.serving = True
+            return
+        if site.serving:
+            return
+        if member.joined != site.learnt and not await self._learn_generations(present):
+            return
+        now = site.view.find(site.me.name)
+        if now is None or now.joined != member.joined:
+            return  # it was left out meanwhile, and is behind again
+        if site.learnt != member.joined:
+            site.learnt = member.joined
+            site.save()
+        site.serving, self._lonely_ms = True, None
 
-    async def _learn_generations(self) -> bool:
-        """Whether somebody who could know was asked. A drop is acknowledged only when all members
-        have done it, so any one of them that was a member all the time knows; where no other one
-        can be reached, those that are gone leave the view, or (a static list) never acknowledged
-        a drop without this node."""
+    async def _learn_generations(self, present: Sequence[Member]) -> bool:
+        """Whether all is known. A drop is acknowledged only when all members have done it, so any
+        one that serves knows; where none does, all of them together. In a static list none
+        acknowledged a drop without this node. Where all who may know are gone for long, this node
+        forgets whatever it has."""
         site = self._site
-        others = [m for m in site.others() if m.state != MemberState.JOINING]
-        if not others:
-            return True
-        heard = False
+        others = site.others()
+        silent, known = len(others), not others
         for member in others:
             try:
                 found = await call(site, member, AskGenerations(), site.policy.call_ms)
@@ -140,8 +156,28 @@ class Membership:
                 continue
             assert isinstance(found, Generations)
             await self._catch_up(found)
-            heard = True
-        return heard or site.world.now_ms() >= self._lonely_until_ms
+            silent, known = silent - 1, known or bool(found.serving)
+        if known or not silent:
+            return True
+        if site.world.now_ms() < self._lonely_until_ms:
+            return False
+        me, here = site.view.find(site.me.name), {member.name for member in present}
+        if me is not None and not me.joined:
+            return True
+        if any(member.name in here for member in others):
+            return False
+        await self._forget_everything()
+        return True
+
+    async def _forget_everything(self) -> None:
+        """As if this node had come with nothing: who could tell what was forgotten is gone."""
+        site = self._site
+        found: c.Description = await site.store.command(c.Describe(), site.policy.call_ms)
+        names = found.names.split("\n") if found.names else []
+        layouts = found.layouts.split("\n") if found.layouts else []
+        for name, layout in zip(names, layouts, strict=True):
+            generation = site.generation((name, layout)) + 1
+            await self._forget_all(name, layout.encode(), generation)
 
     async def _catch_up(self, found: Generations) -> None:
         names = found.names.split("\n") if found.names else []
@@ -252,7 +288,9 @@ class Membership:
                     raise InvalidArgument("name", f"{name} is the only member that takes blocks")
             elif member.state in (MemberState.UP, MemberState.JOINING):
                 return view
-            wanted = view.with_members([replace(member, state=state)])
+            # One that was out has missed what was forgotten meanwhile, as one that is new.
+            since = view.epoch + 1 if member.state == MemberState.OUT else member.joined
+            wanted = view.with_members([replace(member, state=state, joined=since)])
             if await self._coordination.advance(wanted):
                 self._site.adopt(wanted)
                 return wanted

@@ -123,8 +123,10 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """Asks which of the blocks are stored at the node; answered by `Seen`."""
+    """Asks which of the blocks are stored at the node; answered by `Seen`. `WrongEpoch` where the
+    node goes by an earlier view than `epoch`, and may have missed what was forgotten since."""
 
+    epoch: int
     namespace: int
     instance: int
     hashes: U8
@@ -141,11 +143,13 @@ class Seen:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Get:
     """Asks the node to write blocks into the sender's memory, at `addresses` (uint64 (n,)).
+    epoch: as in `Look`.
 
     cells: ascending, only those of each block; empty for all. wait_ms: how long the node may take;
     it answers once no byte of the call moves any more, however long that takes.
     """
 
+    epoch: int
     session: int
     namespace: int
     instance: int

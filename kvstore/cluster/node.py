@@ -197,6 +197,7 @@ class Node:
 
     async def _look(self, message: m.Look) -> m.Seen:
         self.site.check_serving()
+        self.site.check_reader(message.epoch)
         space = self.site.space(message.namespace, message.instance)
         tiers = self.site.store.look(space.number, _checked(message.hashes))
         return m.Seen(tiers=tiers, epoch=self.site.view.epoch)
@@ -204,6 +205,7 @@ class Node:
     async def _get(self, message: m.Get) -> m.Got:
         site = self.site
         site.check_serving()
+        site.check_reader(message.epoch)
         space = site.space(message.namespace, message.instance)
         hashes = _checked(message.hashes)
         if len(message.addresses) != len(hashes):

@@ -154,6 +154,11 @@ class Router:
 
     # -- members -----------------------------------------------------------------------
 
+    @property
+    def epoch(self) -> int:
+        """Of the view that this client goes by, 0 before the first."""
+        return self.view.epoch if self.view else 0
+
     async def refresh(self) -> View:
         """The view of the first node that answers. `Unavailable`."""
         known = [member.address for member in self.view.members] if self.view else []
@@ -401,7 +406,9 @@ class Router:
             seen: m.Seen = await self._asked(
                 member,
                 space,
-                lambda number, instance: m.Look(namespace=number, instance=instance, hashes=hashes),
+                lambda number, instance: m.Look(
+                    epoch=self.epoch, namespace=number, instance=instance, hashes=hashes
+                ),
                 max(left_ms, 1.0),
             )
             tiers[rows] = seen.tiers
@@ -505,7 +512,9 @@ class Router:
             seen: m.Seen = await self._asked(
                 member,
                 space,
-                lambda number, instance: m.Look(namespace=number, instance=instance, hashes=hashes),
+                lambda number, instance: m.Look(
+                    epoch=self.epoch, namespace=number, instance=instance, hashes=hashes
+                ),
                 timeout_ms,
             )
             stored[seen.tiers > 0] = True
@@ -652,6 +661,7 @@ class _Get:
             member,
             self._space,
             lambda number, instance: m.Get(
+                epoch=router.epoch,
                 session=session,
                 namespace=number,
                 instance=instance,

@@ -146,7 +146,8 @@ class Site:
         self._ledger = ledger
         self._spaces: dict[int, Space] = {}
         self._by_mark: dict[tuple[str, str], Space] = {}
-        self.seen_epoch, self.forgotten = _read(ledger.load())
+        # learnt: since when (`Member.joined`) it has been a member that knows what was forgotten.
+        self.seen_epoch, self.learnt, self.forgotten = _read(ledger.load())
         self.view = View(epoch=0, replicas=replicas, members=())
         self.ranking = Ranking(self.view)
 
@@ -159,6 +160,9 @@ class Site:
         if view.epoch > self.seen_epoch:
             self.seen_epoch = view.epoch
             self.save()
+        member = view.find(self.me.name)
+        if member is None or member.joined != self.learnt:
+            self.serving = False  # it was no member for a while, and missed what was forgotten
         self.view, self.ranking = view, Ranking(view)
         self.health.keep(member.name for member in view.members)
         self.counters.epochs += 1
@@ -170,6 +174,13 @@ class Site:
             return
         self.counters.refused_epoch += 1
         raise WrongEpoch(encode_view(self.view) if epoch < self.view.epoch else b"")
+
+    def check_reader(self, epoch: int) -> None:
+        """`WrongEpoch` where the sender goes by a later view: this node may have been left out of
+        it, and have missed what was forgotten then. Readers under earlier views are answered."""
+        if epoch > self.view.epoch:
+            self.counters.refused_epoch += 1
+            raise WrongEpoch(b"")
 
     def learn(self, encoded: bytes) -> bool:
         """Adopts a view that somebody sent, if it is a later one."""
@@ -183,7 +194,12 @@ class Site:
     def save(self) -> None:
         """Writes epoch and generations down. Raises OSError."""
         forgotten = [[name, layout, n] for (name, layout), n in self.forgotten.items()]
-        fields = {"version": 1, "epoch": self.seen_epoch, "forgotten": forgotten}
+        fields = {
+            "version": 1,
+            "epoch": self.seen_epoch,
+            "learnt": self.learnt,
+            "forgotten": forgotten,
+        }
         self._ledger.save(json.dumps(fields, sort_keys=True).encode())
 
     @property
@@ -258,14 +274,14 @@ class Site:
         return self.forgotten.get(mark, 0)
 
 
-def _read(data: bytes) -> tuple[int, dict[tuple[str, str], int]]:
+def _read(data: bytes) -> tuple[int, int, dict[tuple[str, str], int]]:
     if not data:
-        return 0, {}
+        return 0, -1, {}
     try:
         fields = json.loads(data)
         if fields["version"] != 1:
             raise ProtocolError(f"a ledger of version {fields['version']}; this release knows 1")
         forgotten = {(str(name), str(lay)): int(n) for name, lay, n in fields["forgotten"]}
-        return int(fields["epoch"]), forgotten
+        return int(fields["epoch"]), int(fields["learnt"]), forgotten
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtocolError(f"malformed ledger: {error}") from None

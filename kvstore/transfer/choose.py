@@ -9,6 +9,7 @@ from kvstore.errors import InvalidArgument, Unavailable
 from kvstore.transfer.base import Agent
 from kvstore.transfer.stream import Pipes, StreamAgent, no_pipes
 
+_OVER_TCP = "over TCP, what others reach in a process of its own"
 KINDS = ("nixl", "ucxx", "grpc")
 
 
@@ -53,9 +54,7 @@ def available() -> list[Availability]:
     from kvstore.transfer import nixl, ucxx
 
     return [
-        _tried("nixl", nixl.load, "over RDMA")
-        if nixl.has_rdma()
-        else Availability("nixl", False, nixl.NO_RDMA),
+        _tried("nixl", nixl.load, "over RDMA" if nixl.has_rdma() else _OVER_TCP),
         _tried("ucxx", ucxx.load, "copies at both ends"),
         Availability("grpc", True, "copies at both ends"),
     ]

@@ -12,7 +12,12 @@ import pytest
 
 from daemon import daemon
 from kvstore import Session
+from kvstore.cluster.site import Counters
+from kvstore.sizes import format_size
 from kvstore_client import AsyncKVStoreClient, KVStoreClient
+from kvstore_client.cli import cluster_commands
+from kvstore_client.cli.app import app as cli
+from kvstore_server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 API = ROOT / "docs" / "api.md"
@@ -89,6 +94,37 @@ def test_the_api_page_shows_every_method(kind: type) -> None:
     methods = {name for name in vars(kind) if not name.startswith("_")} - {"connect"}
     assert len(methods) == 12
     assert [name for name in sorted(methods) if f"store.{name}(" not in code] == []
+
+
+def test_the_settings_page_has_each_setting_with_its_default() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \|", page, re.MULTILINE)
+    shown = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(shown) == set(Settings.model_fields)
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        if isinstance(default, bool | str | int) and default != "":
+            word = str(default).lower()
+            if type(default) is int and default >= 1 << 20:
+                word = format_size(default).replace(" ", "")
+            assert shown[name] == f"`{word}`", name
+
+
+def test_the_command_page_has_each_command() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    names = {command.callback.__name__ for command in cli.registered_commands if command.callback}
+    names |= {str(group.name) for group in cli.registered_groups}
+    assert names <= rows
+    for command in cluster_commands.app.registered_commands:
+        assert command.callback
+        assert f"kvstore cluster {command.callback.__name__}" in page
+
+
+def test_the_cluster_page_has_each_counter() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    rows = page[page.index("## Watching it") :]
+    assert [name for name in Counters.__slots__ if f"`{name}`" not in rows] == []
 
 
 def test_lines_of_code_are_short_and_links_lead_somewhere() -> None:

@@ -220,6 +220,9 @@ def test_a_client_puts_to_a_cluster_and_gets_from_it(two_nodes: Nodes) -> None:
         out = np.zeros_like(data)
         assert client.get_into(namespace, keys, list(out)) == [Hit(Tier.DRAM)] * 8
         np.testing.assert_array_equal(out, data)
+        client.open_namespace("w", LAYOUT)  # at one node, which knows others by other numbers
+        found = client.info().namespaces
+        assert [(each.id, each.name, each.blocks) for each in found] == [(1, "w", 0), (2, "x", 16)]
         assert client.drop(namespace, keys) > 0
 
 

@@ -33,8 +33,8 @@ class Sample:
 class Load:
     """One thread that puts chains and one that gets those that were acknowledged as replicated.
 
-    Chain i has the keys and the bytes of seed i. most: chains that are put in all, so that nothing
-    need be evicted. `forgive` ends the claim that what was acknowledged before must be readable:
+    Chain i has the keys and the bytes of seed i. most: chains that are put without
+    being waited for, so that nothing need be evicted. `forgive` ends the claim that what was acknowledged before must be readable:
     then a miss is legal, wrong bytes never are.
     """
 
@@ -92,6 +92,7 @@ class Load:
         """Until so many more have ended well."""
         with self._seen:
             gets, puts = gets + self._good_gets, puts + len(self.acknowledged)
+            self._most = max(self._most, puts)
             enough = self._seen.wait_for(
                 lambda: (self._good_gets >= gets and len(self.acknowledged) >= puts) or self.wrong,
                 timeout_s,
@@ -104,10 +105,6 @@ class Load:
     def check(self) -> None:
         """Nothing wrong was read so far, and nothing was missed that must be there."""
         assert not self.wrong, "\n".join(self.wrong[:10])
-
-    def more(self, chains: int) -> None:
-        """May put so many more."""
-        self._most += chains
 
     def forgive(self) -> None:
         """See the class."""

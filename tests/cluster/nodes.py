@@ -75,6 +75,7 @@ class Nodes:
         replicas: int = 2,
         proxied: bool = False,
     ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.flags, self.replicas, self.etcd = folder, flags, replicas, etcd
         self.names = [chr(ord("a") + i) for i in range(n)]
         self.ports = dict(zip(self.names, free_ports(n), strict=True))
@@ -162,6 +163,11 @@ class Nodes:
         self._signal(name, signal.SIGCONT)
         self._paused.discard(name)
 
+    def resume_all(self) -> None:
+        """Ends every `pause`."""
+        for name in list(self._paused):
+            self.resume(name)
+
     def _signal(self, name: str, number: int, part: str = "both") -> None:
         pids = {"node": self.node_pid(name), "core": self.daemons[name].process.pid}
         for each, pid in pids.items():
@@ -172,8 +178,7 @@ class Nodes:
         """Ends what still runs."""
         for name in list(self._sessions):
             self._forget_session(name)
-        for name in list(self._paused):
-            self.resume(name)
+        self.resume_all()
         for daemon in self.daemons.values():
             if daemon.process.poll() is None:
                 daemon.process.terminate()

@@ -26,7 +26,7 @@ def example(kind: type, rng: np.random.Generator) -> object:
             values[name] = rng.bytes(5)
         else:
             dtype = {"U8": np.uint8, "U32": np.uint32, "U64": np.uint64}[of]
-            shape = (3, 4) if name in ("hashes", "checksums") else (12,)
+            shape = (3, 4) if name in ("hashes", "checksums", "put_ids") else (12,)
             values[name] = rng.integers(0, 200, shape).astype(dtype)
     return kind(**values)
 

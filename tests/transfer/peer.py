@@ -199,7 +199,7 @@ def active(own: Agent, memory: np.ndarray) -> None:
     try:
         for value in range(1, 1 << 30):
             memory[:] = value % 251
-            connection.write(pieces, 2.0)
+            connection.write(pieces, TIMEOUT_S / 2)
             say(written=value)
     except KVStoreError as error:
         connection.close()

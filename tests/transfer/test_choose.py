@@ -22,7 +22,7 @@ def test_every_kind_that_is_usable_can_be_made() -> None:
     assert found[-1].usable
     for each in found:
         if each.usable:
-            with contextlib.closing(make_agent(each.kind, "test")) as made:
+            with contextlib.closing(make_safe_agent(each.kind, "test")) as made:
                 assert made.kind == each.kind
 
 
@@ -46,7 +46,6 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch: pytest.Monk
 def test_nixl_is_not_used_over_tcp_as_that_can_abort_the_other_process() -> None:
     with pytest.raises(Unavailable, match=r"over TCP|no NIXL"):
         make_agent("nixl", "test")
-    assert not available()[0].usable
 
 
 @pytest.mark.skipif(not NIXL, reason="no NIXL is installed")

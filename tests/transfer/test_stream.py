@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transfer.pipes import MemoryPipe, SocketPipe, memory_pipes
 
@@ -23,6 +23,12 @@ from kvstore.transfer.stream import StreamAgent, StreamRemote
 
 TIMEOUT_S = 5.0
 SIZE = 3 << 20
+PLAIN = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.too_slow],  # so is a busy machine
+)
 
 
 def u64(*values: int) -> np.ndarray:
@@ -182,7 +188,7 @@ def test_a_side_that_takes_nothing_more_is_met_by_the_deadline() -> None:
         send_on_and_on(pipe)
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@PLAIN
 @given(data=st.binary(max_size=200), kind=st.integers(0, 9), n=st.integers(0, 3))
 def test_a_frame_of_any_bytes_is_a_frame_or_a_protocol_error(
     data: bytes, kind: int, n: int
@@ -195,7 +201,7 @@ def test_a_frame_of_any_bytes_is_a_frame_or_a_protocol_error(
             assert int(frame.nbytes.sum()) <= limits.STREAM_CHUNK_BYTES
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@PLAIN
 @given(
     sizes=st.lists(st.integers(0, 5), max_size=12),
     gaps=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=12, max_size=12),
@@ -223,7 +229,7 @@ def _bytes(pieces: Pieces) -> list[tuple[int, int]]:
     return [(local + i, remote + i) for local, remote, size in rows for i in range(size)]
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@PLAIN
 @given(
     address=st.one_of(st.integers(0, 60), st.integers((1 << 64) - 60, (1 << 64) - 1)),
     nbytes=st.one_of(st.integers(0, 60), st.integers((1 << 64) - 60, (1 << 64) - 1)),

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -47,6 +48,7 @@ from kvstore.session.base import (
     Miss,
     MissReason,
     NamespaceHandle,
+    NamespaceInfo,
     PutResult,
     StoreInfo,
 )
@@ -521,9 +523,15 @@ class ClusterSession:
         return c.Stats(**total)
 
     def info(self, *, timeout_s: float | None = None) -> StoreInfo:
-        """See `Session.info`; of the first member that answers."""
+        """See `Session.info`; of the first member that answers, with the namespaces of all. Their
+        ids are good in this answer alone, and each copy of a block counts."""
         answers = self._ask_all(c.Describe(), self._deadline(timeout_s))
-        return store_info(answers[0])
+        infos = [store_info(answer) for answer in answers]
+        return replace(
+            infos[0],
+            max_blocks=sum(info.max_blocks for info in infos),
+            namespaces=_merged(infos),
+        )
 
     def status(self, *, timeout_s: float | None = None) -> dict[str, m.Status | None]:
         """What each member says of itself, None for one that does not answer."""
@@ -628,6 +636,16 @@ class ClusterSession:
 
     def _finish(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(30.0)
+
+
+def _merged(infos: Sequence[StoreInfo]) -> tuple[NamespaceInfo, ...]:
+    """The namespaces of all members, by name and layout: each one has numbers of its own."""
+    found: dict[tuple[str, bytes], NamespaceInfo] = {}
+    for each in (namespace for info in infos for namespace in info.namespaces):
+        key = (each.name, each.layout.encode())
+        known = found.get(key)
+        found[key] = replace(each, blocks=each.blocks + known.blocks) if known else each
+    return tuple(replace(found[key], id=i) for i, key in enumerate(sorted(found), start=1))
 
 
 def _rank(report: BlockReport) -> tuple[int, float]:

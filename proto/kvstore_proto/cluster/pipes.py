@@ -92,6 +92,8 @@ class StreamPipe:
     async def _follow(self, messages: AsyncIterator[bytes]) -> None:
         try:
             async for message in messages:
+                if self._over:
+                    return
                 if message[:1] == _GREETING:
                     if not self.greeting.done():
                         self.greeting.set_result(message[1:])

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,11 +99,12 @@ class _Process:
             if options.metrics_port is not None:
                 stack.callback(serve_metrics(node, options.metrics_port, asyncio.get_event_loop()))
             running = asyncio.create_task(node.run())
-            ending = asyncio.create_task(asyncio.to_thread(end.wait))
+            ending = _when_over(end)
             await asyncio.wait(
                 [running, asyncio.create_task(_until_begun(node))], return_when=_FIRST
             )
-            self._say_ready()
+            if not running.done():
+                self._say_ready()
             await asyncio.wait([running, ending], return_when=_FIRST)
             if running.done():
                 running.result()  # it ends only by an error, which says why
@@ -118,6 +120,21 @@ class _Process:
             os.fdopen(self._options.ready_fd, "w") as pipe,
         ):
             pipe.write(json.dumps(line) + "\n")
+
+
+def _when_over(end: End) -> asyncio.Future[str]:
+    """Why the process is to end, once it is. By a thread that nobody waits for: where the node
+    itself fails, the process must not stay until somebody else ends it."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[str] = loop.create_future()
+
+    def wait() -> None:
+        reason = end.wait()
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+            loop.call_soon_threadsafe(over.set_result, reason)
+
+    threading.Thread(target=wait, name="kvstore-node-end", daemon=True).start()
+    return over
 
 
 async def _until_begun(node: Node) -> None:

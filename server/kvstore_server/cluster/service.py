@@ -22,7 +22,11 @@ log = structlog.get_logger()
 _MOST_CALLS = 512  # that run at one time
 _GREETING_S = 5.0
 _GOODBYE_S = 1.0
-_NO_TOKEN = (grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
+_NO_TOKEN = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    "the cluster's token is missing or wrong: nodes need the same cluster secret, clients what"
+    " `kvstore-server cluster-token` prints there",
+)
 _ENDS = (grpc.StatusCode.UNAVAILABLE, "this node ends")
 
 

@@ -215,7 +215,7 @@ class SimClient:
 
         cells: only the first cell of each, of a layout that has several.
         """
-        began, layout = self.loop.now, SPACES[space][1]
+        began, epoch, layout = self.loop.now, self.router.epoch, SPACES[space][1]
         some = np.array([0], np.uint32) if cells and layout.n_cells > 1 else _NO_CELLS
         part = part_of(layout, some)
         got: dict[int, Bytes1D] = {}
@@ -257,7 +257,7 @@ class SimClient:
         found: list[int | None] = [None] * n
         for row in np.flatnonzero(tiers).tolist():
             name = (space, chain, first + row)
-            found[row] = self.truth.check_get(name, got[row], began, part)
+            found[row] = self.truth.check_get(name, got[row], part, began=began, epoch=epoch)
         self.truth.misses += found.count(None)
         self.loop.say(f"{self.world.name}: got {(space, chain, first)}: {found}")
         return found
@@ -282,6 +282,6 @@ class SimClient:
         except KVStoreError as error:
             self.loop.say(f"{self.world.name}: drop of {space}: {error!r}")
             return False
-        drop.ended = self.loop.now
+        drop.ended, drop.epoch = self.loop.now, self.router.epoch
         self.loop.say(f"{self.world.name}: dropped {space}")
         return True

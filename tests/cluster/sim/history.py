@@ -85,9 +85,11 @@ class Promise:
 
 @dataclass(slots=True)
 class Forgotten:
-    """A drop of a whole namespace. ended: when it was acknowledged."""
+    """A drop of a whole namespace. ended: when it was acknowledged. epoch: of the view that it was
+    acknowledged under: who reads by an earlier one may read what was dropped."""
 
     began: float
+    epoch: int = 0
     ended: float | None = None
 
 
@@ -154,13 +156,13 @@ class Truth:
 
     # -- gets ----------------------------------------------------------------------------
 
-    def check_get(self, name: Name, got: Bytes1D, began: float, part: Part) -> int:
+    def check_get(self, name: Name, got: Bytes1D, part: Part, *, began: float, epoch: int) -> int:
         """That these are the bytes of a part of one put of the key, which may be seen in a get
-        that began then; returns its number."""
+        that began then, under the view of that epoch; returns its number."""
         number = self.number_of(name, got, part)
         written = self.written[number]
         for drop in self.drops.get(name[0], ()):
-            if drop.ended is not None and drop.ended < began:
+            if drop.ended is not None and drop.ended < began and drop.epoch <= epoch:
                 ended_before = written.ended is not None and written.ended < drop.began
                 assert not ended_before, f"{name} of put {number} was dropped, and is served"
         if written.ttl_ms and written.ended is not None:

@@ -1,0 +1,278 @@
+"""Nodes on this host, reached as if they were others: `python -m benchmarks.cluster [--json FILE]`.
+
+Puts and gets of one client at one node, beside NIXL by hand between two processes over the same
+transports in the same rounds; a prompt's blocks from three nodes and from one; and how long single
+gets take while nodes that hold one of two copies are killed. Every byte is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.daemon import Daemon, daemon
+from benchmarks.samples import random_keys
+from benchmarks.transfer import RAW, Way, spread
+from kvstore import Hit, Layout
+from kvstore.errors import KVStoreError
+from kvstore_client.cluster.session import ClusterSession
+from kvstore_proto.cluster.rpc import client_token
+
+SIZES = (256 << 10, 1 << 20, 4 << 20)
+BLOCKS = 64
+GOAL = 0.9  # of NIXL by hand
+FAILOVER_GOAL_MS = 100.0
+PROMPT_BLOCKS, PROMPT_BLOCK_BYTES = 64, 4 << 20  # 32 K tokens of 8 KiB, 512 a block
+_POOL_BYTES = 1 << 30
+_TIMEOUT_S = 30.0
+_READY_S = 30.0
+Document = dict[str, Any]
+Rows = npt.NDArray[np.uint8]
+
+
+class Nodes:
+    """Daemons that are members of one cluster by a static list."""
+
+    def __init__(self, folder: Path, n: int, replicas: int, transfer: str) -> None:
+        self._folder, self._replicas, self._transfer = folder, replicas, transfer
+        self.ports = dict(zip("abcdefg"[:n], _free_ports(n), strict=True))
+        self._secret = secrets.token_bytes(32)
+        self._file = folder / "secret"
+        self._file.write_bytes(self._secret)
+        os.chmod(self._file, 0o600)
+        self.daemons: dict[str, Daemon] = {}
+        self._stack = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Starts all of them."""
+        members = ",".join(f"{name}=127.0.0.1:{port}" for name, port in self.ports.items())
+        for name, port in self.ports.items():
+            flags = ["--no-grpc", "--node-name", name, "--peer-listen", f"127.0.0.1:{port}"]
+            flags += ["--members", members, "--replicas", str(self._replicas)]
+            flags += ["--cluster-secret", str(self._file), "--transfer", self._transfer]
+            at = self._folder / name
+            self.daemons[name] = self._stack.enter_context(daemon(at, _POOL_BYTES, *flags))
+
+    def client(self) -> ClusterSession:
+        """A client, as soon as all nodes serve."""
+        seeds = [f"127.0.0.1:{port}" for port in self.ports.values()]
+        end = time.monotonic() + _READY_S
+        session = ClusterSession(
+            seeds,
+            token=client_token(self._secret),
+            transfer=self._transfer,
+            timeout_s=_TIMEOUT_S,
+            lazy=True,
+        )
+        while time.monotonic() < end:
+            with contextlib.suppress(KVStoreError):
+                if all(session.status(timeout_s=2.0).values()):
+                    return session
+            time.sleep(0.05)
+        session.close()
+        raise RuntimeError("the nodes do not serve")
+
+    def close(self) -> None:
+        """Ends them."""
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def nodes(n: int, *, replicas: int, transfer: str) -> Iterator[tuple[Nodes, ClusterSession]]:
+    """Nodes that serve, and a client of theirs."""
+    with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as name:
+        running = Nodes(Path(name), n, replicas, transfer)
+        try:
+            running.start()
+            with running.client() as session:
+                yield running, session
+        finally:
+            running.close()
+
+
+def _free_ports(n: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in socks]
+
+
+class Mover:
+    """Puts and gets of blocks of one size; what was put is dropped again."""
+
+    def __init__(self, session: ClusterSession, size: int, n: int) -> None:
+        layout = Layout.opaque(model="cluster", block_bytes=size, block_tokens=512)
+        self._session = session
+        self._space = session.open_namespace(f"bench-{size}-{n}", layout)
+        self._data = np.random.default_rng(size).integers(0, 256, (n, size), np.uint8)
+        self._room = np.zeros_like(self._data)
+        self._turn = 0
+
+    def move(self) -> tuple[float, float]:
+        """Bytes a second of a put, and of a get of the same blocks."""
+        self._turn += 1
+        chain = random_keys(np.random.default_rng(self._turn), len(self._data))
+        begin = time.perf_counter()
+        put = self._session.put(self._space, chain, list(self._data), position=0)
+        middle = time.perf_counter()
+        got = self._session.get_into(self._space, chain, list(self._room))
+        end = time.perf_counter()
+        if put.stored != len(chain) or not all(isinstance(each, Hit) for each in got):
+            raise RuntimeError(f"not all blocks went there and back: {put}")
+        if not np.array_equal(self._room, self._data):
+            raise RuntimeError("wrong bytes")
+        self._room[:] = 0
+        self._session.drop(self._space, chain)
+        return self._data.nbytes / (middle - begin), self._data.nbytes / (end - middle)
+
+
+def beside_raw(rounds: int, transfer: str) -> Document:
+    """Ours and NIXL by hand, in interleaved rounds."""
+    found: Document = {}
+    memory = np.full(BLOCKS * max(SIZES), 1, np.uint8)
+    with (
+        nodes(1, replicas=1, transfer=transfer) as (_, session),
+        contextlib.closing(Way(RAW, memory)) as raw,
+    ):
+        movers = {size: Mover(session, size, BLOCKS) for size in SIZES}
+        for turn in range(rounds + 1):
+            for size, mover in movers.items():
+                rates = dict(zip(("put", "get"), mover.move(), strict=True))
+                pieces = spread(memory, raw.address, size)
+                for op, move in (("raw read", "read"), ("raw write", "write")):
+                    begin = time.perf_counter()
+                    raw.moves[move](pieces)
+                    rates[op] = pieces.total / (time.perf_counter() - begin)
+                if turn:  # the first one warms up
+                    for op, rate in rates.items():
+                        found.setdefault(str(size), {}).setdefault(op, []).append(rate)
+    return found
+
+
+def fan_out(rounds: int, transfer: str) -> Document:
+    """Bytes a second of a get of one prompt's blocks from one node and from three."""
+    found: Document = {}
+    with contextlib.ExitStack() as stack:
+        movers: dict[str, Mover] = {}
+        for count in (1, 3):
+            _, session = stack.enter_context(nodes(count, replicas=1, transfer=transfer))
+            movers[str(count)] = Mover(session, PROMPT_BLOCK_BYTES, PROMPT_BLOCKS)
+        for turn in range(rounds + 1):
+            for n, mover in movers.items():
+                _, get = mover.move()
+                if turn:
+                    found.setdefault(n, []).append(get)
+    return found
+
+
+def failover(kills: int, transfer: str) -> Document:
+    """For each kill of one of three nodes, how long the longest and all other gets took."""
+    worst, usual, missed = [], [], 0
+    for kill in range(kills):
+        with nodes(3, replicas=2, transfer=transfer) as (running, session):
+            times, lost = _gets_around_a_kill(running, session, "abc"[kill % 3])
+            at = len(times) // 2
+            usual.append(statistics.median(times[:at]))
+            worst.append(max(times[at:]))
+            missed += lost
+    return {"worst_ms": worst, "usual_ms": usual, "failed": missed}
+
+
+def _gets_around_a_kill(
+    running: Nodes, session: ClusterSession, name: str
+) -> tuple[list[float], int]:
+    """Milliseconds of 100 gets before and 100 after a node is killed, and how many failed."""
+    size, n = 256 << 10, 16
+    layout = Layout.opaque(model="failover", block_bytes=size, block_tokens=512)
+    space = session.open_namespace("failover", layout)
+    data = np.random.default_rng(1).integers(0, 256, (n, size), np.uint8)
+    chain = random_keys(np.random.default_rng(1), n)
+    put = session.put(space, chain, list(data), position=0)
+    if put.replicated != n:
+        raise RuntimeError(f"not replicated: {put}")
+    room, times, failed = np.zeros_like(data), [], 0
+    for turn in range(200):
+        if turn == 100:
+            os.kill(running.daemons[name].pid, signal.SIGKILL)
+        begin = time.perf_counter()
+        got = session.get_into(space, chain, list(room))
+        times.append(1e3 * (time.perf_counter() - begin))
+        sound = all(isinstance(each, Hit) for each in got) and np.array_equal(room, data)
+        failed += not sound
+        room[:] = 0
+    return times, failed
+
+
+def table(document: Document) -> str:
+    """Markdown."""
+    head = f"| {BLOCKS} blocks, GB/s | put | NIXL by hand, read | share | get | write | share |"
+    lines = [head, "|---" * 7 + "|"]
+    for size, rates in document["beside_raw"].items():
+        cells = []
+        for op, raw in (("put", "raw read"), ("get", "raw write")):
+            pairs = zip(rates[op], rates[raw], strict=True)
+            share = statistics.median(a / b for a, b in pairs)
+            cells += [_gb(rates[op]), _gb(rates[raw]), f"{share:.2f}{_judged(share >= GOAL)}"]
+        lines.append(f"| {int(size) >> 10} KiB | {' | '.join(cells)} |")
+    one, three = document["fan_out"]["1"], document["fan_out"]["3"]
+    ratio = statistics.median(a / b for a, b in zip(three, one, strict=True))
+    nbytes = PROMPT_BLOCKS * PROMPT_BLOCK_BYTES >> 20
+    lines += ["", f"A prompt of 32 K tokens, {nbytes} MiB, in GB/s: {_gb(one)} from one node, "]
+    lines[-1] += f"{_gb(three)} from three ({ratio:.2f} times)."
+    failing = document["failover"]
+    worst = sorted(failing["worst_ms"])
+    lines += ["", f"{len(worst)} kills of one node of three, two copies of each block: "]
+    lines[-1] += f"{failing['failed']} gets failed; the longest get after a kill took "
+    lines[-1] += f"{statistics.median(worst):.0f} ms in the median and {worst[-1]:.0f} ms at worst "
+    lines[-1] += f"({', '.join(f'{each:.0f}' for each in worst)}), others "
+    lines[-1] += f"{statistics.median(failing['usual_ms']):.1f} ms"
+    lines[-1] += f"{_judged(worst[-1] <= FAILOVER_GOAL_MS)}."
+    lines += ["", f"Transfer by {document['transfer']}; medians of {document['rounds']} rounds."]
+    return "\n".join(lines)
+
+
+def _gb(rates: list[float]) -> str:
+    return f"{statistics.median(rates) / 1e9:.2f}"
+
+
+def _judged(reached: bool) -> str:
+    return "" if reached else " (missed)"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement")
+    parser.add_argument("--kills", type=int, default=6, help="of nodes, each in a new cluster")
+    parser.add_argument("--transfer", default="nixl", help="nixl, ucxx or grpc")
+    options = parser.parse_args()
+    document: Document = {
+        "rounds": options.rounds,
+        "transfer": options.transfer,
+        "beside_raw": beside_raw(options.rounds, options.transfer),
+        "fan_out": fan_out(options.rounds, options.transfer),
+        "failover": failover(options.kills, options.transfer),
+    }
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1))
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""What nodes make of settings, neighbours and callers that are wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+
+from cluster.etcd_rig import Etcd
+from cluster.nodes import LAYOUT, Nodes, blocks, chain, eventually, nodes
+from cluster.test_coordination import certificates
+from daemon import Daemon
+from kvstore import Hit, NamespaceHandle, Session
+from kvstore.cluster import messages as m
+from kvstore.errors import (
+    InvalidArgument,
+    KVStoreError,
+    PermissionDenied,
+    ProtocolError,
+    StaleNamespace,
+    Unavailable,
+)
+from kvstore_client.cluster.session import ClusterSession
+from kvstore_proto.cluster.pipes import Streams
+from kvstore_proto.cluster.rpc import Tls, client_token
+from kvstore_proto.cluster.world import AsyncWorld
+
+T = TypeVar("T")
+SMALL: dict[str, Any] = {"transfer": "grpc", "arena_bytes": 1 << 20, "ring_bytes": 1 << 20}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """One node, which goes on serving whatever it is asked."""
+    with nodes(tmp_path_factory.mktemp("one"), 1, "--transfer", "grpc", replicas=1) as running:
+        yield running
+        with running.client(**SMALL) as session:
+            assert_serves(session, seed=1)
+
+
+def assert_serves(session: Session, seed: int) -> None:
+    space = session.open_namespace(f"serves-{seed}", LAYOUT)
+    keys, data = chain(2, seed), blocks(2, seed)
+    assert session.put(space, keys, list(data), position=0).stored == 2
+    found = [block.copy() for block in data * 0]
+    assert all(isinstance(each, Hit) for each in session.get_into(space, keys, found))
+    assert all((a == b).all() for a, b in zip(found, data, strict=True))
+
+
+def ask(running: Nodes, work: Callable[[AsyncWorld, str], Coroutine[Any, Any, T]]) -> T:
+    """What a client that is none of ours gets from the first node."""
+
+    async def go() -> T:
+        async with world(client_token(running.secret)) as asking:
+            return await work(asking, running.seeds[0])
+
+    return asyncio.run(go())
+
+
+@asynccontextmanager
+async def world(token: str) -> AsyncIterator[AsyncWorld]:
+    made = AsyncWorld(token=token, streams=Streams())
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def hello(**fields: Any) -> m.Hello:
+    whole = {"version": m.MESSAGES_VERSION, "name": "", "kind": "grpc", "agent": b"", "epoch": 0}
+    return m.Hello(**{**whole, **fields})
+
+
+# -- settings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--members a=127.0.0.1:1,a=127.0.0.1:2", "two members have the name a"),
+        ("--members a=127.0.0.1:1,b=127.0.0.1:1", "two members have the address 127.0.0.1:1"),
+        ("--members a=127.0.0.1:1,b=127.0.0.1:2 --replicas 3", "3 replicas cannot be on 2 nodes"),
+        ("--members b=127.0.0.1:2,c=127.0.0.1:3", "this node, a, is none of b, c"),
+        (
+            "--members a=127.0.0.1:7001,b=127.0.0.1:2 --peer-listen 127.0.0.1:7000",
+            "this node is a at 127.0.0.1:7000, but the list says a at 127.0.0.1:7001",
+        ),
+        (
+            "--members a=0.0.0.0:7000,b=127.0.0.1:2 --peer-listen 0.0.0.0:7000",
+            "is open to other hosts: name peer_tls_ca",
+        ),
+    ],
+)
+def test_a_daemon_says_what_is_wrong_with_its_cluster(
+    tmp_path: Path, flags: str, words: str
+) -> None:
+    daemon = Daemon(tmp_path, "--node-name", "a", *flags.split())
+    try:
+        daemon.wait_ready()
+    except RuntimeError as error:
+        assert words in str(error)
+    else:  # it serves its host meanwhile
+        eventually(lambda: any(words in line for line in daemon.log), 10.0, str(daemon.log))
+    finally:
+        daemon.end()
+
+
+# -- callers ----------------------------------------------------------------------------------
+
+
+def test_another_secret_s_token_is_refused_with_what_to_do(one: Nodes) -> None:
+    with pytest.raises(PermissionDenied, match="cluster-token"):
+        ClusterSession(one.seeds, token=client_token(b"x" * 32), **SMALL)
+
+
+def test_a_client_may_not_speak_as_a_node(one: Nodes) -> None:
+    async def work(asking: AsyncWorld, address: str) -> None:
+        for message in (m.Learn(view=b""), m.AskGenerations()):
+            with pytest.raises(PermissionDenied, match="for nodes alone"):
+                await asking.call(address, message, 2000.0)
+
+    ask(one, work)
+
+
+def test_another_way_to_transfer_is_refused_with_both_names(one: Nodes) -> None:
+    async def work(asking: AsyncWorld, address: str) -> None:
+        with pytest.raises(InvalidArgument, match="transfers by grpc, the other side by carrier"):
+            await asking.attach(address, hello(kind="carrier", agent=b"pigeon"), 2000.0)
+
+    ask(one, work)
+
+
+def test_another_version_is_refused_with_both_numbers(one: Nodes) -> None:
+    async def work(asking: AsyncWorld, address: str) -> None:
+        with pytest.raises(ProtocolError, match=r"speaks version 99 .* a speaks \d+: run the same"):
+            await asking.attach(address, hello(version=99), 2000.0)
+
+    ask(one, work)
+
+
+def test_an_agent_s_description_of_no_known_form_is_refused(one: Nodes) -> None:
+    async def work(asking: AsyncWorld, address: str) -> None:
+        for agent in (b"x", os.urandom(64)):
+            with pytest.raises(KVStoreError):
+                await asking.attach(address, hello(agent=agent), 2000.0)
+
+    ask(one, work)
+
+
+def test_sessions_and_namespaces_of_another_life_are_refused(one: Nodes) -> None:
+    async def work(asking: AsyncWorld, address: str) -> None:
+        look = m.Look(epoch=1, namespace=12345, instance=1, hashes=chain(1, 1))
+        with pytest.raises(StaleNamespace, match="open it again"):
+            await asking.call(address, look, 2000.0)
+
+    ask(one, work)
+
+
+def test_garbage_at_the_port_harms_nobody(one: Nodes) -> None:
+    port = one.ports["a"]
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port), 5.0) as connection:
+            connection.sendall(noise)
+
+    async def work() -> None:
+        token = (("authorization", f"Bearer {client_token(one.secret)}"),)
+        async with grpc.aio.insecure_channel(one.seeds[0]) as channel:
+            call: Any = channel.unary_unary("/kvstore.cluster.v1.Peer/Call")
+            for junk in (b"", b"\0", os.urandom(100), os.urandom(100_000)):
+                assert await call(junk, metadata=token, timeout=2.0)  # says what is wrong
+            stream: Any = channel.stream_stream("/kvstore.cluster.v1.Peer/Attach")
+            for junk in (b"", b"\0", b"\0" + os.urandom(50), b"\1" + os.urandom(50), b"\7"):
+                attached = stream(metadata=token, timeout=2.0)
+                await attached.write(junk)
+                attached.cancel()
+
+    asyncio.run(work())
+    with one.client(**SMALL) as session:
+        assert_serves(session, seed=2)
+    assert "Traceback" not in one.log("a")
+
+
+# -- members ----------------------------------------------------------------------------------
+
+
+def test_a_daemon_serves_its_host_until_etcd_is_there(tmp_path: Path, etcd: Etcd) -> None:
+    etcd.stop()
+    with nodes(tmp_path, 1, "--transfer", "grpc", etcd=etcd.endpoint, replicas=1) as running:
+        assert_serves(running.local("a"), seed=3)
+        with pytest.raises(Unavailable, match="no members' list yet"):
+            running.client(**SMALL)
+        with running.client(lazy=True, **SMALL) as session:
+            etcd.start()
+            eventually(lambda: opened(session), 20.0, running.log("a"))
+            assert_serves(session, seed=4)
+
+
+def opened(session: Session) -> NamespaceHandle:
+    return session.open_namespace("x", LAYOUT)
+
+
+def test_two_nodes_of_one_name_are_told_so_and_the_first_serves_on(
+    tmp_path: Path, etcd: Etcd
+) -> None:
+    with nodes(tmp_path / "first", 1, "--transfer", "grpc", etcd=etcd.endpoint, replicas=1) as one:
+        second = Nodes(
+            tmp_path / "second", 1, "--transfer", "grpc", etcd=etcd.endpoint, replicas=1
+        )
+        try:
+            second.start()
+            eventually(lambda: "two nodes are called a" in second.log("a"), 20.0)
+            assert_serves(second.local("a"), seed=5)
+            with one.client(**SMALL) as session:
+                assert_serves(session, seed=6)
+        finally:
+            second.end()
+
+
+# -- TLS --------------------------------------------------------------------------------------
+
+
+def test_nodes_and_clients_show_each_other_certificates(tmp_path: Path) -> None:
+    files = certificates(tmp_path / "tls")
+    flags = ["--transfer", "grpc", "--peer-tls-ca", str(files["ca.pem"])]
+    flags += ["--peer-tls-certificate", str(files["server.pem"])]
+    flags += ["--peer-tls-key", str(files["server.key"])]
+    with nodes(tmp_path, 2, *flags, replicas=2) as running:
+        own = Tls(ca=files["ca.pem"], certificate=files["node.pem"], key=files["node.key"])
+        with running.client(tls=own, **SMALL) as session:
+            space = eventually(lambda: opened(session), 10.0)
+            done = session.put(space, chain(2, 7), list(blocks(2, 7)), position=0)
+            assert done.replicated == 2
+            assert_serves(session, seed=8)
+        with pytest.raises(Unavailable):
+            running.client(timeout_s=1.0, **SMALL)
+        stranger = certificates(tmp_path / "other")
+        other = Tls(
+            ca=files["ca.pem"], certificate=stranger["node.pem"], key=stranger["node.key"]
+        )
+        with pytest.raises(Unavailable):
+            running.client(tls=other, timeout_s=1.0, **SMALL)
