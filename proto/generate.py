@@ -6,11 +6,10 @@ install needs no compiler.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-
-from grpc_tools import protoc
 
 SOURCES = Path(__file__).parent
 PROTOS = ("kvstore_proto/v1/kvstore.proto",)
@@ -20,9 +19,10 @@ def generate(target: Path) -> int:
     """Writes the modules and their types below `target`; the compiler's exit code."""
     # The environment's own plugin, also where its folder is not on the PATH.
     scripts = Path(sysconfig.get_path("scripts"))
-    status = protoc.main(
+    # In a process of its own: the compiler's libraries clash with those of NIXL.
+    done = subprocess.run(
         [
-            "protoc",
+            *(sys.executable, "-m", "grpc_tools.protoc"),
             f"--proto_path={SOURCES}",
             f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
             f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
@@ -31,9 +31,10 @@ def generate(target: Path) -> int:
             f"--mypy_out={target}",
             f"--mypy_grpc_out=only_sync:{target}",
             *PROTOS,
-        ]
+        ],
+        check=False,
     )
-    return int(status)
+    return done.returncode
 
 
 if __name__ == "__main__":

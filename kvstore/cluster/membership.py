@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvstore import commands as c
+from kvstore import limits
 from kvstore.cluster.coordination import Coordination
 from kvstore.cluster.copies import call, tell_view
 from kvstore.cluster.members import Member, MemberState, View
@@ -176,8 +177,11 @@ class Membership:
         names = found.names.split("\n") if found.names else []
         layouts = found.layouts.split("\n") if found.layouts else []
         for name, layout in zip(names, layouts, strict=True):
-            generation = site.generation((name, layout)) + 1
-            await self._forget_all(name, layout.encode(), generation)
+            space = await site.open(name, layout.encode())
+            # Here alone: should the others come back, nothing of theirs was forgotten by this.
+            drop = c.Drop(namespace=space.number, hashes=np.empty((0, limits.KEY_BYTES), np.uint8))
+            await site.store.command(drop, 2 * limits.MAX_FORGET_MS)
+            site.forget_space(space)
 
     async def _catch_up(self, found: Generations) -> None:
         names = found.names.split("\n") if found.names else []

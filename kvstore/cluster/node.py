@@ -414,7 +414,8 @@ class Node:
         arrivals = _arrivals(message, space)
         status = np.full(n, m.PutStatus.EXISTS, np.uint8)
         tiers = site.store.look(space.number, hashes)
-        beaten = await self._beaten(space, hashes, message.put_ids, np.flatnonzero(tiers))
+        there = np.flatnonzero(tiers)
+        beaten = await self._beaten(space, hashes, message.put_ids, there, end_ms)
         absent = np.flatnonzero((tiers == 0) | beaten)
         if len(absent):
             memory = await self._pool_of(message.source)
@@ -434,12 +435,19 @@ class Node:
         return m.Pulled(status=status, persisted=persisted, epoch=site.view.epoch)
 
     async def _beaten(
-        self, space: Space, hashes: c.U8, put_ids: c.U8, there: np.ndarray[Any, Any]
+        self,
+        space: Space,
+        hashes: c.U8,
+        put_ids: c.U8,
+        there: np.ndarray[Any, Any],
+        end_ms: float,
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which blocks this node has in memory of a put whose id is above the one offered."""
+        """Which blocks this node has of a put whose id is above the one offered. One on NVMe comes
+        into memory for that."""
         beaten = np.zeros(len(hashes), bool)
         for row in there.tolist():  # only where a put meets another of the same key
-            async with hold(self.site, space, hashes[row : row + 1], 0.0) as held:
+            wait_ms = max(end_ms - self.site.world.now_ms(), 0.0)
+            async with hold(self.site, space, hashes[row : row + 1], wait_ms) as held:
                 if len(held.hashes):
                     own = fixed_fields(held.headers)["put_id"][0].tobytes()
                     beaten[row] = own > put_ids[row].tobytes()

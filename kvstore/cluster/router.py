@@ -40,10 +40,12 @@ _GONE = (Unavailable, DeadlineExceeded)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterPolicy:
     """Times in milliseconds. hedge_ms: how long a get may take before another replica is asked as
-    well. grace_ms: beyond a get's time, how long its end is waited for, in the background."""
+    well, beside what its bytes and those asked for before them take at `hedge_bytes_per_ms`.
+    grace_ms: beyond a get's time, how long its end is waited for, in the background."""
 
     call_ms: float = 1000.0
     hedge_ms: float = 40.0
+    hedge_bytes_per_ms: float = 256 * 1024.0
     grace_ms: float = 10_000.0
     suspect_after: int = 1
     ping_ms: float = 250.0
@@ -643,11 +645,17 @@ class _Get:
                 for row in chosen.tolist():
                     self._left[row].pop(0)
                 self._flying[chosen] += 1
-                hedge_at_ms = router._world.now_ms() + router.policy.hedge_ms
+                hedge_at_ms = router._world.now_ms() + self._patience_ms(len(chosen))
                 ring = router._memory.generation
                 piece = _Piece(member, chosen, addresses, ring, hedge_at_ms)
                 task = router._world.spawn(self._ask(piece, end_ms))
                 self._running.append(_Flight(piece, task))
+
+    def _patience_ms(self, blocks: int) -> float:
+        """How long another piece may take before somebody else is asked too."""
+        policy = self._router.policy
+        ahead = sum(len(flight.piece.rows) for flight in self._running)
+        return policy.hedge_ms + (ahead + blocks) * self._nbytes / policy.hedge_bytes_per_ms
 
     async def _ask(self, piece: _Piece, end_ms: float) -> m.Got:
         router, member = self._router, piece.member

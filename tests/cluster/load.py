@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -12,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from cluster.nodes import LAYOUT, Nodes, blocks, chain
-from kvstore import Hit
+from kvstore import Hit, NamespaceHandle
 from kvstore.errors import KVStoreError
 from kvstore_client.cluster.session import ClusterSession
 
@@ -34,8 +36,7 @@ class Load:
     """One thread that puts chains and one that gets those that were acknowledged as replicated.
 
     Chain i has the keys and the bytes of seed i. most: chains that are put without
-    being waited for, so that nothing need be evicted. `forgive` ends the claim that what was acknowledged before must be readable:
-    then a miss is legal, wrong bytes never are.
+    being waited for, so that nothing need be evicted.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Load:
         self._lock = threading.Lock()
         self.acknowledged: list[int] = []
         self._may_miss: set[int] = set()
+        self._any_may_miss = False
         self.gets: list[Sample] = []
         self.puts: list[Sample] = []
         self.wrong: list[str] = []
@@ -106,16 +108,33 @@ class Load:
         """Nothing wrong was read so far, and nothing was missed that must be there."""
         assert not self.wrong, "\n".join(self.wrong[:10])
 
-    def forgive(self) -> None:
-        """See the class."""
+    @contextlib.contextmanager
+    def pressure(self) -> Iterator[None]:
+        """Blocks may be evicted meanwhile: of those that are acknowledged by its end, a miss is
+        legal from now on. Wrong bytes never are."""
         with self._lock:
-            self._may_miss |= set(self.acknowledged)
+            self._any_may_miss = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._may_miss |= set(self.acknowledged)
+                self._any_may_miss = False
 
     def keys(self) -> np.ndarray:
         """Of all blocks that must be readable, uint8 (n, 32)."""
+        due = [chain(self.blocks_each, seed) for seed in self.due()]
+        return np.concatenate(due) if due else np.empty((0, 32), np.uint8)
+
+    def due(self) -> list[int]:
+        """The seeds of all chains that must be readable."""
         with self._lock:
-            due = [seed for seed in self.acknowledged if seed not in self._may_miss]
-        return np.concatenate([chain(self.blocks_each, seed) for seed in due])
+            return [seed for seed in self.acknowledged if seed not in self._may_miss]
+
+    def longest_put_s(self, since_s: float) -> float:
+        """Of those that ended after that moment."""
+        with self._lock:
+            return max((p.took_s for p in self.puts if p.began_s + p.took_s >= since_s), default=0)
 
     def longest_get_s(self, since_s: float) -> float:
         """Of those that ended after that moment."""
@@ -137,7 +156,7 @@ class Load:
 
     # -- the threads -------------------------------------------------------------------
 
-    def _guarded(self, work) -> None:  # type: ignore[no-untyped-def]
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:
@@ -200,10 +219,10 @@ class Load:
 
     def _legal(self, seed: int) -> bool:
         with self._lock:
-            return seed in self._may_miss
+            return self._any_may_miss or seed in self._may_miss
 
 
-def _opened(session: ClusterSession, name: str, stop: threading.Event):  # type: ignore[no-untyped-def]
+def _opened(session: ClusterSession, name: str, stop: threading.Event) -> NamespaceHandle:
     while True:
         try:
             return session.open_namespace(name, LAYOUT)

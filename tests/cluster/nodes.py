@@ -216,6 +216,8 @@ class Nodes:
 
     def fewest_copies(self, space: str, hashes: npt.NDArray[np.uint8]) -> int:
         """Of all these blocks, at how many living nodes the rarest is."""
+        if not len(hashes):
+            return len(self.names)
         return int(sum(here.astype(int) for here in self.holders(space, hashes).values()).min())
 
     def log(self, name: str) -> str:

@@ -162,8 +162,8 @@ def test_the_form_is_the_one_that_other_releases_read() -> None:
     view = View(epoch=7, replicas=2, members=(A, B))
     assert encode_view(view) == (
         b'{"epoch":7,"members":['
-        b'{"address":"10.0.0.1:7000","name":"a","run":1,"state":"up","weight":1},'
-        b'{"address":"10.0.0.2:7000","name":"b","run":0,"state":"up","weight":3}'
+        b'{"address":"10.0.0.1:7000","joined":0,"name":"a","run":1,"state":"up","weight":1},'
+        b'{"address":"10.0.0.2:7000","joined":0,"name":"b","run":0,"state":"up","weight":3}'
         b'],"replicas":2,"version":1}'
     )
     assert encode_member(A) == (

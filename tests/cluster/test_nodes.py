@@ -242,7 +242,7 @@ def test_a_landing_ring_that_somebody_may_still_write_to_is_made_anew(cluster: N
         cluster.pause(asked)
         assert_whole(session, space, keys, data)
         eventually(lambda: counters.lost_landings >= N, 10.0, "given up")
-        assert ring.generation == 1
+        eventually(lambda: ring.generation == 1, 10.0, "made anew")
         assert_whole(session, space, keys, data)
         cluster.resume(asked)
         eventually(lambda: not session.router.health.suspects(asked), 10.0, "it is back")

@@ -18,8 +18,10 @@ from kvstore_kernels.capturing import uncollected
 
 
 def test_nothing_is_collected_inside_and_all_is_as_before_behind_it() -> None:
-    with pytest.raises(KeyError), uncollected():
+    with uncollected():
         assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(KeyError), uncollected():
         raise KeyError
     assert gc.isenabled()
     gc.disable()

@@ -151,6 +151,6 @@ class PeerService:
 
 async def _quietly(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """A stream that the other side breaks off is over like any other."""
-    with contextlib.suppress(grpc.RpcError):
+    with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
         async for frame in frames:
             yield frame

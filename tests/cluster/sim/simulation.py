@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from cluster.sim.client import SimClient
 from cluster.sim.cluster import Host, Setting, SimCluster
-from cluster.sim.history import SPACES, Promise, Truth, key
+from cluster.sim.history import SPACES, Name, Promise, Truth, key
 from cluster.sim.loop import Process, SimTask
 from cluster.sim.nemesis import Nemesis, Trouble, some_trouble
 
@@ -52,7 +52,7 @@ class Plan:
             compare_ms=rng.choice((5000.0, 20_000.0)),
             call_ms=rng.choice((300.0, 2000.0)),
             transfer_ms=rng.choice((500.0, 5000.0)),
-            learn_ms=rng.choice((2000.0, 10_000.0)),
+            learn_ms=rng.choice((10_000.0, 20_000.0)),
             hot_reads=rng.choice((8, 200)),
             hot_ms=rng.choice((2000.0, 10_000.0)),
             repair_bytes_per_ms=rng.choice((50.0, 256 * 1024.0)),
@@ -145,7 +145,7 @@ class Simulation:
             self.nemesis.stop()
             self._look()
             self._wait(f"after round {number}", self._what_is_absent)
-            self._read_all()
+            self._read_all(self._within_reach())
             self._settle(f"after round {number}")
         for client in self.clients:
             client.process.kill()
@@ -306,7 +306,7 @@ class Simulation:
         """Waits until all is well, then reads everything."""
         self._wait(when, self._what_is_amiss)
         self.cluster.check()
-        self._read_all()
+        self._read_all(self.truth.promises)
         self._renew_promises()
 
     def _what_is_absent(self) -> str:
@@ -360,7 +360,10 @@ class Simulation:
                         or (holder in targets and there.put_id != block.put_id)
                     ):
                         what = "lacks" if there is None else "has another put of"
-                        return f"{target} {what} {at[1][:4].hex()}, which {holder} has"
+                        return (
+                            f"{target} {what} {at[1][:4].hex()}, which {holder} has"
+                            f" (of {targets}): {there}, {block}"
+                        )
         return ""
 
     def _what_is_held(self) -> str:
@@ -388,8 +391,20 @@ class Simulation:
             nodes = len(self.cluster.hosts) - 1
             assert host.node.sessions <= nodes, f"{host.name} keeps {host.node.sessions} sessions"
 
-    def _read_all(self) -> None:
-        """Through a client that has just come: what is promised is read, and nothing is wrong."""
+    def _within_reach(self) -> set[Name]:
+        """Promised blocks that some node has of which readers would ask."""
+        view = next(iter(self.cluster.hosts.values())).node.site.view
+        ranking = Ranking(view)
+        there: set[tuple[int, bytes]] = set()
+        for host in self._stores():
+            for at, block in self.kept(host).items():
+                names = [view.members[number].name for number in ranking.readers(block.place)]
+                if host.name in names:
+                    there.add(at)
+        return {name for name in self.truth.promises if (name[0], key(name)) in there}
+
+    def _read_all(self, wanted: Collection[Name]) -> None:
+        """Through a client that has just come: what is wanted is read, and nothing is wrong."""
         client = self._new_client()
 
         async def work() -> None:
@@ -398,18 +413,25 @@ class Simulation:
                     for first in range(0, BLOCKS, self.plan.ring_slots):
                         n = min(self.plan.ring_slots, BLOCKS - first)
                         found = await client.get(space, chain, first, n)
-                        self._compare(space, chain, first, found)
+                        self._compare(space, chain, first, found, wanted)
 
         self.loop.run_until_done(client.world.spawn(work()), 120_000.0)
         client.process.kill()
         self.clients.remove(client)
 
-    def _compare(self, space: int, chain: int, first: int, found: list[int | None]) -> None:
+    def _compare(
+        self,
+        space: int,
+        chain: int,
+        first: int,
+        found: list[int | None],
+        wanted: Collection[Name],
+    ) -> None:
         if self.plan.tight:
             return
         for i, number in enumerate(found):
             name = (space, chain, first + i)
-            assert number is not None or name not in self.truth.promises, (
+            assert number is not None or name not in wanted, (
                 f"{name} was promised ({self.truth.promises[name]}), and is not to be had"
             )
 
