@@ -69,6 +69,12 @@ bench: $(READY) ## speed beside the peers and this machine's limits; takes 15 mi
 		--json docs/benchmarks/nvme.json > docs/benchmarks/nvme.md
 	$(BIN)/python -m benchmarks.restart --folder $(or $(FOLDER),.cache) \
 		--json docs/benchmarks/restart.json > docs/benchmarks/restart.md
+	$(BIN)/python -m benchmarks.transfer --json docs/benchmarks/transfer.json \
+		> docs/benchmarks/transfer.md
+	$(BIN)/python -m benchmarks.cluster --json docs/benchmarks/cluster.json \
+		> docs/benchmarks/cluster.md
+	$(BIN)/python -m benchmarks.scale $(TRACE) --json docs/benchmarks/scale.json \
+		> docs/benchmarks/scale.md
 	@# TRACE: requests as in Mooncake's FAST 25 release, for hit rates; 5 minutes more.
 	$(if $(TRACE),$(BIN)/python -m benchmarks.replay $(TRACE) --json docs/benchmarks/replay.json \
 		--plot docs/benchmarks/replay.png > docs/benchmarks/replay.md)
