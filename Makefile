@@ -25,8 +25,8 @@ demo: $(READY) ## a real model answers through the store; tokens equal to the ru
 cluster-demo: $(READY) ## three servers, one killed while an engine reads from it; tokens equal
 	$(BIN)/python -m kvstore_engines.cluster_demo
 
-test: lint ## lint and the whole test suite, but for the long hunts
-	$(BIN)/python -m pytest -m "not long"
+test: lint ## lint and the whole test suite, but for the long hunts; in two processes
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(READY) ## the long hunts: millions of reads, deep random histories, large pools
 	$(BIN)/python -m pytest -m long
