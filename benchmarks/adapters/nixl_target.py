@@ -13,7 +13,7 @@ TARGET_BYTES = 256 << 20
 
 def agent(name: str) -> Any:
     """A NIXL agent over UCX."""
-    from nixl_cu13._api import nixl_agent, nixl_agent_config  # type: ignore[import-not-found]
+    from nixl_cu13._api import nixl_agent, nixl_agent_config
 
     return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
 

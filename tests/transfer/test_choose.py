@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.errors import InvalidArgument, Unavailable
 from kvstore.transfer import nixl, ucxx
+from kvstore.transfer.apart import make_safe_agent
 from kvstore.transfer.choose import KINDS, available, make_agent
 
 NIXL = any(map(importlib.util.find_spec, ("nixl_cu13", "nixl_cu12")))
