@@ -26,9 +26,11 @@ _ANSWER_MS = 20.0  # for a node to say how it went, beside the time that its wor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Held:
-    """Blocks in memory under a lease: where they are, and what their headers say."""
+    """Blocks in memory under a lease: where they are, and what their headers say. generation: of
+    their namespace when the lease was taken; one that was forgotten since is offered as that."""
 
     space: Space
+    generation: int
     hashes: c.U8
     granules: c.U32
     headers: c.U8
@@ -39,6 +41,7 @@ class Held:
         """Some of them."""
         return Held(
             space=self.space,
+            generation=self.generation,
             hashes=self.hashes[which],
             granules=self.granules[which],
             headers=self.headers[which],
@@ -51,6 +54,7 @@ class Held:
 async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncIterator[Held]:
     """Keeps the leading stored blocks of a chain in memory meanwhile; brings them from NVMe."""
     await _bring(site, space, hashes, site.world.now_ms() + wait_ms)
+    generation = site.generation(space.mark)
     lease = c.Lease(namespace=space.number, hashes=hashes)
     leased: c.Leased = await site.store.command(lease, site.policy.call_ms)
     try:
@@ -60,6 +64,7 @@ async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncI
         places, _placed = places_of_put_ids(put_ids)
         yield Held(
             space=space,
+            generation=generation,
             hashes=hashes[:n],
             granules=leased.granules,
             headers=headers,
@@ -110,7 +115,7 @@ async def push(
         epoch=view.epoch,
         name=held.space.name,
         layout=held.space.layout.encode(),
-        generation=site.generation(held.space.mark),
+        generation=held.generation,
         put_ids=held.put_ids,
         hashes=held.hashes,
         addresses=site.store.addresses(held.space.layout, held.granules),

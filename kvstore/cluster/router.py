@@ -35,6 +35,7 @@ from kvstore.transfer.base import TransferFailed
 _NO_NODE = "no node of the cluster answers"
 _RENEWALS = 16  # pieces of one get that may be asked for anew after this side failed
 _GONE = (Unavailable, DeadlineExceeded)
+_ROOM_MS = 2.0  # between two looks at whether there is room in the landing ring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -597,9 +598,12 @@ class _Get:
         world, policy = self._router._world, self._router.policy
         try:
             while world.now_ms() < end_ms:
-                self._start(end_ms)
-                if not self._running or self._tiers.all():
+                lacks_room = self._start(end_ms)
+                if self._tiers.all() or not (self._running or lacks_room):
                     break
+                if not self._running:  # other gets have all of the ring
+                    await world.sleep(_ROOM_MS)
+                    continue
                 hedges = [f.piece.hedge_at_ms for f in self._running if not f.piece.hedged]
                 until = min([end_ms, *hedges])
                 left_ms = max(until - world.now_ms(), 0.0)
@@ -625,8 +629,9 @@ class _Get:
                 self._flying[piece.rows] -= 1
                 self._router.counters.hedged += 1
 
-    def _start(self, end_ms: float) -> None:
-        """Asks the next member for every block that nobody is asked for."""
+    def _start(self, end_ms: float) -> bool:
+        """Asks the next member for every block that nobody is asked for; whether some are not,
+        because there is no room in the ring."""
         router = self._router
         by_member: dict[str, tuple[Member, list[int]]] = {}
         for row in np.flatnonzero((self._tiers == 0) & (self._flying == 0)).tolist():
@@ -637,11 +642,11 @@ class _Get:
         for member, rows in by_member.values():
             for first in range(0, len(rows), step):
                 if len(self._running) >= 4 * router.policy.in_flight:
-                    return
+                    return False
                 chosen = np.array(rows[first : first + step], np.intp)
                 addresses = router._memory.take(len(chosen), self._nbytes)
                 if addresses is None:
-                    return  # when another piece has landed there is room again
+                    return True  # when another piece has landed there is room again
                 for row in chosen.tolist():
                     self._left[row].pop(0)
                 self._flying[chosen] += 1
@@ -650,6 +655,7 @@ class _Get:
                 piece = _Piece(member, chosen, addresses, ring, hedge_at_ms)
                 task = router._world.spawn(self._ask(piece, end_ms))
                 self._running.append(_Flight(piece, task))
+        return False
 
     def _patience_ms(self, blocks: int) -> float:
         """How long another piece may take before somebody else is asked too."""
@@ -778,6 +784,7 @@ class _Put:
         edges = np.flatnonzero(np.diff(puts.places)) + 1
         self._left = [rows for rows in np.split(np.arange(n), edges) if len(rows)]
         self._tried: dict[int, set[str]] = {}  # by the segment's first row
+        self._waited: set[int] = set()  # segments that found no room once, while others had it
         nonces = {int(rows[0]): router._world.random.randbytes(NONCE_BYTES) for rows in self._left}
         self._put_ids = np.empty((n, PUT_ID_BYTES), np.uint8)
         for rows in self._left:
@@ -803,7 +810,7 @@ class _Put:
             await world.wait([batch.task for batch in running], left_ms)
             for batch in [batch for batch in running if batch.task.done]:
                 running.remove(batch)
-                self._settle(batch)
+                self._settle(batch, alone=not running)
         for batch in running:
             batch.task.cancel()
         return self._outcome
@@ -816,6 +823,9 @@ class _Put:
         sizes: dict[str, int] = {}
         later = []
         for rows, order in zip(self._left, targets, strict=True):
+            if running and int(rows[0]) in self._waited:
+                later.append(rows)
+                continue
             tried = self._tried.get(int(rows[0]), set())
             member = next((each for each in order if each.name not in tried), None)
             if member is None:
@@ -833,8 +843,9 @@ class _Put:
                 task = router._world.spawn(self._put_at(member, segments, end_ms))
                 running.append(_Batch(member, segments, task))
 
-    def _settle(self, batch: _Batch) -> None:
-        """What a member did not take is tried at the next one."""
+    def _settle(self, batch: _Batch, *, alone: bool) -> None:
+        """What a member did not take is tried at the next one. alone: whether nothing else of this
+        put was under way: else what found no room gets it when that is over, once more."""
         lags = False
         try:
             batch.task.result()
@@ -846,6 +857,11 @@ class _Put:
             self._router.counters.failed_over += 1
             lags = True
         else:
+            full = self._outcome.status == m.PutStatus.NO_SPACE
+            for rows in [] if alone else batch.segments:
+                if full[rows].any() and int(rows[0]) not in self._waited:
+                    self._waited.add(int(rows[0]))
+                    self._left.append(rows)
             return
         for rows in batch.segments:
             if lags:

@@ -12,14 +12,15 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-
 from cluster.nodes import LAYOUT, Nodes, blocks, chain
+
 from kvstore import Hit, NamespaceHandle
-from kvstore.errors import KVStoreError
+from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
 from kvstore_client.cluster.session import ClusterSession
 
 _JOIN_S = 30.0
 _PAUSE_S = 0.002  # between two calls, so that the nodes have the processors as well
+_FULL_PAUSE_S = 0.05  # likewise, once there is as much as there may be
 _MEMORY = {"arena_bytes": 8 << 20, "ring_bytes": 32 << 20}
 
 
@@ -35,8 +36,8 @@ class Sample:
 class Load:
     """One thread that puts chains and one that gets those that were acknowledged as replicated.
 
-    Chain i has the keys and the bytes of seed i. most: chains that are put without
-    being waited for, so that nothing need be evicted.
+    Chain i has the keys and the bytes of seed i. most: chains that are kept, so that
+    nothing need be evicted; the oldest is dropped for a new one.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Load:
         most: int = 40,
         transfer: str = "grpc",
     ) -> None:
+        self._nodes = nodes
         self.space, self.blocks_each, self._most = space, blocks_each, most
         self._random, self._first = random.Random(seed), seed * 1_000_000
         self.reader = nodes.client(transfer=transfer, **_MEMORY)
@@ -63,6 +65,7 @@ class Load:
         self._any_may_miss = False
         self.gets: list[Sample] = []
         self.puts: list[Sample] = []
+        self.good_gets = self.good_puts = 0
         self.wrong: list[str] = []
         self._stop, self._seen = threading.Event(), threading.Condition()
         self._threads = [
@@ -93,16 +96,12 @@ class Load:
     def wait_for(self, *, puts: int = 0, gets: int = 0, timeout_s: float = 20.0) -> None:
         """Until so many more have ended well."""
         with self._seen:
-            gets, puts = gets + self._good_gets, puts + len(self.acknowledged)
-            self._most = max(self._most, puts)
+            gets, puts = gets + self.good_gets, puts + self.good_puts
             enough = self._seen.wait_for(
-                lambda: (self._good_gets >= gets and len(self.acknowledged) >= puts) or self.wrong,
-                timeout_s,
+                lambda: (self.good_gets >= gets and self.good_puts >= puts) or self.wrong, timeout_s
             )
         self.check()
         assert enough, f"no {gets} gets and {puts} puts within {timeout_s} s: {self.words()}"
-
-    _good_gets = 0
 
     def check(self) -> None:
         """Nothing wrong was read so far, and nothing was missed that must be there."""
@@ -150,7 +149,7 @@ class Load:
             return (
                 f"{len(self.gets)} gets (median {median:.0f} ms, p99 {tail:.0f},"
                 f" longest {took.max():.0f}; {missed} missed),"
-                f" {len(self.acknowledged)} of {len(self.puts)} puts replicated,"
+                f" {self.good_puts} of {len(self.puts)} puts replicated,"
                 f" {self.reader.router.counters}"
             )
 
@@ -172,8 +171,8 @@ class Load:
         space = _opened(self.writer, self.space, self._stop)
         while not self._stop.wait(_PAUSE_S):
             if len(self.acknowledged) >= self._most:
-                self._stop.wait(20 * _PAUSE_S)
-                continue
+                self._stop.wait(_FULL_PAUSE_S)
+                self._drop_oldest(space)
             seed += 1
             began_s = time.monotonic()
             n = self.blocks_each
@@ -187,7 +186,16 @@ class Load:
                 self.puts.append(Sample(began_s, took_s, n - done.replicated))
                 if done.replicated == n:
                     self.acknowledged.append(seed)
+                    self.good_puts += 1
                 self._seen.notify_all()
+
+    def _drop_oldest(self, space: NamespaceHandle) -> None:
+        with self._lock:
+            seed = self.acknowledged.pop(0)
+            self._may_miss.add(seed)  # the other thread may be reading it
+        # A node that is away keeps it: the next one is dropped all the same.
+        with contextlib.suppress(Unavailable, DeadlineExceeded):
+            self.writer.drop(space, chain(self.blocks_each, seed), timeout_s=1.0)
 
     def _get_for_ever(self) -> None:
         space = _opened(self.reader, self.space, self._stop)
@@ -211,10 +219,13 @@ class Load:
             if not (target[:hits] == truth[:hits]).all():
                 self._note(f"chain {seed}: other bytes were read than were put")
             if (target[:hits] == truth[:hits]).all() and hits < n and not self._legal(seed):
-                self._note(f"chain {seed}: {got[hits]} after {took_s:.3f} s, {self.words()}")
+                where = self._nodes.where(self.space, chain(n, seed))
+                self._note(
+                    f"chain {seed}: {got[hits]} after {took_s:.3f} s, {self.words()} {where}"
+                )
             with self._seen, self._lock:
                 self.gets.append(Sample(began_s, took_s, n - hits))
-                self._good_gets += hits == n
+                self.good_gets += hits == n
                 self._seen.notify_all()
 
     def _legal(self, seed: int) -> bool:

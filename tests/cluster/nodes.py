@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-
 from cluster.proxies import Proxies
+
 from daemon import Daemon
 from kvstore import Layout, Session
 from kvstore.commands import ExplainStatus
@@ -62,7 +62,8 @@ def eventually(look: Callable[[], T], timeout_s: float, what: str = "") -> T:
 class Nodes:
     """Daemons named a, b, c, ... that share a secret.
 
-    flags: of all of them; `{folder}` in one stands for the node's own folder. proxied: they advertise addresses of `proxies`, which can cut any two of them, or one from all
+    flags: of all of them; `{folder}` in one stands for the node's own folder. proxied: they advertise
+    addresses of `proxies`, which can cut any two of them, or one from all
     clients, off from each other.
     """
 
@@ -219,6 +220,16 @@ class Nodes:
         if not len(hashes):
             return len(self.names)
         return int(sum(here.astype(int) for here in self.holders(space, hashes).values()).min())
+
+    def where(self, space: str, hashes: npt.NDArray[np.uint8]) -> str:
+        """What each living node says of blocks, in words."""
+        words = []
+        for name, daemon in self.daemons.items():
+            if daemon.process.poll() is None and name not in self._paused:
+                with contextlib.suppress(KVStoreError), KVStoreClient(daemon.target) as store:
+                    reports = store.explain(store.open_namespace(space, LAYOUT), hashes)
+                    words.append(f"{name}: {', '.join(r.status.name for r in reports)}")
+        return "; ".join(words)
 
     def log(self, name: str) -> str:
         """What a node has logged."""

@@ -139,6 +139,8 @@ def _inode(port: int, to: int) -> str:
 def _mapped(line: str, port: int, to: int) -> bool:
     """The same for IPv4 addresses in a socket of IPv6, which gRPC makes."""
     words = line.split()
-    return len(words[1]) == 37 and words[1].endswith(f"0100007F:{port:04X}") and (
-        words[2].endswith(f"0100007F:{to:04X}")
+    return (
+        len(words[1]) == 37
+        and words[1].endswith(f"0100007F:{port:04X}")
+        and (words[2].endswith(f"0100007F:{to:04X}"))
     )

@@ -7,15 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-
 from cluster.etcd_rig import Etcd, running_etcd
 from cluster.load import Load
 from cluster.nodes import LAYOUT, Nodes, blocks, chain, eventually, nodes
 from cluster.proxies import CLIENT
+
 from kvstore import Hint, HintKind, Hit, NamespaceHandle, Session
 from kvstore.cluster import messages as m
 from kvstore.cluster.members import MemberState, decode_view
@@ -26,7 +25,7 @@ from kvstore_client.cluster.session import ClusterSession
 
 N = 8
 # Beside what a get takes otherwise. The goal is 100 ms; here other tests may have the processors.
-FAILOVER_S = 1.0
+FAILOVER_S = 2.0
 REPAIR_S = 30.0
 QUIET_S = 20.0
 
@@ -286,7 +285,8 @@ def test_a_client_that_dies_or_stops_in_mid_transfer_holds_nothing(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         process.stdin.write(client_token(cluster.secret) + "\n")
         process.stdin.flush()
         assert process.stdout.readline() == "begun\n"
@@ -311,9 +311,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
 
 
 @pytest.fixture(scope="module")
-def elected(
-    coordinator: Etcd, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Nodes]:
+def elected(coordinator: Etcd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Three nodes by etcd, whose connections can be cut."""
     folder = tmp_path_factory.mktemp("elected")
     flags = ("--transfer", "grpc")
@@ -380,9 +378,7 @@ def test_a_node_that_is_cut_off_from_the_others_and_from_clients_is_gone_around(
         load.wait_for(gets=20)
         elected.proxies.heal()
         load.wait_for(gets=10)
-        eventually(
-            lambda: elected.fewest_copies("cut", load.keys()) >= 2, REPAIR_S, "two copies"
-        )
+        eventually(lambda: elected.fewest_copies("cut", load.keys()) >= 2, REPAIR_S, "two copies")
     assert not any(sample.missed for sample in load.gets)
 
 
@@ -400,9 +396,7 @@ def test_a_dead_member_is_removed_and_what_it_had_is_brought_to_the_others(
         elected.start(["c"])
         until_all_up(members)
         load.wait_for(gets=10)
-        eventually(
-            lambda: elected.holders("removed", load.keys())["c"].any(), REPAIR_S, "its share"
-        )
+        eventually(elected.holders("removed", load.keys())["c"].any, REPAIR_S, "its share")
     assert not any(sample.missed for sample in load.gets)
 
 
@@ -415,7 +409,7 @@ def test_a_drained_member_can_be_killed_without_a_loss(
         members.change(m.Drain(name="a"))
         out = {"a": MemberState.OUT, "b": UP, "c": UP}
         eventually(lambda: states(members) == out, REPAIR_S, f"drained, {states(members)}")
-        rest = {name: here for name, here in elected.holders("drained", load.keys()).items()}
+        rest = dict(elected.holders("drained", load.keys()).items())
         assert (rest["b"] & rest["c"]).all()
         elected.kill("a")
         load.wait_for(gets=20)

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from cluster.etcd_rig import Etcd
 from cluster.load import Load
 from cluster.nodes import LAYOUT, Nodes, blocks, chain, eventually, nodes
 from cluster.proxies import CLIENT
 from cluster.test_nodes import assert_quiet, assert_whole, states, until_all_up
+
 from kvstore.cluster import messages as m
 from kvstore_client.cluster.session import ClusterSession
 
 SPACE = "history"
 CYCLES = 60
 SETTLE_S = 60.0
-# The longest that one get may take; the goal of 100 ms is for a machine that has nothing else to do.
-GET_S = 1.5
+# The longest that one get may take; the goal of 100 ms is for a machine with nothing else to do.
+GET_S = 4.0
 
 
 class Nemesis:
@@ -134,16 +134,25 @@ class Nemesis:
 
 
 def settle(running: Nodes, session: ClusterSession, load: Load) -> None:
-    """All are members again, and all that is due is at two nodes."""
+    """All are members again and serve, and all that is due is at two nodes."""
     for name in running.names:
         if states(session).get(name) == "out":
             session.change(m.Join(name=name))
     eventually(lambda: set(states(session)) == set(running.names), SETTLE_S, "all are members")
     until_all_up(session)
+    eventually(lambda: all_serve(session), SETTLE_S, "all serve")
     eventually(
         lambda: running.fewest_copies(SPACE, load.keys()) >= 2, SETTLE_S, "two copies of each"
     )
     load.wait_for(gets=3, puts=1, timeout_s=SETTLE_S)
+
+
+def all_serve(session: ClusterSession) -> bool:
+    """Whether every member says so, and trusts all others."""
+    found = list(session.status().values())
+    return all(
+        each and m.CODEC.decode_frame(each.pong).serving and not each.suspects for each in found
+    )
 
 
 @pytest.mark.long
@@ -177,7 +186,10 @@ def test_what_was_acknowledged_stays_readable_through_many_faults(
         assert_quiet(running)
         space = session.open_namespace(SPACE, LAYOUT)
         for seed_of_chain in due:
-            keys, data = chain(load.blocks_each, seed_of_chain), blocks(load.blocks_each, seed_of_chain)
+            keys, data = (
+                chain(load.blocks_each, seed_of_chain),
+                blocks(load.blocks_each, seed_of_chain),
+            )
             assert_whole(session, space, keys, data)
     took = np.array([s for s, _ in longest]) * 1e3
     print("longest get of each fault, ms:", np.percentile(took, [50, 90, 99, 100]).round())

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -22,7 +23,7 @@ from kvstore.cluster.coordination import Coordination
 from kvstore.cluster.members import Member, parse_members
 from kvstore.cluster.node import Node
 from kvstore.cluster.site import NodePolicy
-from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.errors import InvalidArgument, KVStoreError, Unavailable
 from kvstore.transfer.apart import make_safe_agent
 from kvstore_proto.cluster.pipes import Streams
 from kvstore_proto.cluster.rpc import Tls, client_token, node_token
@@ -105,9 +106,13 @@ class _Process:
             )
             if not running.done():
                 self._say_ready()
-            await asyncio.wait([running, ending], return_when=_FIRST)
+            lost = asyncio.create_task(store.lost.wait())
+            parts: list[asyncio.Future[Any]] = [running, ending, lost]
+            await asyncio.wait(parts, return_when=_FIRST)
             if running.done():
                 running.result()  # it ends only by an error, which says why
+            if lost.done() and not ending.done():
+                raise Unavailable("the core did not answer in time: this process begins anew")
             log.info("node drains", reason=ending.result())
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore.block import cell_checksums
-from kvstore.errors import InvalidArgument, Unavailable
+from kvstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from kvstore.layout import Layout
 from kvstore.session.channel import ChannelLink
 from kvstore.session.copies import in_parallel
@@ -21,6 +21,7 @@ from kvstore.session.parts import part_of
 _WAITERS = 4  # calls that may wait for the disks at one time; each needs a connection of its own
 _WAITING = (c.Fetch, c.Persist, c.Drop)
 _HASH_S = 60.0
+_PATIENCE_S = 10.0
 
 
 class ChannelNodeStore:
@@ -43,6 +44,8 @@ class ChannelNodeStore:
         self._hashes = ThreadPoolExecutor(1, "kvstore-node-hash")
         self._waits = ThreadPoolExecutor(_WAITERS, "kvstore-node-wait")
         self._idle: list[ChannelLink] = []
+        # Set once the connection is over. What was held by it goes back when this process ends.
+        self.lost = asyncio.Event()
 
     @property
     def pool(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -62,12 +65,18 @@ class ChannelNodeStore:
     async def command(self, command: c.Command, timeout_ms: float) -> Any:
         """See `NodeStore.command`."""
         loop = asyncio.get_running_loop()
-        timeout_s = max(timeout_ms / 1e3, 1e-3)
+        # A call that ends too early ends its connection, and with the first one this process.
+        timeout_s = max(timeout_ms / 1e3, _PATIENCE_S)
         if isinstance(command, _WAITING):
             # Not with the rest: while a call waits, its connection serves no other.
             return await loop.run_in_executor(self._waits, self._wait, command, timeout_s)
         call = functools.partial(self._link.call, command, timeout_s)
-        return await loop.run_in_executor(self._calls, call)
+        try:
+            return await loop.run_in_executor(self._calls, call)
+        except (Unavailable, DeadlineExceeded):
+            if self._link.closed:
+                self.lost.set()
+            raise
 
     def _wait(self, command: c.Command, timeout_s: float) -> Any:
         link = self._idle.pop() if self._idle else ChannelLink(self._path, self._timeout_s)

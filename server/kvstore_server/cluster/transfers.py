@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from kvstore.errors import InvalidArgument, KVStoreError
+from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError
 from kvstore.transfer.apart import ApartAgent, export
 from kvstore.transfer.base import Agent, Bytes1D, Pieces, Remote
 
 log = structlog.get_logger()
 
-_THREADS = 4
+_THREADS = 64  # most of which wait for others
+_OF_ONE = 4  # of one other process, so that few that hang leave threads for the rest
+_CLOSES = 8
 
 
 class AgentTransfers:
@@ -28,7 +31,7 @@ class AgentTransfers:
             agent.on_death = self._again
         self._threads = ThreadPoolExecutor(_THREADS, "kvstore-transfer")
         # Not with the others: what hangs there is ended by a close.
-        self._closes = ThreadPoolExecutor(_THREADS, "kvstore-transfer-end")
+        self._closes = ThreadPoolExecutor(_CLOSES, "kvstore-transfer-end")
 
     @property
     def kind(self) -> str:
@@ -71,16 +74,31 @@ class AgentMemory:
         self, remote: Remote, threads: ThreadPoolExecutor, closes: ThreadPoolExecutor
     ) -> None:
         self._remote, self._threads, self._closes = remote, threads, closes
+        self._turns = asyncio.Semaphore(_OF_ONE)
 
     async def read(self, pieces: Pieces, timeout_ms: float) -> None:
         """See `Memory.read`."""
-        read = functools.partial(self._remote.read, pieces, timeout_ms / 1e3)
-        await asyncio.get_running_loop().run_in_executor(self._threads, read)
+        await self._move(self._remote.read, pieces, timeout_ms)
 
     async def write(self, pieces: Pieces, timeout_ms: float) -> None:
         """See `Memory.write`."""
-        write = functools.partial(self._remote.write, pieces, timeout_ms / 1e3)
-        await asyncio.get_running_loop().run_in_executor(self._threads, write)
+        await self._move(self._remote.write, pieces, timeout_ms)
+
+    async def _move(
+        self, move: Callable[[Pieces, float], None], pieces: Pieces, timeout_ms: float
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_ms / 1e3
+        try:
+            async with asyncio.timeout_at(end_s):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("earlier transfers with that process take too long") from None
+        try:
+            work = functools.partial(move, pieces, max(end_s - loop.time(), 1e-3))
+            await loop.run_in_executor(self._threads, work)
+        finally:
+            self._turns.release()
 
     async def close(self) -> None:
         """See `Memory.close`."""

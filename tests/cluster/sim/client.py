@@ -195,7 +195,7 @@ class SimClient:
         except KVStoreError as error:
             self.loop.say(f"{self.world.name}: put of {names[0]}+{n}: {error!r}")
         for number, on in zip(numbers, found.tolist(), strict=True):
-            truth.end_put(number, self.loop.now, on)
+            truth.end_put(number, self.loop.now, on, epoch=self.router.epoch)
         self.loop.say(
             f"{self.world.name}: put {names[0]} as {numbers} for {ttl_ms}: {found.tolist()}"
         )
@@ -282,6 +282,11 @@ class SimClient:
         except KVStoreError as error:
             self.loop.say(f"{self.world.name}: drop of {space}: {error!r}")
             return False
-        drop.ended, drop.epoch = self.loop.now, self.router.epoch
+        drop.epoch = self.router.epoch
+        if drop.epoch != self.truth.present_epoch():
+            # Those who have been cut off from etcd cannot know that there are other members.
+            self.loop.say(f"{self.world.name}: dropped {space} under an earlier view")
+            return False
+        drop.ended = self.loop.now
         self.loop.say(f"{self.world.name}: dropped {space}")
         return True

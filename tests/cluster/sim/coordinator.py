@@ -33,6 +33,11 @@ class Lease:
     member: bytes
     timer: Timer
 
+    @property
+    def name(self) -> str:
+        """Of the member."""
+        return decode_member(self.member).name
+
 
 class Coordinator:
     """What is agreed. It keeps all of it on its disk, so that a crash of it is a pause."""
@@ -44,6 +49,11 @@ class Coordinator:
         self.history: list[View] = []
         self._watchers: list[Future[None]] = []
         self._numbers = 0
+
+    @property
+    def epoch(self) -> int:
+        """Of the agreed view, 0 before the first."""
+        return self.history[-1].epoch if self.history else 0
 
     # Each of these runs at one moment.
 

@@ -7,6 +7,7 @@ tells which put it was of, and whether that one may still be seen.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,8 +86,8 @@ class Promise:
 
 @dataclass(slots=True)
 class Forgotten:
-    """A drop of a whole namespace. ended: when it was acknowledged. epoch: of the view that it was
-    acknowledged under: who reads by an earlier one may read what was dropped."""
+    """A drop of a whole namespace. ended: when it was acknowledged, under the view of `epoch`: who
+    reads by an earlier one may read what was dropped."""
 
     began: float
     epoch: int = 0
@@ -97,6 +98,7 @@ class Forgotten:
 class Truth:
     """Everything that was ever asked for, and what came of it."""
 
+    present_epoch: Callable[[], int] = lambda: 0  # that the coordinator has agreed on
     written: list[Written] = field(default_factory=list)
     promises: dict[Name, Promise] = field(default_factory=dict)
     drops: dict[int, list[Forgotten]] = field(default_factory=dict)
@@ -112,12 +114,15 @@ class Truth:
         self.written.append(Written(name, now, self.deaths, ttl_ms))
         return len(self.written) - 1
 
-    def end_put(self, number: int, now: float, copies: int) -> None:
+    def end_put(self, number: int, now: float, copies: int, *, epoch: int) -> None:
         """The call has ended. copies: on how many nodes the block is, as it was told; 0 where
-        nothing was. Some of them may have died while that was on its way."""
+        nothing was. Some of them may have died while that was on its way; and those who go by an
+        earlier view than they should have not heard of drops that take it with them."""
         written = self.written[number]
         written.ended = now
-        forgotten = written.ttl_ms or self._dropped_since(written.name[0], written.began)
+        space = written.name[0]
+        forgotten = written.ttl_ms or self._dropped_since(space, written.began)
+        forgotten = forgotten or (epoch < self.present_epoch() and self.drops.get(space))
         if copies and not forgotten:
             self.acknowledged += 1
             made = Promise(copies, now, self.deaths - written.deaths)
@@ -128,6 +133,12 @@ class Truth:
     def _dropped_since(self, space: int, since: float) -> bool:
         drops = self.drops.get(space, ())
         return any(drop.ended is None or drop.ended >= since for drop in drops)
+
+    def settled(self) -> None:
+        """Nobody calls, and all nodes know of each drop that was begun: one that some of them had
+        not heard of can forget nothing later."""
+        for space, drops in self.drops.items():
+            self.drops[space] = [drop for drop in drops if drop.ended is not None]
 
     # -- drops ---------------------------------------------------------------------------
 

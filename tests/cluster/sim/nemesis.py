@@ -156,7 +156,8 @@ def _partition(nemesis: Nemesis) -> str:
     both = nemesis.rng.random() < 0.6
     if nemesis.rng.random() < 0.5:
         one, other = other, one
-    ms = nemesis.some_ms(50.0, 20_000.0)
+    # Often as long as it takes until a member is left out.
+    ms = nemesis.some_ms(*nemesis.rng.choice(((50.0, 20_000.0), (4000.0, 15_000.0))))
     _block(nemesis, one, other, both, ms)
     return f"{one} {'<->' if both else '->'} {other} for {ms:.0f} ms"
 
