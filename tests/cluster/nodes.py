@@ -62,8 +62,8 @@ def eventually(look: Callable[[], T], timeout_s: float, what: str = "") -> T:
 class Nodes:
     """Daemons named a, b, c, ... that share a secret.
 
-    flags: of all of them; `{folder}` in one stands for the node's own folder. proxied: they advertise
-    addresses of `proxies`, which can cut any two of them, or one from all
+    flags: of all of them; `{folder}` in one stands for the node's own folder. proxied: they
+    advertise addresses of `proxies`, which can cut any two of them, or one from all
     clients, off from each other.
     """
 
