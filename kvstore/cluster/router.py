@@ -475,6 +475,8 @@ class Router:
         view = await self.refresh()
         members = self._by_health(view.members)
         opened = [(await self._open_at(member, space)).generation for member in members]
+        if not opened:
+            raise Unavailable(_NO_NODE)
         forget = m.Forget(
             name=space.name,
             layout=space.layout.encode(),

@@ -75,22 +75,23 @@ class Nemesis:
         self.faults: dict[str, int] = {}
         self._left = 0
         self._timers: list[Timer] = []
-        self._on = False
+        self.on = False
 
     def start(self) -> None:
         """From now on."""
-        self._on, self._left = True, self.trouble.deaths
+        self.on, self._left = True, self.trouble.deaths
         self.cluster.network.weather = self.trouble.weather
         self.cluster.fabric.carriage = self.trouble.carriage
         self._next()
 
     def stop(self) -> None:
         """All is well again: what is down comes back, and what is paused goes on."""
-        self._on = False
+        self.on = False
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
         network, fabric = self.cluster.network, self.cluster.fabric
+        fabric.interrupt = None
         network.heal()
         fabric.carriage = replace(fabric.carriage, flips=0.0, fails_to_close=0.0, chunk_ms=0.2)
         for process in (self.cluster.etcd, *self.others()):
@@ -104,6 +105,16 @@ class Nemesis:
         """The end of a fault."""
         self._timers.append(self.loop.after(ms, action))
 
+    def pause(self, process: Process, ms: float) -> None:
+        """Stops a process for a while."""
+        process.pause()
+
+        def end() -> None:
+            if process.paused:
+                process.resume()
+
+        self.later(ms, end)
+
     def some_ms(self, least: float, most: float) -> float:
         """Mostly short, at times long."""
         return math.exp(self.rng.uniform(math.log(least), math.log(most)))
@@ -112,7 +123,7 @@ class Nemesis:
         self.later(self.rng.expovariate(1.0 / self.trouble.mean_ms), self._strike)
 
     def _strike(self) -> None:
-        if not self._on:
+        if not self.on:
             return
         if self.trouble.kinds:
             names = list(self.trouble.kinds)
@@ -158,18 +169,18 @@ def _partition(nemesis: Nemesis) -> str:
         one, other = other, one
     # Often as long as it takes until a member is left out.
     ms = nemesis.some_ms(*nemesis.rng.choice(((50.0, 20_000.0), (4000.0, 15_000.0))))
-    _block(nemesis, one, other, both, ms)
+    _block(nemesis, one, other, both=both, ms=ms)
     return f"{one} {'<->' if both else '->'} {other} for {ms:.0f} ms"
 
 
 def _one_link(nemesis: Nemesis) -> str:
     one, other = nemesis.rng.sample(nemesis.names(), 2)
     both, ms = nemesis.rng.random() < 0.5, nemesis.some_ms(50.0, 20_000.0)
-    _block(nemesis, [one], [other], both, ms)
+    _block(nemesis, [one], [other], both=both, ms=ms)
     return f"{one} {'<->' if both else '->'} {other} for {ms:.0f} ms"
 
 
-def _block(nemesis: Nemesis, one: list[str], other: list[str], both: bool, ms: float) -> None:
+def _block(nemesis: Nemesis, one: list[str], other: list[str], *, both: bool, ms: float) -> None:
     network = nemesis.cluster.network
     network.block(one, other, both=both)
 
@@ -189,13 +200,7 @@ def _pause(nemesis: Nemesis) -> str:
         return ""
     process = nemesis.rng.choice(running)
     ms = nemesis.some_ms(20.0, 15_000.0)
-    process.pause()
-
-    def end() -> None:
-        if process.paused:
-            process.resume()
-
-    nemesis.later(ms, end)
+    nemesis.pause(process, ms)
     return f"{process.name} for {ms:.0f} ms"
 
 
@@ -218,6 +223,30 @@ def _death_of_a_node(nemesis: Nemesis) -> str:
     host.kill_node()
     nemesis.later(ms, host.restart)
     return f"{host.name}, but not its store, for {ms:.0f} ms"
+
+
+def _stall(nemesis: Nemesis) -> str:
+    """Whoever moves bytes next stops in the middle of it."""
+    ms = nemesis.some_ms(20.0, 15_000.0)
+
+    def strike(source: Process, _target: Process) -> None:
+        if nemesis.on and not source.paused:
+            nemesis.pause(source, ms)
+
+    nemesis.cluster.fabric.interrupt = strike
+    return f"the next transfer for {ms:.0f} ms"
+
+
+def _cut(nemesis: Nemesis) -> str:
+    """The next bytes that move find no way in the middle of it."""
+    ms = nemesis.some_ms(20.0, 15_000.0)
+
+    def strike(source: Process, target: Process) -> None:
+        if nemesis.on:
+            _block(nemesis, [source.name], [target.name], both=True, ms=ms)
+
+    nemesis.cluster.fabric.interrupt = strike
+    return f"the next transfer for {ms:.0f} ms"
 
 
 def _hang_up(nemesis: Nemesis) -> str:
@@ -248,6 +277,8 @@ _FAULTS: dict[str, Fault] = {
     "partition": _partition,
     "one link": _one_link,
     "pause": _pause,
+    "stall": _stall,
+    "cut": _cut,
     "death": _death,
     "death of a node": _death_of_a_node,
     "death of a client": _death_of_a_client,

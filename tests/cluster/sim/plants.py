@@ -65,7 +65,7 @@ def copies_are_counted_before_they_are_there(patch: Patch) -> None:
     patch.setattr(node, "spread", spread)
 
 
-@plant(None, "")
+@plant(44, "is nowhere")
 def a_copy_that_failed_is_counted(patch: Patch) -> None:
     real = copies._outcome
 
@@ -196,7 +196,7 @@ def a_drop_is_acknowledged_though_not_all_have_done_it(patch: Patch) -> None:
     patch.setattr(Router, "_everywhere", everywhere)
 
 
-@plant(None, "")
+@plant(8, "is served")
 def a_node_that_was_away_serves_what_was_forgotten_meanwhile(patch: Patch) -> None:
     async def learn(_self: Membership, _present: Any) -> bool:
         return True
@@ -241,7 +241,7 @@ def of_two_puts_each_node_keeps_its_own(patch: Patch) -> None:
     patch.setattr(Node, "_beaten", beaten)
 
 
-@plant(2, "another put")
+@plant(2, ", which")
 def all_is_settled_before_it_is(patch: Patch) -> None:
     async def round_(_self: Repair, _view: Any) -> bool:
         return True

@@ -74,6 +74,8 @@ class Fabric:
     def __init__(self, loop: Loop, network: Network, rng: random.Random) -> None:
         self.loop, self.network, self.rng = loop, network, rng
         self.carriage = Carriage()
+        # Called once, in the middle of the next transfer, with both of its processes.
+        self.interrupt: Callable[[Process, Process], None] | None = None
         self.agents: dict[str, SimAgent] = {}
         self.moved = self.late = self.flipped = self.revoked = 0
         self._numbers = 0
@@ -268,6 +270,9 @@ class _Move:
             else:
                 self._soon(_AWAY_MS)
             return
+        interrupt, fabric.interrupt = fabric.interrupt, None
+        if interrupt is not None:
+            interrupt(agent.process, other.process)
         local, remote, nbytes = self._chunks[self._next]
         assert other.reaches(remote, nbytes), f"{remote:#x} of {other.name} is not registered"
         on_way_ms = fabric.carriage.chunk_ms * fabric.rng.uniform(0.2, 2.0)
