@@ -292,7 +292,11 @@ class Router:
         await self._world.wait([task], self.policy.call_ms)
         if not task.done:
             raise DeadlineExceeded(f"{member.name} began no session in time")
-        return task.result()
+        number = task.result()
+        made = self._sessions.get(member.name)
+        if made is None or made[0] != generation:  # it was begun for an earlier ring
+            raise TransferFailed(f"the session at {member.name} is of another landing ring")
+        return number
 
     async def _attach(self, member: Member) -> int:
         old = self._sessions.pop(member.name, None)

@@ -199,6 +199,7 @@ def test_gets_go_on_when_a_node_dies_and_it_is_filled_again(cluster: Nodes, name
     assert not any(sample.missed for sample in load.gets)
 
 
+@pytest.mark.long
 def test_the_process_beside_a_core_dies_alone_and_is_started_again(cluster: Nodes) -> None:
     with Load(cluster, "beside", seed=9, most=12) as load:
         load.wait_for(puts=11, gets=5)
