@@ -1,8 +1,11 @@
 """Nodes on this host, reached as if they were others: `python -m benchmarks.cluster [--json FILE]`.
 
-Puts and gets of one client at one node, beside NIXL by hand between two processes over the same
-transports in the same rounds; a prompt's blocks from three nodes and from one; and how long single
-gets take while nodes that hold one of two copies are killed. Every byte is compared.
+Puts and gets of one client at one node, of the caller's own arrays and of registered memory, beside
+NIXL by hand between two processes over the same transports in the same rounds: over the loopback
+device, where the kernel's copies are what takes time, and over one that is made as slow as a
+network's (in a network namespace of its own, where the kernel lets one be made). Then a prompt's
+blocks from three nodes and from one, and how long single gets take while nodes that hold one of two
+copies are killed. Every byte is compared.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import secrets
 import signal
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +31,7 @@ import numpy.typing as npt
 
 from benchmarks.daemon import Daemon, daemon
 from benchmarks.samples import random_keys
-from benchmarks.transfer import RAW, Way, spread
+from benchmarks.transfer import RAW, RAW_LARGE, Way, spread
 from kvstore import Hit, Layout
 from kvstore.errors import KVStoreError
 from kvstore_client.cluster.session import ClusterSession
@@ -38,6 +43,9 @@ GOAL = 0.9  # of NIXL by hand
 FAILOVER_GOAL_MS = 100.0
 PROMPT_BLOCKS, PROMPT_BLOCK_BYTES = 64, 4 << 20  # 32 K tokens of 8 KiB, 512 a block
 _POOL_BYTES = 1 << 30
+_RING_BYTES = 1 << 30  # views and buffers may hold half of it
+LOOPBACK = "loopback"
+_BUCKET = "burst 2mb latency 100ms"
 _TIMEOUT_S = 30.0
 _READY_S = 30.0
 Document = dict[str, Any]
@@ -77,6 +85,7 @@ class Nodes:
             transfer=self._transfer,
             timeout_s=_TIMEOUT_S,
             lazy=True,
+            ring_bytes=_RING_BYTES,
         )
         while time.monotonic() < end:
             with contextlib.suppress(KVStoreError):
@@ -124,9 +133,9 @@ class Mover:
         self._turn = 0
 
     def move(self) -> tuple[float, float]:
-        """Bytes a second of a put, and of a get of the same blocks."""
-        self._turn += 1
-        chain = random_keys(np.random.default_rng(self._turn), len(self._data))
+        """Bytes a second of a put from the caller's arrays, and of a get of the same blocks to
+        others."""
+        chain = self._next_chain()
         begin = time.perf_counter()
         put = self._session.put(self._space, chain, list(self._data), position=0)
         middle = time.perf_counter()
@@ -134,34 +143,82 @@ class Mover:
         end = time.perf_counter()
         if put.stored != len(chain) or not all(isinstance(each, Hit) for each in got):
             raise RuntimeError(f"not all blocks went there and back: {put}")
-        if not np.array_equal(self._room, self._data):
-            raise RuntimeError("wrong bytes")
+        self._compare(self._room)
         self._room[:] = 0
         self._session.drop(self._space, chain)
         return self._data.nbytes / (middle - begin), self._data.nbytes / (end - middle)
 
+    def move_in_place(self) -> tuple[float, float]:
+        """Bytes a second of a put from registered memory, and until a view of the blocks is had."""
+        chain = self._next_chain()
+        with self._session.buffers(*self._data.shape) as buffers:
+            for buffer, row in zip(buffers.blocks, self._data, strict=True):
+                buffer[:] = row
+            begin = time.perf_counter()
+            put = self._session.put(self._space, chain, buffers.blocks, position=0)
+            took = time.perf_counter() - begin
+        if put.stored != len(chain):
+            raise RuntimeError(f"not all blocks went there: {put}")
+        begin = time.perf_counter()
+        with self._session.view(self._space, chain) as view:
+            end = time.perf_counter()
+            if len(view.blocks) != len(chain):
+                raise RuntimeError("not all blocks came back")
+            self._compare(np.array(view.blocks))
+        self._session.drop(self._space, chain)
+        return self._data.nbytes / took, self._data.nbytes / (end - begin)
+
+    def _next_chain(self) -> Rows:
+        self._turn += 1
+        return random_keys(np.random.default_rng(self._turn), len(self._data))
+
+    def _compare(self, got: Rows) -> None:
+        if not np.array_equal(got, self._data):
+            raise RuntimeError("wrong bytes")
+
 
 def beside_raw(rounds: int, transfer: str) -> Document:
-    """Ours and NIXL by hand, in interleaved rounds."""
+    """Ours and NIXL by hand, in interleaved rounds: bytes a second by size and way."""
     found: Document = {}
     memory = np.full(BLOCKS * max(SIZES), 1, np.uint8)
     with (
         nodes(1, replicas=1, transfer=transfer) as (_, session),
-        contextlib.closing(Way(RAW, memory)) as raw,
+        contextlib.closing(Way(RAW, memory)) as plain,
+        contextlib.closing(Way(RAW_LARGE, memory)) as large,
     ):
         movers = {size: Mover(session, size, BLOCKS) for size in SIZES}
         for turn in range(rounds + 1):
             for size, mover in movers.items():
                 rates = dict(zip(("put", "get"), mover.move(), strict=True))
-                pieces = spread(memory, raw.address, size)
-                for op, move in (("raw read", "read"), ("raw write", "write")):
-                    begin = time.perf_counter()
-                    raw.moves[move](pieces)
-                    rates[op] = pieces.total / (time.perf_counter() - begin)
+                names = ("put in place", "view")
+                rates |= dict(zip(names, mover.move_in_place(), strict=True))
+                for name, raw in ((RAW, plain), (RAW_LARGE, large)):
+                    pieces = spread(memory, raw.address, size)
+                    for op in ("read", "write"):
+                        begin = time.perf_counter()
+                        raw.moves[op](pieces)
+                        rates[f"{name}, {op}"] = pieces.total / (time.perf_counter() - begin)
                 if turn:  # the first one warms up
                     for op, rate in rates.items():
                         found.setdefault(str(size), {}).setdefault(op, []).append(rate)
     return found
+
+
+def beside_raw_over(rate: str, rounds: int, transfer: str) -> Document | None:
+    """`beside_raw` where the loopback device lets through so much, None where there can be none."""
+    with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as name:
+        file = Path(name) / "results.json"
+        shaped = f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate} {_BUCKET}"
+        run = ["unshare", "--net", "--map-root-user", "sh", "-ec", f'{shaped} && exec "$@"', "sh"]
+        run += [sys.executable, "-m", "benchmarks.cluster", "--rounds", str(rounds)]
+        run += ["--transfer", transfer, "--beside-only", "--json", str(file)]
+        try:
+            subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no device of {rate} can be made here: {error}", file=sys.stderr)
+            return None
+        found: Document = json.loads(file.read_text())["beside_raw"][LOOPBACK]
+        return found
 
 
 def fan_out(rounds: int, transfer: str) -> Document:
@@ -220,15 +277,17 @@ def _gets_around_a_kill(
 
 def table(document: Document) -> str:
     """Markdown."""
-    head = f"| {BLOCKS} blocks, GB/s | put | NIXL by hand, read | share | get | write | share |"
-    lines = [head, "|---" * 7 + "|"]
-    for size, rates in document["beside_raw"].items():
-        cells = []
-        for op, raw in (("put", "raw read"), ("get", "raw write")):
-            pairs = zip(rates[op], rates[raw], strict=True)
-            share = statistics.median(a / b for a, b in pairs)
-            cells += [_gb(rates[op]), _gb(rates[raw]), f"{share:.2f}{_judged(share >= GOAL)}"]
-        lines.append(f"| {int(size) >> 10} KiB | {' | '.join(cells)} |")
+    lines = []
+    for ops, raw in ((("put", "put in place"), "read"), (("get", "view"), "write")):
+        head = [f"{BLOCKS} blocks, GB/s", *ops, RAW, "share of that", RAW_LARGE, "share of that"]
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for link, sizes in document["beside_raw"].items():
+            for size, rates in sizes.items():
+                cells = [f"{link}, {int(size) >> 10} KiB", *(_gb(rates[op]) for op in ops)]
+                for name in (RAW, RAW_LARGE):
+                    by_hand = rates[f"{name}, {raw}"]
+                    cells += [_gb(by_hand), _share(rates[ops[1]], by_hand)]
+                lines.append(f"| {' | '.join(cells)} |")
     one, three = document["fan_out"]["1"], document["fan_out"]["3"]
     ratio = statistics.median(a / b for a, b in zip(three, one, strict=True))
     nbytes = PROMPT_BLOCKS * PROMPT_BLOCK_BYTES >> 20
@@ -246,6 +305,11 @@ def table(document: Document) -> str:
     return "\n".join(lines)
 
 
+def _share(rates: list[float], of: list[float]) -> str:
+    share = statistics.median(a / b for a, b in zip(rates, of, strict=True))
+    return f"{share:.2f}{_judged(share >= GOAL)}"
+
+
 def _gb(rates: list[float]) -> str:
     return f"{statistics.median(rates) / 1e9:.2f}"
 
@@ -261,17 +325,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement")
     parser.add_argument("--kills", type=int, default=6, help="of nodes, each in a new cluster")
     parser.add_argument("--transfer", default="nixl", help="nixl, ucxx or grpc")
+    parser.add_argument("--link", default="10gbit", help="of a network to compare over as well")
+    parser.add_argument("--beside-only", action="store_true", help="NIXL by hand, over loopback")
     options = parser.parse_args()
-    document: Document = {
-        "rounds": options.rounds,
-        "transfer": options.transfer,
-        "beside_raw": beside_raw(options.rounds, options.transfer),
-        "fan_out": fan_out(options.rounds, options.transfer),
-        "failover": failover(options.kills, options.transfer),
-    }
+    document: Document = {"rounds": options.rounds, "transfer": options.transfer}
+    beside = {LOOPBACK: beside_raw(options.rounds, options.transfer)}
+    document["beside_raw"] = beside
+    if not options.beside_only:
+        over = beside_raw_over(options.link, options.rounds, options.transfer)
+        if over is not None:
+            beside[options.link] = over
+        document["fan_out"] = fan_out(options.rounds, options.transfer)
+        document["failover"] = failover(options.kills, options.transfer)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1))
-    print(table(document))
+    if not options.beside_only:
+        print(table(document))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Transfer agents between two processes: `python -m benchmarks.transfer [--json FILE]`.
 
 Each agent, and NIXL by hand with the same UCX transports, reads and writes the same pieces in the
-same rounds. NIXL by hand with the transports that UCX itself would choose shows what is given up
-because the other process could not refuse it (see `kvstore.transfer.nixl`).
+same rounds: with UCX's own segments over TCP, and with the larger ones that ours has. NIXL by hand
+with the transports that UCX itself would choose shows what is given up because the other process
+could not refuse it (see `kvstore.transfer.nixl`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 PIECES = 64
 GOAL = 0.95  # of what NIXL by hand does
 OURS, RAW, RAW_ANY = "nixl", "NIXL by hand", "NIXL by hand, UCX's choice"
+RAW_LARGE = "NIXL by hand, large segments"
+_RAW = (RAW, RAW_LARGE, RAW_ANY)
 FRAMES = "grpc (frames over a socket)"
 _LEAST_BYTES = 64 << 20  # of a round's measurement: small pieces are moved several times
 _MEMORY_BYTES = PIECES * max(SIZES)
@@ -74,16 +77,18 @@ class ConnectionPipe:
 class RawNixl:
     """NIXL's bindings, without anything around them."""
 
-    def __init__(self, memory: Bytes1D, transports: str, *, passive: bool) -> None:
+    def __init__(self, memory: Bytes1D, name: str, *, passive: bool) -> None:
         self._bindings: Any = nixl.load()
         config = self._bindings.nixlAgentConfig()
         config.useProgThread, config.useListenThread = passive, False
         config.syncMode, config.pthrDelay = self._bindings.NIXL_THREAD_SYNC_STRICT, 1000
-        self._agent = self._bindings.nixlAgent(f"raw-{os.getpid()}-{transports}", config)
-        os.environ["UCX_TLS"] = transports
-        os.environ.setdefault("UCX_LOG_LEVEL", "error")
-        backend = self._agent.createBackend("UCX", {})
-        del os.environ["UCX_TLS"]
+        self._agent = self._bindings.nixlAgent(f"raw-{os.getpid()}-{name}", config)
+        allowed = "all" if name == RAW_ANY else nixl.transports(rdma=nixl.has_rdma())
+        with nixl.ucx_environment(allowed):
+            if name != RAW_LARGE:
+                for setting in ("UCX_TCP_TX_SEG_SIZE", "UCX_TCP_RX_SEG_SIZE"):
+                    del os.environ[setting]
+            backend = self._agent.createBackend("UCX", {})
         region = [(memory.ctypes.data, memory.nbytes, 0, "")]
         dram = self._bindings.DRAM_SEG
         self._agent.registerMem(self._bindings.nixlRegDList(dram, region), [backend])
@@ -120,10 +125,6 @@ class RawNixl:
         return self._bindings.nixlXferDList(self._bindings.DRAM_SEG, rows)
 
 
-def _transports(name: str) -> str:
-    return nixl.transports(rdma=nixl.has_rdma()) if name == RAW else "all"
-
-
 def _agent(name: str, connection: Connection | None = None) -> Agent:
     if name == FRAMES:
         pipes = (lambda _body, _timeout_s: ConnectionPipe(connection)) if connection else None
@@ -134,8 +135,8 @@ def _agent(name: str, connection: Connection | None = None) -> Agent:
 def passive(name: str, control: Connection, frames: Connection) -> None:
     """The other process: memory to read from and to write to."""
     memory = np.ones(_MEMORY_BYTES, np.uint8)
-    if name in (RAW, RAW_ANY):
-        raw = RawNixl(memory, _transports(name), passive=True)
+    if name in _RAW:
+        raw = RawNixl(memory, name, passive=True)
         control.send((raw.describe(), memory.ctypes.data))
         control.recv()
         return
@@ -162,8 +163,8 @@ class Way:
         description, self.address = self._control.recv()
         self._close: Callable[[], None] = lambda: None
         self.moves: dict[str, Move]
-        if name in (RAW, RAW_ANY):
-            raw = RawNixl(memory, _transports(name), passive=False)
+        if name in _RAW:
+            raw = RawNixl(memory, name, passive=False)
             raw.connect(description)
             self.moves = {"read": raw.read, "write": raw.write}
             return
@@ -199,7 +200,7 @@ def usable() -> Iterator[str]:
     """The ways that there are here."""
     with contextlib.suppress(Unavailable):
         nixl.load()
-        yield from (RAW, OURS, RAW_ANY)
+        yield from (RAW, RAW_LARGE, OURS, RAW_ANY)
     with contextlib.suppress(Unavailable):
         ucxx.load()
         yield "ucxx"
@@ -237,14 +238,14 @@ def share(rates: dict[str, list[float]]) -> float | None:
     """Of what NIXL by hand does: the median of the rounds' own."""
     if OURS not in rates:
         return None
-    return statistics.median(a / b for a, b in zip(rates[OURS], rates[RAW], strict=True))
+    return statistics.median(a / b for a, b in zip(rates[OURS], rates[RAW_LARGE], strict=True))
 
 
 def table(document: Document) -> str:
     """Markdown: GB/s of each way, and what share of NIXL by hand ours reaches."""
     results = document["results"]
     names = list(next(iter(next(iter(results.values())).values())))
-    head = [f"GB/s, {PIECES} pieces", *names, f"{OURS} / {RAW} (goal {GOAL})"]
+    head = [f"GB/s, {PIECES} pieces", *names, f"{OURS} / {RAW_LARGE} (goal {GOAL})"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for op, sizes in results.items():
         for size, rates in sizes.items():

@@ -57,6 +57,7 @@ MAX_CASTS = 16  # commands that wait on a client for the next call to take them 
 MAX_MEMBERS = 4096  # of a cluster
 MAX_MEMBER_WEIGHT = 1024
 MAX_REPLICAS = 7
+MAX_PARTS_AT_ONCE = 16  # puts of some cells of blocks that a node carries out at one time
 MAX_AGENT_BYTES = 64 << 10  # of what describes a transfer agent
 MAX_CLUSTER_SESSIONS = 1024  # of clients and other nodes at one node
 MAX_AGENT_REGIONS = 256  # memories that a transfer agent registers

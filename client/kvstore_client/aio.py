@@ -109,6 +109,10 @@ class AsyncKVStoreClient:
             self._threads,
         )
 
+    async def buffers(self, n: int, nbytes: int) -> AsyncView:
+        """See `KVStoreClient.buffers`."""
+        return AsyncView(await self._threads.run(self._client.buffers, n, nbytes), self._threads)
+
     async def put(
         self,
         namespace: NamespaceHandle,

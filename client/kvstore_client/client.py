@@ -28,7 +28,7 @@ class KVStoreClient:
 
     target: `unix:///path/to/kvstore.sock` (shared memory; gRPC where that cannot be had),
     `grpc+unix:///path/to/kvstore.grpc.sock`, `grpc://127.0.0.1:port`, or some nodes of a cluster,
-    `cluster://host:port,host:port[?transfer=KIND&replicas=N]`; none: the daemon of this user.
+    `cluster://host:port,host:port[?OPTIONS]` (see `parse_target`); none: the daemon of this user.
     timeout_s: the deadline of every call that names none. token: for TCP, and for a cluster, whose
     token may also be in the environment (see `cluster.access`). verify_reads: check the checksums
     at each `get_into` too (shared memory only: over gRPC it changes nothing, and what comes from
@@ -102,6 +102,13 @@ class KVStoreClient:
     ) -> View:
         """Holds the leading stored run of the chain and shows its bytes; no copy on one host."""
         return self._session.view(namespace, hashes, timeout_s=timeout_s)
+
+    def buffers(self, n: int, nbytes: int) -> View:
+        """n writable uint8 arrays of so many bytes, to put from. A cluster's nodes read them where
+        they lie, without a copy here; elsewhere they are ordinary memory. They must stay as they
+        are until the put has returned. `ResourceExhausted` where the memory that nodes read has no
+        room for them."""
+        return self._session.buffers(n, nbytes)
 
     def put(
         self,

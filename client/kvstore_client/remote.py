@@ -34,6 +34,7 @@ from kvstore.session.base import (
     PutResult,
     StoreInfo,
 )
+from kvstore.session.buffers import OwnBlocks, own_buffers
 from kvstore.session.control import Deadline
 from kvstore.session.requests import checked_chain, checked_get, checked_put
 from kvstore_client.rpc import Rpc
@@ -133,6 +134,10 @@ class RemoteSession:
         if arrival.reason is MissReason.UNAVAILABLE:
             raise Unavailable("the store is away")
         return CopiedView(blocks)
+
+    def buffers(self, n: int, nbytes: int) -> OwnBlocks:
+        """See `Session.buffers`."""
+        return own_buffers(n, nbytes)
 
     def put(
         self,

@@ -12,15 +12,17 @@ from kvstore import limits
 from kvstore.channel.paths import default_socket, grpc_socket
 from kvstore.errors import InvalidArgument, ProtocolError, Unavailable
 from kvstore.session import ChannelSession, Session
+from kvstore.sizes import parse_size
 from kvstore.transfer.choose import KINDS
 from kvstore_client.cluster.access import find_tls, find_token
-from kvstore_client.cluster.session import ClusterSession
+from kvstore_client.cluster.session import ARENA_BYTES, RING_BYTES, ClusterSession
 from kvstore_client.remote import RemoteSession
 
 CLUSTER_SCHEME = "cluster://"
 _NO_BLOCKS_BYTES = 1 << 16  # of memory, where only questions are asked
+_MOST_MEMORY_BYTES = 1 << 40
 _TRANSFER = "nixl"  # as nodes have it that were told nothing
-_OPTIONS = ("transfer", "replicas")
+_OPTIONS = ("transfer", "replicas", "arena", "ring")
 _FORMS = (
     "unix:///path/to/kvstore.sock, grpc+unix:///path/to/kvstore.grpc.sock, grpc://127.0.0.1:port or"
     " cluster://host:port,host:port"
@@ -42,13 +44,16 @@ class Target:
     """A parsed target.
 
     address: the channel's path, what gRPC takes for an address, or the addresses of some nodes with
-    commas between. transfer, replicas: of a cluster's target, None where it says nothing.
+    commas between. The others are of a cluster's target, None where it says nothing; arena, ring:
+    bytes of memory for puts and gets.
     """
 
     data_path: DataPath
     address: str
     transfer: str | None = None
     replicas: int | None = None
+    arena: int | None = None
+    ring: int | None = None
 
 
 def default_target() -> str:
@@ -58,7 +63,8 @@ def default_target() -> str:
 
 def parse_target(target: str) -> Target:
     """`unix:///x.sock`, `grpc+unix:///x.grpc.sock`, `grpc://host:port`, or
-    `cluster://host:port,host:port[?transfer=KIND&replicas=N]`; `InvalidArgument`."""
+    `cluster://host:port,host:port[?transfer=KIND&replicas=N&arena=SIZE&ring=SIZE]`;
+    `InvalidArgument`."""
     if target.startswith(CLUSTER_SCHEME):
         return _parse_cluster(target)
     url = _split(target)
@@ -80,16 +86,35 @@ def _parse_cluster(target: str) -> Target:
     given = parse_qsl(query, keep_blank_values=True)
     options = dict(given)
     if len(options) < len(given) or not options.keys() <= set(_OPTIONS):
-        names = " and ".join(_OPTIONS)
+        names = ", ".join(_OPTIONS)
         raise InvalidArgument("target", f"{target!r}: behind ? there may be {names}, each once")
-    transfer, replicas = (options.get(name) for name in _OPTIONS)
+    transfer, replicas = options.get("transfer"), options.get("replicas")
     if transfer is not None and transfer not in KINDS:
         kinds = ", ".join(KINDS)
         raise InvalidArgument("target", f"{target!r}: transfer is none of {kinds}")
     most = limits.MAX_REPLICAS
     if replicas is not None and replicas not in map(str, range(1, most + 1)):
         raise InvalidArgument("target", f"{target!r}: replicas must be 1 to {most}")
-    return Target(DataPath.CLUSTER, nodes, transfer, int(replicas) if replicas else None)
+    return Target(
+        DataPath.CLUSTER,
+        nodes,
+        transfer,
+        int(replicas) if replicas else None,
+        arena=_size(target, "arena", options),
+        ring=_size(target, "ring", options),
+    )
+
+
+def _size(target: str, name: str, options: dict[str, str]) -> int | None:
+    if name not in options:
+        return None
+    try:
+        found = parse_size(options[name])
+    except ValueError as error:
+        raise InvalidArgument("target", f"{target!r}: {name}: {error}") from None
+    if not 0 < found <= _MOST_MEMORY_BYTES:
+        raise InvalidArgument("target", f"{target!r}: {name} must be 1B to 1TiB")
+    return found
 
 
 def connect(
@@ -145,6 +170,8 @@ def _connect_cluster(
         timeout_s=timeout_s,
         replicas=found.replicas,
         transfer=found.transfer or _TRANSFER,
+        arena_bytes=found.arena or ARENA_BYTES,
+        ring_bytes=found.ring or RING_BYTES,
         lazy=lazy,
     )
 

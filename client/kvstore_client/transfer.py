@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from kvstore.errors import InvalidArgument, ProtocolError
 from kvstore.session.base import Bytes1D, Hit, Miss, MissReason
+from kvstore.session.buffers import OwnBlocks
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.v1.chunks import Assembly, cut
 from kvstore_proto.v1.translate import reason_of, tier_of
@@ -82,25 +81,10 @@ class Arrival:
         self._ended = True
 
 
-class CopiedView:
+class CopiedView(OwnBlocks):
     """A `View` of private copies: nothing is held in the store, and they stay good as they are."""
 
     def __init__(self, blocks: list[Bytes1D]) -> None:
         for block in blocks:
             block.flags.writeable = False
-        self.blocks = blocks
-
-    def release(self) -> None:
-        """Lets go of the copies."""
-        self.blocks = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.release()
+        super().__init__(blocks)

@@ -179,7 +179,8 @@ async def spread(
     own: c.U8,
 ) -> Spread:
     """Brings blocks to `copies` nodes, this one among them: to the first of their partners at once,
-    and to the next one for each that fails. own: 1 where this node has synced a block."""
+    and to the next one for each that fails or is suspected meanwhile. own: 1 where this node has
+    synced a block."""
     n = len(held.hashes)
     ttls = np.full(n, ttl_ms, np.uint64)
     found = np.ones(n, np.uint8)
@@ -189,28 +190,36 @@ async def spread(
     waiting = list(partners)
     running: list[tuple[Member, Task[Pulled]]] = []
     short = copies - 1
-    while (short > 0 and waiting) or running:
-        while len(running) < short and waiting:
-            to = waiting.pop(0)
-            left = max(end_ms - site.world.now_ms(), 1.0)
-            work = push(site, held, to, view=view, timeout_ms=left, persist=persist, ttl_ms=ttls)
-            running.append((to, site.world.spawn(work)))
-        await site.world.wait([task for _, task in running], end_ms - site.world.now_ms())
-        over = [(to, task) for to, task in running if task.done]
-        if not over:  # out of time: what they may yet do is for the next round of anti-entropy
-            for _to, task in running:
-                task.cancel()
-            break
-        for entry in over:
-            running.remove(entry)
-            there = _outcome(entry[1], view.epoch)
-            if there is None:
-                continue
-            stored, synced = there
-            if stored.all():
-                short -= 1
-            found += stored
-            persisted &= np.where(stored, synced, persisted)
+    try:
+        while short > 0 and (waiting or running):
+            # One that does not answer pings either has another one take its place.
+            hopeful = sum(not site.health.suspects(to.name) for to, _ in running)
+            while hopeful < short and waiting:
+                to = waiting.pop(0)
+                left = max(end_ms - site.world.now_ms(), 1.0)
+                work = push(
+                    site, held, to, view=view, timeout_ms=left, persist=persist, ttl_ms=ttls
+                )
+                running.append((to, site.world.spawn(work)))
+                hopeful += 1
+            left_ms = end_ms - site.world.now_ms()
+            await site.world.wait([task for _, task in running], min(left_ms, site.policy.ping_ms))
+            over = [(to, task) for to, task in running if task.done]
+            if not over and left_ms <= 0:
+                break
+            for entry in over:
+                running.remove(entry)
+                there = _outcome(entry[1], view.epoch)
+                if there is None:
+                    continue
+                stored, synced = there
+                if stored.all():
+                    short -= 1
+                found += stored
+                persisted &= np.where(stored, synced, persisted)
+    finally:
+        for _to, task in running:  # what they may yet do is for the next round of anti-entropy
+            task.cancel()
     return Spread(copies=found, persisted=persisted)
 
 

@@ -1,8 +1,9 @@
 """How a node learns who is a member, and how the members' list changes.
 
-Whoever has the least name of those that are registered keeps the list: it takes out who is gone,
-lets in who has come, and ends a joining or a draining once all members have brought their blocks to
-where they belong. Each change is a compare-and-swap of the epoch, so two keepers do no harm.
+Whoever has the least name of the members that are registered keeps the list: it takes out who is
+gone, lets in who has come, and ends a joining or a draining once all members have brought their
+blocks to where they belong. Each change is a compare-and-swap of the epoch, so two keepers do no
+harm.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kvstore.errors import (
     DeadlineExceeded,
     InvalidArgument,
     KVStoreError,
+    PermissionDenied,
     ProtocolError,
     Unavailable,
 )
@@ -38,6 +40,15 @@ from kvstore.errors import (
 _AWAY = (Unavailable, DeadlineExceeded)
 _TRIES = 5
 ForgetAll = Callable[[str, bytes, int], Awaitable[int]]
+
+
+def _keeper(view: View | None, names: Sequence[str]) -> str:
+    """Who keeps the list, of those that are registered: a member that takes part in drops, so that
+    it can tell whether anybody is left who knows what was forgotten; any one where there is none.
+    Empty for none."""
+    states = {member.name: member.state for member in view.members} if view else {}
+    taking = [name for name in names if states.get(name, MemberState.OUT) != MemberState.OUT]
+    return min(taking or names, default="")
 
 
 class Membership:
@@ -50,7 +61,8 @@ class Membership:
 
     async def run(self) -> None:
         """Registers, then follows and keeps the list for ever. Never ends by itself, but for
-        `InvalidArgument`: another living node has this one's name."""
+        `InvalidArgument`: another living node has this one's name; and `PermissionDenied`, where it
+        may not even register."""
         site = self._site
         registered = False
         while True:
@@ -61,7 +73,10 @@ class Membership:
                 await self._round()
                 self.coordinated = True
                 await self._coordination.changed(site.policy.watch_s)
-            except (*_AWAY, ProtocolError):  # the data path goes on under the last view
+            except (*_AWAY, ProtocolError, PermissionDenied) as error:
+                if isinstance(error, PermissionDenied) and not registered:
+                    raise  # whoever has set this up is to see it
+                # The data path goes on under the last view.
                 self.coordinated, self.failed = False, True
                 await site.world.sleep(site.policy.retry_ms)
 
@@ -73,23 +88,36 @@ class Membership:
             site.adopt(view)
         await self._serve(present)
         names = [member.name for member in present]
-        if site.me.name in names and site.me.name == min(names):
+        if site.me.name == _keeper(view, names):
+            if view is not None:
+                await self._look_for([m for m in view.members if m.name not in names])
             wanted = self.wanted(view, present)
             if wanted is not None and await self._coordination.advance(wanted):
                 site.adopt(wanted)
                 await self._serve(present)
 
+    async def _look_for(self, members: Sequence[Member]) -> None:
+        """Asks those whose registration has ended whether they live: after an outage of the
+        coordination all registrations have, and nobody is gone for that."""
+        site = self._site
+        unknown = [m for m in members if not site.health.suspects(m.name)]
+        tasks = [site.world.spawn(self._ping(member)) for member in unknown]
+        await site.world.wait_all(tasks, 2 * site.policy.ping_timeout_ms)
+
     def wanted(self, view: View | None, present: Sequence[Member]) -> View | None:
-        """The next view, None where the present one is right. present: who is registered."""
+        """The next view, None where the present one is right. present: who is registered. Who is
+        not, and does not answer either, is out of it."""
         site = self._site
         if view is None:
             members = tuple(replace(m, state=MemberState.UP, joined=1) for m in present)
             return View(epoch=1, replicas=site.replicas, members=members)
         here = {member.name: member for member in present}
-        gone = [member.name for member in view.members if member.name not in here]
-        left = [m for m in view.members if m.name in here and m.state != MemberState.JOINING]
+        gone = [m.name for m in view.members if m.name not in here]
+        gone = [name for name in gone if site.health.suspects(name)]
+        holders = (MemberState.UP, MemberState.DRAINING)
+        left = [m for m in view.members if m.name in here and m.state in holders]
         # Where nobody is left who knows what was forgotten, those that are gone are waited for.
-        if gone and (left or site.serving):
+        if gone and (left or (site.serving and site.role != MemberState.OUT)):
             return view.without(*gone)
         again = [
             replace(here[m.name], state=m.state, joined=m.joined)
@@ -138,18 +166,18 @@ class Membership:
         if now is None or now.joined != member.joined:
             return  # it was left out meanwhile, and is behind again
         if site.learnt != member.joined:
-            site.learnt = member.joined
+            site.learnt, site.through = member.joined, site.view.epoch
             site.save()
         site.serving, self._lonely_ms = True, None
 
     async def _learn_generations(self, present: Sequence[Member]) -> bool:
         """Whether all is known. A drop is acknowledged only when all members have done it, so any
-        one that serves knows; where none does, all of them together. In a static list none
-        acknowledged a drop without this node. Where all who may know are gone for long, this node
-        forgets whatever it has."""
+        one that serves knows of those since it joined or learnt of them itself; where none serves,
+        all of them together. In a static list none acknowledged a drop without this node. Where all
+        who may know are gone for long, this node forgets whatever it has."""
         site = self._site
         others = site.others()
-        silent, known = len(others), not others
+        answers: dict[str, Generations] = {}
         for member in others:
             try:
                 found = await call(site, member, AskGenerations(), site.policy.call_ms)
@@ -157,18 +185,28 @@ class Membership:
                 continue
             assert isinstance(found, Generations)
             await self._catch_up(found)
-            silent, known = silent - 1, known or bool(found.serving)
-        if known or not silent:
+            answers[member.name] = found
+        near = [found for found in answers.values() if found.since <= site.through + 1]
+        whole = len(answers) == len(others)
+        if not others or any(found.serving for found in near) or (near and whole):
             return True
-        if site.world.now_ms() < self._lonely_until_ms:
-            return False
-        me, here = site.view.find(site.me.name), {member.name for member in present}
-        if me is not None and not me.joined:
-            return True
-        if any(member.name in here for member in others):
-            return False
-        await self._forget_everything()
+        serving = [found.since for found in answers.values() if found.serving]
+        if not (serving and await self._has_nothing()):
+            if site.world.now_ms() < self._lonely_until_ms:
+                return False
+            me, here = site.view.find(site.me.name), {member.name for member in present}
+            if me is not None and not me.joined:
+                return True
+            if any(member.name in here and member.name not in answers for member in others):
+                return False
+            await self._forget_everything()
+        me = site.view.find(site.me.name)
+        site.since = min(serving, default=me.joined if me else site.view.epoch)
         return True
+
+    async def _has_nothing(self) -> bool:
+        stats: c.Stats = await self._site.store.command(c.Stat(), self._site.policy.call_ms)
+        return not stats.blocks
 
     async def _forget_everything(self) -> None:
         """As if this node had come with nothing: who could tell what was forgotten is gone."""
@@ -206,6 +244,7 @@ class Membership:
             layouts="\n".join(layout for (_name, layout), _n in known),
             numbers=np.array([n for _, n in known], np.uint64),
             serving=int(site.serving),
+            since=site.since,
         )
 
     # -- health ------------------------------------------------------------------------

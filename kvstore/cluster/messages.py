@@ -8,7 +8,9 @@ Every message that changes something carries the epoch that its sender goes by.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from kvstore import commands
 from kvstore.channel.records import Codec
@@ -37,6 +39,7 @@ class PutStatus(enum.IntEnum):
     NO_SPACE = 2
     FAILED = 3  # its bytes did not arrive, or not as they were announced
     BUSY = 4  # another put of the same key is under way there
+    WAITING = 5  # these cells are there, and others' have yet to come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +181,8 @@ class Put:
 
     put_ids: (n, 16). checksums: (n, cells), of what is to arrive. parents: (n, 32), zeros where
     unknown. positions: uint32, 2**32 - 1 where unknown. ttl_ms: as in `Commit`. copies: how many
-    to wait for. wait_ms: as in `Get`.
+    to wait for. wait_ms: as in `Get`. cells: ascending, those alone are put, one after another at
+    each address; others put the rest of these blocks under the same put ids. Empty for all.
     """
 
     session: int
@@ -195,6 +199,7 @@ class Put:
     copies: int
     wait_ms: int
     persist: int
+    cells: U32 = field(default_factory=lambda: np.empty(0, np.uint32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,12 +325,14 @@ class AskGenerations:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generations:
     """names and layouts: one a line each (layouts as in `Description`); numbers: their cluster-wide
-    generations. serving: as in `Pong`."""
+    generations. serving: as in `Pong`. since: the epoch from which on all of them are known: what
+    was forgotten before may be missing."""
 
     names: str
     layouts: str
     numbers: U64
     serving: int
+    since: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from kvstore.cluster.heat import Heat
 from kvstore.cluster.intake import Arrivals, give_up, take_in
 from kvstore.cluster.members import Member, encode_view
 from kvstore.cluster.membership import Membership
+from kvstore.cluster.parts import take_part
 from kvstore.cluster.repair import Repair
 from kvstore.cluster.site import NodePolicy, Site, Space, mark_of
 from kvstore.cluster.world import Attachment, Ledger, Memory, NodeStore, Transfers, World
@@ -35,7 +36,7 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.session.parts import part_of
+from kvstore.session.parts import checked_cells, part_of
 from kvstore.transfer.base import Pieces, TransferFailed
 
 _STORED = (m.PutStatus.STORED, m.PutStatus.EXISTS)
@@ -210,6 +211,7 @@ class Node:
         hashes = _checked(message.hashes)
         if len(message.addresses) != len(hashes):
             raise InvalidArgument("addresses", "expected one for each block")
+        checked_cells(space.layout, message.cells.tolist())
         memory = self._memory_of(message.session)
         site.counters.gets += 1
         n, end_ms = len(hashes), site.world.now_ms() + message.wait_ms
@@ -289,7 +291,14 @@ class Node:
             memory = self._memory_of(message.session)
             arrivals = _arrivals(message, space).rows(absent)
             left_ms = max(end_ms - site.world.now_ms(), 1.0)
-            status[absent] = await take_in(site, space, memory, arrivals, left_ms)
+            cells = checked_cells(space.layout, message.cells.tolist())
+            if len(cells):
+                taken = await take_part(
+                    site, space, memory, arrivals, cells=cells, timeout_ms=left_ms
+                )
+            else:
+                taken = await take_in(site, space, memory, arrivals, left_ms)
+            status[absent] = taken
         there = np.flatnonzero(np.isin(status, _STORED))
         answer = await self._make_copies(
             space,
@@ -683,13 +692,15 @@ def _check_put(message: m.Put) -> None:
 
 def _arrivals(message: m.Put | m.Pull, space: Space) -> Arrivals:
     """What is to arrive; `InvalidArgument` names an array of another shape than the others."""
-    n = len(message.hashes)
+    n, n_cells = len(message.hashes), space.layout.n_cells
+    if isinstance(message, m.Put) and len(message.cells):
+        n_cells = len(message.cells)
     ttl_ms = message.ttl_ms
     ttls = np.full(n, ttl_ms, np.uint64) if isinstance(ttl_ms, int) else ttl_ms
     shapes = {
         "put_ids": (message.put_ids.shape, (n, 16)),
         "addresses": (message.addresses.shape, (n,)),
-        "checksums": (message.checksums.shape, (n, space.layout.n_cells)),
+        "checksums": (message.checksums.shape, (n, n_cells)),
         "parents": (message.parents.shape, (n, limits.KEY_BYTES)),
         "positions": (message.positions.shape, (n,)),
         "ttl_ms": (ttls.shape, (n,)),

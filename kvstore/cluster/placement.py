@@ -66,6 +66,12 @@ def new_put_id(nonce: bytes, place: int) -> bytes:
     return _PLACED + nonce + place.to_bytes(_PLACE_BYTES, "little")
 
 
+def nonce_of(put_id: bytes) -> bytes:
+    """The nonce of a put that several clients make together, of the put id that they agreed on:
+    the same at all of them."""
+    return xxhash.xxh3_64_digest(put_id)[:NONCE_BYTES]
+
+
 def places_of_put_ids(put_ids: U8) -> tuple[U64, npt.NDArray[np.bool_]]:
     """The places that put ids (n, 16) carry, uint64 (n,), and which of them do, bool (n,): others
     are of blocks that some client put into one node's store, for itself alone."""

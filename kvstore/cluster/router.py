@@ -18,7 +18,14 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.cluster import messages as m
 from kvstore.cluster.members import Member, MemberState, View, decode_view
-from kvstore.cluster.placement import NONCE_BYTES, PUT_ID_BYTES, SPARE, Ranking, new_put_id
+from kvstore.cluster.placement import (
+    NONCE_BYTES,
+    PUT_ID_BYTES,
+    SPARE,
+    Ranking,
+    new_put_id,
+    nonce_of,
+)
 from kvstore.cluster.site import Health
 from kvstore.cluster.world import Attachment, Task, World
 from kvstore.errors import (
@@ -30,11 +37,14 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.layout import Layout
+from kvstore.session.parts import ALL_CELLS
 from kvstore.transfer.base import TransferFailed
 
 _NO_NODE = "no node of the cluster answers"
 _RENEWALS = 16  # pieces of one get that may be asked for anew after this side failed
 _GONE = (Unavailable, DeadlineExceeded)
+_OVER = -1  # the landing ring of sessions that are not to be used any more
+_BEHIND_MS = 25.0  # between two questions to a member that goes by an earlier view
 _ROOM_MS = 2.0  # between two looks at whether there is room in the landing ring
 
 
@@ -52,7 +62,7 @@ class RouterPolicy:
     ping_ms: float = 250.0
     ping_timeout_ms: float = 250.0
     in_flight: int = 8
-    piece_bytes: int = 16 << 20
+    piece_bytes: int = 8 << 20
     hot_segments: int = 4096
 
 
@@ -66,6 +76,10 @@ class ClientMemory(Protocol):
     @property
     def generation(self) -> int:
         """Changes when the ring, and with it the agent, was made anew."""
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of the landing ring, of which gets may count on half."""
 
     def describe(self) -> bytes:
         """See `Agent.describe`."""
@@ -82,6 +96,8 @@ class ClientMemory(Protocol):
 
 # Told of rows (of the get) that have landed at addresses, with their headers: which are sound.
 Accept = Callable[[npt.NDArray[np.intp], c.U64, c.U8], Awaitable[npt.NDArray[np.bool_]]]
+# Takes over a part of the ring with sound blocks, to give it back later; False where it does not.
+Keep = Callable[[c.U64], bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +113,11 @@ class ClusterSpace:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Puts:
-    """n blocks to be put, at addresses in the client's registered memory, each with its place."""
+    """n blocks to be put, at addresses in the client's registered memory, each with its place.
+
+    cells: of a part of each block, which all who put the blocks have agreed on a put id for; empty
+    for whole blocks, whose put ids are new ones.
+    """
 
     hashes: c.U8
     addresses: c.U64
@@ -109,6 +129,8 @@ class Puts:
     copies: int
     persist: bool
     here: bool = False  # they are in the store of the node that is asked already
+    cells: c.U32 = field(default_factory=lambda: ALL_CELLS)
+    agreed: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -208,6 +230,16 @@ class Router:
         if pong.name == member.name and pong.serving:
             self.health.answered(member.name)
 
+    async def is_there(self, member: Member) -> bool:
+        """Whether a member answers at all."""
+        try:
+            await self.call(member, m.Ping(epoch=self.epoch), self.policy.call_ms)
+        except _GONE:
+            return False
+        except KVStoreError:
+            return True
+        return True
+
     async def call(self, member: Member, message: Any, timeout_ms: float) -> Any:
         """`World.call` to a member; learns from how it goes whether to avoid it."""
         try:
@@ -280,6 +312,26 @@ class Router:
             space.numbers.pop(member.name, None)
             return await self.call(member, make(*await self._number(member, space)), timeout_ms)
 
+    async def _read(
+        self,
+        member: Member,
+        space: ClusterSpace,
+        make: Callable[[int, int], Any],
+        *,
+        timeout_ms: float,
+        patience_ms: float,
+    ) -> Any:
+        """`_asked`, for so long again and again where the member has not learnt of this client's
+        view yet: it will in a moment, and what it has may be nowhere else."""
+        end_ms = self._world.now_ms() + patience_ms
+        while True:
+            try:
+                return await self._asked(member, space, make, timeout_ms)
+            except m.WrongEpoch:
+                if self._world.now_ms() + _BEHIND_MS >= end_ms:
+                    raise
+            await self._world.sleep(_BEHIND_MS)
+
     async def _session(self, member: Member) -> int:
         """The number of this client's session at a member, begun where there is none."""
         generation = self._memory.generation
@@ -297,6 +349,12 @@ class Router:
         if made is None or made[0] != generation:  # it was begun for an earlier ring
             raise TransferFailed(f"the session at {member.name} is of another landing ring")
         return number
+
+    def _leave(self, member: Member, session: int) -> None:
+        """The next call begins another session: the member moves no more bytes by this one."""
+        known = self._sessions.get(member.name)
+        if known and known[1].welcomed.session == session:
+            self._sessions[member.name] = (_OVER, known[1])
 
     async def _attach(self, member: Member) -> int:
         old = self._sessions.pop(member.name, None)
@@ -374,56 +432,63 @@ class Router:
     ) -> c.U8:
         """The tiers of the longest stored leading part of a chain: uint8 (count,)."""
         await self._present()
-        end_ms = self._world.now_ms() + timeout_ms
+        world, end_ms = self._world, self._world.now_ms() + timeout_ms
         readers = self._readers(places)
         left = [list(readers[place]) for place in places.tolist()]
-        tiers = np.zeros(len(chain), np.uint8)
-        rows = list(range(len(chain)))
-        while rows and self._world.now_ms() < end_ms:
+        tiers, heard = np.zeros(len(chain), np.uint8), np.zeros(len(chain), bool)
+        rows, count = [row for row in range(len(chain)) if left[row]], 0
+        asked: list[tuple[Member, Task[None]]] = []
+        slow: set[str] = set()
+
+        async def look(member: Member, of: list[int]) -> None:
+            seen = await self._look(space, np.ascontiguousarray(chain[of]), member, end_ms)
+            tiers[of] = np.where(tiers[of], tiers[of], seen.tiers)
+            heard[of] = True
+
+        while rows or asked:
             by_member: dict[str, tuple[Member, list[int]]] = {}
             for row in rows:
-                if left[row]:
-                    member = left[row].pop(0)
-                    by_member.setdefault(member.name, (member, []))[1].append(row)
-            if not by_member:
-                break
-            await self._look_at(space, chain, by_member, tiers, end_ms)
-            # Only what ends the leading part is worth asking for elsewhere, with its segment, and
-            # whatever nobody has answered for before it.
+                member = left[row].pop(0)
+                by_member.setdefault(member.name, (member, []))[1].append(row)
+            asked += [(each, world.spawn(look(each, of))) for each, of in by_member.values()]
+            # Who takes long is waited for, but not alone.
+            until_ms = min(end_ms, world.now_ms() + self.policy.hedge_ms)
+            running = [task for _, task in asked]
+            while running and world.now_ms() < until_ms:
+                await world.wait(running, until_ms - world.now_ms())
+                running = [task for task in running if not task.done]
+            for entry in [entry for entry in asked if entry[1].done]:
+                asked.remove(entry)
+                _swallow(entry[1])
             count = len(tiers) if tiers.all() else int(tiers.argmin())
-            if count == len(chain):
+            if count == len(chain) or world.now_ms() >= end_ms:
                 break
-            place = places[count]
-            behind = [row for row in range(count, len(chain)) if places[row] == place]
-            rows = [row for row in behind if not tiers[row] and left[row]]
-        count = len(tiers) if tiers.all() else int(tiers.argmin())
-        return tiers[:count]
+            # What nobody has answered for is worth asking for elsewhere; of what is not there, only
+            # what ends the leading part, with its segment.
+            ends = (np.arange(len(chain)) >= count) & (places == places[count])
+            open_rows = np.flatnonzero((tiers == 0) & (~heard | ends)).tolist()
+            rows = [row for row in open_rows if left[row]]
+            slow = {member.name for member, _ in asked}
+        for member, task in asked:
+            task.cancel()
+            if member.name in slow:  # others were faster
+                self.health.failed(member.name)
+        return tiers[:count].copy()
 
-    async def _look_at(
-        self,
-        space: ClusterSpace,
-        chain: c.U8,
-        by_member: dict[str, tuple[Member, list[int]]],
-        tiers: c.U8,
-        end_ms: float,
-    ) -> None:
-        async def look(member: Member, rows: list[int]) -> None:
-            hashes = np.ascontiguousarray(chain[rows])
-            left_ms = min(self.policy.call_ms, end_ms - self._world.now_ms())
-            seen: m.Seen = await self._asked(
-                member,
-                space,
-                lambda number, instance: m.Look(
-                    epoch=self.epoch, namespace=number, instance=instance, hashes=hashes
-                ),
-                max(left_ms, 1.0),
-            )
-            tiers[rows] = seen.tiers
-
-        tasks = [self._world.spawn(look(*entry)) for entry in by_member.values()]
-        await self._world.wait_all(tasks, max(end_ms - self._world.now_ms(), 1.0))
-        for task in tasks:
-            _swallow(task)
+    async def _look(
+        self, space: ClusterSpace, hashes: c.U8, member: Member, end_ms: float
+    ) -> m.Seen:
+        left_ms = max(min(self.policy.call_ms, end_ms - self._world.now_ms()), 1.0)
+        seen: m.Seen = await self._read(
+            member,
+            space,
+            lambda number, instance: m.Look(
+                epoch=self.epoch, namespace=number, instance=instance, hashes=hashes
+            ),
+            timeout_ms=left_ms,
+            patience_ms=left_ms,
+        )
+        return seen
 
     # -- get ---------------------------------------------------------------------------
 
@@ -436,15 +501,17 @@ class Router:
         cells: c.U32,
         nbytes: int,
         accept: Accept,
+        keep: Keep | None = None,
         timeout_ms: float,
     ) -> c.U8:
         """Gets blocks, in whatever order they come; the tier of each, 0 for a miss: uint8 (n,).
 
         nbytes: of the cells of one block. accept: copies a block from where it landed to where it
-        is wanted, and says whether the copy is sound; only then it counts.
+        is wanted, and says whether the copy is sound; only then it counts. keep: for blocks that
+        are wanted where they landed.
         """
         await self._present()
-        get = _Get(self, space, chain, places, cells=cells, nbytes=nbytes, accept=accept)
+        get = _Get(self, space, chain, places, cells=cells, nbytes=nbytes, accept=accept, keep=keep)
         return await get.run(self._world.now_ms() + timeout_ms)
 
     # -- put ---------------------------------------------------------------------------
@@ -557,7 +624,7 @@ class Router:
 @dataclass(slots=True, eq=False)
 class _Piece:
     """Blocks that one member is asked for. ring: the generation of the memory that `addresses`
-    are of. asked: whether the member may have heard of them."""
+    are of. asked: whether the member may have heard of them, and by which session."""
 
     member: Member
     rows: npt.NDArray[np.intp]
@@ -566,6 +633,7 @@ class _Piece:
     hedge_at_ms: float
     asked: bool = False
     hedged: bool = False
+    session: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -589,9 +657,10 @@ class _Get:
         cells: c.U32,
         nbytes: int,
         accept: Accept,
+        keep: Keep | None,
     ) -> None:
         self._router, self._space, self._chain, self._places = router, space, chain, places
-        self._cells, self._nbytes, self._accept = cells, nbytes, accept
+        self._cells, self._nbytes, self._accept, self._keep = cells, nbytes, accept, keep
         readers = router._readers(places)
         self._left = [list(readers[place]) for place in places.tolist()]
         self._tiers = np.zeros(len(chain), np.uint8)
@@ -644,13 +713,19 @@ class _Get:
             if self._left[row]:
                 member = self._left[row][0]
                 by_member.setdefault(member.name, (member, []))[1].append(row)
-        step = max(1, router.policy.piece_bytes // self._nbytes)
+        step = max(
+            1, min(router.policy.piece_bytes, router._memory.ring_bytes // 4) // self._nbytes
+        )
         for member, rows in by_member.values():
             for first in range(0, len(rows), step):
                 if len(self._running) >= 4 * router.policy.in_flight:
                     return False
                 chosen = np.array(rows[first : first + step], np.intp)
                 addresses = router._memory.take(len(chosen), self._nbytes)
+                while addresses is None and len(chosen) > 1 and not self._running:
+                    # What is lost of the ring, or held, may leave room for fewer, and for long.
+                    chosen = chosen[: len(chosen) // 2]
+                    addresses = router._memory.take(len(chosen), self._nbytes)
                 if addresses is None:
                     return True  # when another piece has landed there is room again
                 for row in chosen.tolist():
@@ -676,8 +751,8 @@ class _Get:
         if router._memory.generation != piece.ring:  # the session is of a later ring
             raise TransferFailed("the landing ring was made anew meanwhile")
         wait_ms = max(end_ms - router._world.now_ms(), 1.0)
-        piece.asked = True
-        got: m.Got = await router._asked(
+        piece.asked, piece.session = True, session
+        got: m.Got = await router._read(
             member,
             self._space,
             lambda number, instance: m.Get(
@@ -690,7 +765,8 @@ class _Get:
                 cells=self._cells,
                 wait_ms=int(wait_ms),
             ),
-            wait_ms + router.policy.grace_ms,
+            timeout_ms=wait_ms + router.policy.grace_ms,
+            patience_ms=wait_ms,
         )
         return got
 
@@ -705,6 +781,7 @@ class _Get:
             return
         came = np.flatnonzero(got.tiers[: len(piece.rows)])
         came = came[self._tiers[piece.rows[came]] == 0]
+        kept = False
         if len(came):
             sound = await self._accept(piece.rows[came], piece.addresses[came], got.headers[came])
             good = came[sound]
@@ -715,7 +792,9 @@ class _Get:
             if not sound.all():
                 router.counters.corrupted += int(np.count_nonzero(~sound))
                 self._doubt(piece.member, piece.rows[came[~sound]])
-        router._memory.give(piece.addresses)
+            kept = self._keep is not None and bool(len(good)) and self._keep(piece.addresses)
+        if not kept:
+            router._memory.give(piece.addresses)
 
     def _failed(self, piece: _Piece, error: KVStoreError) -> None:
         """The next member is asked; whether this one still writes is not known, unless it said."""
@@ -726,7 +805,14 @@ class _Get:
             self._again -= 1
             for row in piece.rows.tolist():
                 self._left[row].insert(0, piece.member)
+        elif piece.asked and isinstance(error, TransferFailed):
+            router._leave(piece.member, piece.session)
+            if self._again > 0:  # once more, after all others, by another session
+                self._again -= 1
+                for row in piece.rows.tolist():
+                    self._left[row].append(piece.member)
         if piece.asked and isinstance(error, _GONE):
+            router._leave(piece.member, piece.session)
             router.counters.lost_landings += len(piece.rows)
             router._memory.lose(piece.addresses)
         else:
@@ -776,7 +862,8 @@ class _Put:
     """One put under way: segments that nobody has stored yet, and whom each was tried at.
 
     A segment goes to the best member that is not suspected, and to the next ones for what that one
-    could not; segments of one member go together.
+    could not; segments of one member go together. Where it is of parts, the others' go likewise,
+    so a member that is behind is waited for at first: who went to another one would miss them.
     """
 
     def __init__(self, router: Router, space: ClusterSpace, puts: Puts) -> None:
@@ -791,10 +878,14 @@ class _Put:
         self._left = [rows for rows in np.split(np.arange(n), edges) if len(rows)]
         self._tried: dict[int, set[str]] = {}  # by the segment's first row
         self._waited: set[int] = set()  # segments that found no room once, while others had it
-        nonces = {int(rows[0]): router._world.random.randbytes(NONCE_BYTES) for rows in self._left}
+        self._probes: dict[str, Task[bool]] = {}  # of members that take long
+        # How often a member is asked again that goes by an earlier view.
+        self._waits = int(router.policy.call_ms / _BEHIND_MS) if len(puts.cells) else 0
         self._put_ids = np.empty((n, PUT_ID_BYTES), np.uint8)
         for rows in self._left:
-            put_id = new_put_id(nonces[int(rows[0])], int(puts.places[rows[0]]))
+            random = router._world.random
+            nonce = nonce_of(puts.agreed) if puts.agreed else random.randbytes(NONCE_BYTES)
+            put_id = new_put_id(nonce, int(puts.places[rows[0]]))
             self._put_ids[rows] = np.frombuffer(put_id, np.uint8)
         self._parents = np.zeros((n, limits.KEY_BYTES), np.uint8)
         self._positions = np.full(n, 0xFFFFFFFF, np.uint32)
@@ -813,20 +904,41 @@ class _Put:
             left_ms = end_ms - world.now_ms()
             if not running or left_ms <= 0:
                 break
-            await world.wait([batch.task for batch in running], left_ms)
-            for batch in [batch for batch in running if batch.task.done]:
+            look_ms = self._router.policy.ping_ms
+            await world.wait([batch.task for batch in running], min(left_ms, look_ms))
+            done = [batch for batch in running if batch.task.done]
+            for batch in done:
                 running.remove(batch)
                 self._settle(batch, alone=not running)
+            if not done:
+                self._leave_the_dead(running)
         for batch in running:
             batch.task.cancel()
         return self._outcome
+
+    def _leave_the_dead(self, running: list[_Batch]) -> None:
+        """Asks members that take long whether they are there; what was for one that is not goes to
+        the next one."""
+        dead = {name for name, probe in self._probes.items() if probe.done and not probe.result()}
+        self._probes = {name: probe for name, probe in self._probes.items() if not probe.done}
+        for batch in list(running):
+            name = batch.member.name
+            if name in dead:
+                running.remove(batch)
+                batch.task.cancel()
+                self._router.counters.failed_over += 1
+                self._go_on(batch, tried=True)
+            elif name not in self._probes:
+                probing = self._router.is_there(batch.member)
+                self._probes[name] = self._router._world.spawn(probing)
 
     def _start(self, running: list[_Batch], end_ms: float) -> None:
         router = self._router
         most = max(1, router.policy.piece_bytes // self._space.layout.block_bytes)
         targets = router._targets([int(self._puts.places[rows[0]]) for rows in self._left])
-        batches: dict[str, tuple[Member, list[npt.NDArray[np.intp]]]] = {}
+        filling: dict[str, tuple[Member, list[npt.NDArray[np.intp]]]] = {}
         sizes: dict[str, int] = {}
+        batches: list[tuple[Member, list[npt.NDArray[np.intp]]]] = []
         later = []
         for rows, order in zip(self._left, targets, strict=True):
             if running and int(rows[0]) in self._waited:
@@ -836,18 +948,21 @@ class _Put:
             member = next((each for each in order if each.name not in tried), None)
             if member is None:
                 continue  # nobody is left: it stays FAILED
-            _, together = batches.setdefault(member.name, (member, []))
-            size = sizes.get(member.name, 0)
-            if size >= most or len(running) + len(batches) > router.policy.in_flight:
-                later.append(rows)
-            else:
-                together.append(rows)
-                sizes[member.name] = size + len(rows)
+            if member.name not in filling:
+                if len(running) + len(batches) >= router.policy.in_flight:
+                    later.append(rows)
+                    continue
+                filling[member.name], sizes[member.name] = (member, []), 0
+                batches.append(filling[member.name])
+            _, segments = filling[member.name]
+            segments.append(rows)
+            sizes[member.name] += len(rows)
+            if sizes[member.name] >= most:
+                del filling[member.name]
         self._left = later
-        for member, segments in batches.values():
-            if segments:
-                task = router._world.spawn(self._put_at(member, segments, end_ms))
-                running.append(_Batch(member, segments, task))
+        for member, segments in batches:
+            task = router._world.spawn(self._put_at(member, segments, end_ms))
+            running.append(_Batch(member, segments, task))
 
     def _settle(self, batch: _Batch, *, alone: bool) -> None:
         """What a member did not take is tried at the next one. alone: whether nothing else of this
@@ -857,6 +972,9 @@ class _Put:
             batch.task.result()
         except m.WrongEpoch as error:
             lags = not error.view  # it will learn; else the view is a later one by now
+            if lags and self._waits:
+                self._waits -= 1
+                lags = False
         except (InvalidArgument, ResourceExhausted):
             raise
         except KVStoreError:
@@ -864,13 +982,18 @@ class _Put:
             lags = True
         else:
             full = self._outcome.status == m.PutStatus.NO_SPACE
-            for rows in [] if alone else batch.segments:
+            # A part is not put twice to one member: its cells would be in the way of themselves.
+            for rows in [] if alone or len(self._puts.cells) else batch.segments:
                 if full[rows].any() and int(rows[0]) not in self._waited:
                     self._waited.add(int(rows[0]))
                     self._left.append(rows)
             return
+        self._go_on(batch, tried=lags)
+
+    def _go_on(self, batch: _Batch, *, tried: bool) -> None:
+        """A batch is to be stored anew. tried: elsewhere."""
         for rows in batch.segments:
-            if lags:
+            if tried:
                 self._tried.setdefault(int(rows[0]), set()).add(batch.member.name)
             self._left.append(rows)
 
@@ -912,9 +1035,18 @@ class _Put:
                 copies=puts.copies,
                 wait_ms=wait_ms,
                 persist=int(puts.persist),
+                cells=puts.cells,
             )
 
-        stored: m.Stored = await router._asked(member, self._space, message, left_ms)
+        try:
+            stored: m.Stored = await router._asked(member, self._space, message, left_ms)
+        except m.WrongEpoch as error:
+            if self._waits and not error.view:
+                await router._world.sleep(_BEHIND_MS)
+            raise
+        except TransferFailed:
+            router._leave(member, session)
+            raise
         outcome = self._outcome
         outcome.status[rows], outcome.copies[rows] = stored.status, stored.copies
         outcome.persisted[rows] = stored.persisted

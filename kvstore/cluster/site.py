@@ -147,7 +147,10 @@ class Site:
         self._spaces: dict[int, Space] = {}
         self._by_mark: dict[tuple[str, str], Space] = {}
         # learnt: since when (`Member.joined`) it has been a member that knows what was forgotten.
-        self.seen_epoch, self.learnt, self.forgotten = _read(ledger.load())
+        # since, through: the first and the last epoch of which it knows all that was.
+        self.seen_epoch, self.learnt, self.since, self.through, self.forgotten = _read(
+            ledger.load()
+        )
         self.view = View(epoch=0, replicas=replicas, members=())
         self.ranking = Ranking(self.view)
 
@@ -157,10 +160,12 @@ class Site:
         """Goes by a later view from now on, and remembers its epoch first; False for another."""
         if view.epoch <= self.view.epoch or view.epoch < self.seen_epoch:
             return False
+        member = view.find(self.me.name)
+        if member and member.joined == self.learnt and member.state != MemberState.OUT:
+            self.through = view.epoch
         if view.epoch > self.seen_epoch:
             self.seen_epoch = view.epoch
             self.save()
-        member = view.find(self.me.name)
         if member is None or member.joined != self.learnt:
             self.serving = False  # it was no member for a while, and missed what was forgotten
         self.view, self.ranking = view, Ranking(view)
@@ -198,6 +203,8 @@ class Site:
             "version": 1,
             "epoch": self.seen_epoch,
             "learnt": self.learnt,
+            "since": self.since,
+            "through": self.through,
             "forgotten": forgotten,
         }
         self._ledger.save(json.dumps(fields, sort_keys=True).encode())
@@ -274,14 +281,16 @@ class Site:
         return self.forgotten.get(mark, 0)
 
 
-def _read(data: bytes) -> tuple[int, int, dict[tuple[str, str], int]]:
+def _read(data: bytes) -> tuple[int, int, int, int, dict[tuple[str, str], int]]:
     if not data:
-        return 0, -1, {}
+        return 0, -1, 0, -1, {}
     try:
         fields = json.loads(data)
         if fields["version"] != 1:
             raise ProtocolError(f"a ledger of version {fields['version']}; this release knows 1")
         forgotten = {(str(name), str(lay)): int(n) for name, lay, n in fields["forgotten"]}
-        return int(fields["epoch"]), int(fields["learnt"]), forgotten
+        learnt = int(fields["learnt"])
+        since, through = int(fields.get("since", 0)), int(fields.get("through", learnt))
+        return int(fields["epoch"]), learnt, since, through, forgotten
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProtocolError(f"malformed ledger: {error}") from None

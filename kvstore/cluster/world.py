@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
 from kvstore import commands as c
 from kvstore.cluster.messages import Hello, Welcomed
 from kvstore.layout import Layout
+from kvstore.session.parts import ALL_CELLS
 from kvstore.transfer.base import Pieces
 
 T = TypeVar("T")
@@ -121,6 +123,18 @@ class Ledger(Protocol):
         """Durable when this returns. Raises OSError."""
 
 
+class Seat(Protocol):
+    """A connection to a node's store that one put has for itself: where several put cells of one
+    block, the store tells them apart by their connections."""
+
+    async def command(self, command: c.Command, timeout_ms: float) -> Any:
+        """As `NodeStore.command`."""
+
+    async def lose(self) -> None:
+        """Ends the connection, because what was reserved by it may still be written to: these
+        slots are nobody's until this process ends."""
+
+
 class NodeStore(Protocol):
     """One node's own store, and its pool as it is mapped in the node's process."""
 
@@ -132,6 +146,10 @@ class NodeStore(Protocol):
         """Carries out one command, as a client that writes the pool itself. Raises as `Link.call`;
         `Unavailable` once the store has gone, after which nothing works any more."""
 
+    def seat(self, timeout_ms: float) -> AbstractAsyncContextManager[Seat]:
+        """Has a `Seat` meanwhile; `DeadlineExceeded` where others have all of them for so long.
+        Who leaves it holds nothing by it any more."""
+
     def look(self, namespace: int, hashes: c.U8) -> c.U8:
         """The tier code of each of the blocks, 0 for one that is not stored: uint8 (n,). Reads the
         index alone: blocks are not read by it in the sense of eviction."""
@@ -142,6 +160,6 @@ class NodeStore(Protocol):
     def headers(self, layout: Layout, granules: c.U32) -> c.U8:
         """The headers in front of them, of leased blocks: uint8 (n, header bytes), a copy."""
 
-    async def sums(self, layout: Layout, granules: c.U32) -> c.U64:
-        """The checksums of all cells of what lies in these slots now: uint64 (n, cells). May run
-        on another thread."""
+    async def sums(self, layout: Layout, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
+        """The checksums of all or some cells of what lies in these slots now: uint64 (n, cells).
+        May run on another thread."""

@@ -236,6 +236,12 @@ class Session(Protocol):
     ) -> View:
         """Holds the leading stored run of the chain and shows its bytes; no copy on one host."""
 
+    def buffers(self, n: int, nbytes: int) -> View:
+        """n writable uint8 arrays of so many bytes, to put from. A cluster's nodes read them where
+        they lie, without a copy here; elsewhere they are ordinary memory. They must stay as they
+        are until the put has returned. `ResourceExhausted` where the memory that nodes read has no
+        room for them."""
+
     def put(
         self,
         namespace: NamespaceHandle,

@@ -44,6 +44,7 @@ from kvstore.session.base import (
     NamespaceHandle,
     PutResult,
 )
+from kvstore.session.buffers import OwnBlocks, own_buffers
 from kvstore.session.control import ControlSession, Deadline
 from kvstore.session.copies import in_parallel, move, move_rows, row_groups
 from kvstore.session.link import Granted, Link, Memory
@@ -179,6 +180,10 @@ class LocalSession(ControlSession):
         for block in blocks:
             block.flags.writeable = False
         return LocalView(self, leased.lease, blocks)
+
+    def buffers(self, n: int, nbytes: int) -> OwnBlocks:
+        """See `Session.buffers`."""
+        return own_buffers(n, nbytes)
 
     def release(self, lease: int) -> None:
         """Ends a view's lease; with the store gone there is none."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from kvstore import commands as c
 from kvstore import limits
@@ -44,6 +45,13 @@ class Part:
         return [
             move_and_hash(target + at, source + own, nbytes, arrived[at : at + nbytes])
             for at, own, nbytes in self.cell_runs
+        ]
+
+    def sums(self, payload: memoryview) -> list[int]:
+        """The checksums of its cells in a block's payload."""
+        return [
+            xxhash.xxh3_64_intdigest(payload[at : at + nbytes])
+            for at, _own, nbytes in self.cell_runs
         ]
 
     def take_out(self, source: int, target: int, arrived: memoryview) -> list[int]:

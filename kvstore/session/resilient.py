@@ -40,6 +40,7 @@ from kvstore.session.base import (
     StoreInfo,
     View,
 )
+from kvstore.session.buffers import OwnBlocks, own_buffers
 from kvstore.session.control import Deadline
 from kvstore.session.fork import ForkGuard
 from kvstore.session.requests import (
@@ -210,6 +211,10 @@ class ResilientSession:
         return self._lasting(
             timeout_s, lambda now, left_s: now.view(namespace, hashes, timeout_s=left_s)
         )
+
+    def buffers(self, n: int, nbytes: int) -> OwnBlocks:
+        """See `Session.buffers`."""
+        return own_buffers(n, nbytes)
 
     def drop(
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None

@@ -68,6 +68,13 @@ def run(
     peer_advertise: Annotated[str | None, typer.Option(help=_help("peer_advertise"))] = None,
     members: Annotated[str | None, typer.Option(help=_help("members"))] = None,
     etcd: Annotated[str | None, typer.Option(help=_help("etcd"))] = None,
+    etcd_user: Annotated[str | None, typer.Option(help=_help("etcd_user"))] = None,
+    etcd_password_file: Annotated[
+        str | None, typer.Option(help=_help("etcd_password_file"))
+    ] = None,
+    etcd_ca: Annotated[str | None, typer.Option(help=_help("etcd_ca"))] = None,
+    etcd_cert: Annotated[str | None, typer.Option(help=_help("etcd_cert"))] = None,
+    etcd_key: Annotated[str | None, typer.Option(help=_help("etcd_key"))] = None,
     cluster: Annotated[str | None, typer.Option(help=_help("cluster"))] = None,
     replicas: Annotated[str | None, typer.Option(help=_help("replicas"))] = None,
     node_weight: Annotated[str | None, typer.Option(help=_help("node_weight"))] = None,

@@ -49,6 +49,24 @@ def load_shared_secret(path: Path) -> bytes:
     return secret
 
 
+def load_password(path: Path) -> str:
+    """etcd's password, which an administrator gave to a node: all of the file but line ends at its
+    end. `InvalidArgument` for a file that cannot be read, or that all users can, or is empty."""
+    name = "etcd_password_file"
+    try:
+        password = path.read_text().rstrip("\r\n")
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise InvalidArgument(name, f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidArgument(name, f"{path} is no text in UTF-8") from None
+    if mode & 0o007:
+        raise InvalidArgument(name, f"all users can reach {path}: run chmod 600 on it")
+    if not password:
+        raise InvalidArgument(name, f"{path} is empty: write the password into it")
+    return password
+
+
 def make_shared_secret(path: Path) -> None:
     """Makes a new secret for a cluster, of 32 random bytes, which goes to all of its nodes.
 

@@ -218,6 +218,11 @@ def node_command(settings: Settings) -> list[str]:
     command += ["--secret-file", str(settings.shared_secret), "--data-dir", str(settings.data_dir)]
     command += ["--log-format", settings.log_format, "--log-level", settings.log_level]
     optional = {
+        "--etcd-user": settings.etcd_user,
+        "--etcd-password-file": settings.etcd_password_file,
+        "--etcd-ca": settings.etcd_ca,
+        "--etcd-cert": settings.etcd_cert,
+        "--etcd-key": settings.etcd_key,
         "--tls-ca": settings.peer_tls_ca,
         "--tls-certificate": settings.peer_tls_certificate,
         "--tls-key": settings.peer_tls_key,

@@ -198,6 +198,19 @@ class Settings(BaseSettings):
         default="", description="All nodes of a cluster without etcd: NAME=HOST:PORT,..."
     )
     etcd: str = Field(default="", description="etcd's endpoints, http://HOST:PORT,...")
+    etcd_user: OptionalText = Field(
+        default=None, description="User of etcd, where it asks for one (none: it does not)."
+    )
+    etcd_password_file: OptionalPath = Field(
+        default=None, description="File with that user's password."
+    )
+    etcd_ca: OptionalPath = Field(
+        default=None, description="PEM of the authority of etcd's certificates (none: public ones)."
+    )
+    etcd_cert: OptionalPath = Field(
+        default=None, description="PEM of the certificate that this node shows to etcd."
+    )
+    etcd_key: OptionalPath = Field(default=None, description="PEM of its key.")
     cluster: str = Field(default="default", description="The cluster's name in etcd.")
     replicas: WholeNumber = Field(
         default=2, ge=1, le=limits.MAX_REPLICAS, description="Copies that a cluster keeps."
@@ -294,6 +307,7 @@ class Settings(BaseSettings):
             raise ValueError(str(error)) from None
         if known and self.replicas > len(known):
             raise ValueError(f"{self.replicas} replicas cannot be on {len(known)} nodes")
+        self._check_etcd()
         tls = (self.peer_tls_ca, self.peer_tls_certificate, self.peer_tls_key)
         if any(tls) and not all(tls):
             raise ValueError("peer_tls_ca, peer_tls_certificate and peer_tls_key go together")
@@ -305,6 +319,18 @@ class Settings(BaseSettings):
                 " and peer_tls_key, or say peer_insecure"
             )
         return self
+
+    def _check_etcd(self) -> None:
+        tls = (self.etcd_ca, self.etcd_cert, self.etcd_key)
+        who = (self.etcd_user, self.etcd_password_file)
+        if not self.etcd and any((*tls, *who)):
+            raise ValueError("etcd_user and the like need etcd: members are in a list here")
+        if any(who) and not all(who):
+            raise ValueError("etcd_user and etcd_password_file go together")
+        if any(tls[1:]) and not all(tls[1:]):
+            raise ValueError("etcd_cert and etcd_key go together")
+        if any(tls) and "https://" not in self.etcd:
+            raise ValueError("etcd_ca, etcd_cert and etcd_key are for endpoints with https://")
 
     @property
     def advertised(self) -> str:

@@ -39,7 +39,7 @@ def test_the_asyncio_client_is_that_of_its_source(generated: str) -> None:
 
 def test_every_call_is_there_with_the_same_parameters() -> None:
     calls = [name for name in vars(KVStoreClient) if not name.startswith("_")]
-    assert len(calls) == 12
+    assert len(calls) == 13
     for name in calls:
         blocking = inspect.signature(getattr(KVStoreClient, name))
         awaited = inspect.signature(getattr(AsyncKVStoreClient, name))
@@ -62,6 +62,11 @@ async def use_every_call(target: str) -> None:
         got = [np.zeros(1000, np.uint8) for _ in HASHES]
         assert await client.get_into(namespace, HASHES, got) == [Hit(Tier.DRAM)] * 3
         np.testing.assert_array_equal(got, BLOCKS)
+        async with await client.buffers(3, 1000) as buffers:
+            for buffer in buffers.blocks:
+                buffer[:] = 1
+        with pytest.raises(InvalidArgument, match="one array"):
+            await client.buffers(0, 1000)
         async with await client.view(namespace, HASHES) as view:
             np.testing.assert_array_equal(view.blocks, BLOCKS)
         assert view.blocks == []

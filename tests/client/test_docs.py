@@ -92,7 +92,7 @@ def test_the_readme_s_code_runs(way: str, capsys: pytest.CaptureFixture[str]) ->
 def test_the_api_page_shows_every_method(kind: type) -> None:
     code = code_of(API)
     methods = {name for name in vars(kind) if not name.startswith("_")} - {"connect"}
-    assert len(methods) == 12
+    assert len(methods) == 13
     assert [name for name in sorted(methods) if f"store.{name}(" not in code] == []
 
 

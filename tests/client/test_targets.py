@@ -45,6 +45,10 @@ def no_access_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
             Target(DataPath.CLUSTER, "10.0.0.1:7420,[::1]:7421,h-2.x:1", "grpc", 3),
         ),
         ("cluster://h:1?replicas=1", Target(DataPath.CLUSTER, "h:1", None, 1)),
+        (
+            "cluster://h:1?ring=1GiB&arena=64MiB",
+            Target(DataPath.CLUSTER, "h:1", arena=64 << 20, ring=1 << 30),
+        ),
     ],
 )
 def test_a_target_says_how_and_where(text: str, expected: Target) -> None:
@@ -90,7 +94,9 @@ def test_other_targets_are_refused_with_the_forms_there_are(text: str) -> None:
         ("cluster://h:1?replicas=0", "replicas must be 1 to 7"),
         ("cluster://h:1?replicas=8", "replicas must be 1 to 7"),
         ("cluster://h:1?replicas=", "replicas must be 1 to 7"),
-        ("cluster://h:1?copies=2", "transfer and replicas, each once"),
+        ("cluster://h:1?copies=2", "transfer, replicas, arena, ring, each once"),
+        ("cluster://h:1?ring=much", "ring: 'much' is no size: write 8GiB"),
+        ("cluster://h:1?arena=0", "arena must be 1B to 1TiB"),
         ("cluster://h:1?replicas=2&replicas=3", "each once"),
     ],
 )

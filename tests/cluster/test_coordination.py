@@ -698,15 +698,20 @@ def certificates(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
+def tls_flags(files: dict[str, Path]) -> list[str]:
+    """Of an etcd that shows a certificate and asks for one."""
+    flags = ["--client-cert-auth", "--trusted-ca-file", str(files["ca.pem"])]
+    return [*flags, "--cert-file", str(files["server.pem"]), "--key-file", str(files["server.key"])]
+
+
 def test_tls_with_certificates_on_both_sides(tmp_path: Path, cluster: str) -> None:
     files = certificates(tmp_path / "tls")
-    flags = ["--client-cert-auth", "--trusted-ca-file", str(files["ca.pem"])]
-    flags += ["--cert-file", str(files["server.pem"]), "--key-file", str(files["server.key"])]
+    flags = tls_flags(files)
     full = Access(ca=files["ca.pem"], cert=files["node.pem"], key=files["node.key"])
-    others = [
-        Access(ca=files["ca.pem"]),  # says nothing of itself
-        Access(cert=files["node.pem"], key=files["node.key"]),  # does not trust that authority
-    ]
+    others = {
+        "see etcd_cert": Access(ca=files["ca.pem"]),
+        "in etcd_ca": Access(cert=files["node.pem"], key=files["node.key"]),
+    }
 
     async def go(server: Etcd) -> None:
         node = EtcdCoordination([server.endpoint], cluster, access=full)
@@ -714,30 +719,77 @@ def test_tls_with_certificates_on_both_sides(tmp_path: Path, cluster: str) -> No
         assert await node.registered() == [A]
         await watching(node)
         await node.close()
-        for access in others:
+        for words, access in others.items():
             node = EtcdCoordination([server.endpoint], cluster, access=access, timeout_s=0.5)
-            await fails(Unavailable, node.registered(), 2.0)
+            with pytest.raises(Unavailable, match=words):
+                await node.registered()
             await node.close()
 
     with running_etcd(tmp_path / "etcd", *flags, scheme="https") as server:
         run(go(server))
 
 
-async def ask_for_passwords(server: Etcd) -> None:
-    async with grpc.aio.insecure_channel(server.endpoint.removeprefix("http://")) as channel:
-        auth = rpc.AuthStub(channel)
+@contextlib.asynccontextmanager
+async def administering(
+    server: Etcd, files: dict[str, Path] | None = None
+) -> AsyncIterator[rpc.AuthStub]:
+    """What users and roles are changed by. files: of `certificates`, where it asks for those."""
+    address = server.endpoint.rpartition("/")[2]
+    if files:
+        read = [files[name].read_bytes() for name in ("ca.pem", "node.key", "node.pem")]
+        credentials = grpc.ssl_channel_credentials(*read)
+        channel = grpc.aio.secure_channel(address, credentials)
+    else:
+        channel = grpc.aio.insecure_channel(address)
+    async with channel:
+        yield rpc.AuthStub(channel)
+
+
+async def ask_for_passwords(
+    server: Etcd, cluster: str, files: dict[str, Path] | None = None
+) -> None:
+    """From now on: `node` may read and write what is the cluster's, `guest` nothing."""
+    async with administering(server, files) as auth:
         await auth.UserAdd(rpc.AuthUserAddRequest(name="root", password="secret"))
         await auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"))
-        await auth.UserAdd(rpc.AuthUserAddRequest(name="guest", password="guest"))
+        for name in ("node", "guest"):
+            await auth.UserAdd(rpc.AuthUserAddRequest(name=name, password=f"{name}'s"))
+        await auth.RoleAdd(rpc.AuthRoleAddRequest(name="member"))
+        begin = f"/kvstore/{cluster}/"
+        both = rpc.Permission(
+            permType=rpc.Permission.READWRITE,
+            key=begin.encode(),
+            range_end=f"/kvstore/{cluster}0".encode(),  # what comes after the last slash
+        )
+        await auth.RoleGrantPermission(rpc.AuthRoleGrantPermissionRequest(name="member", perm=both))
+        await auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="node", role="member"))
         await auth.AuthEnable(rpc.AuthEnableRequest())
 
 
-def test_a_user_and_its_password(etcd: Etcd, cluster: str) -> None:
+async def change_password(
+    server: Etcd, password: str, files: dict[str, Path] | None = None
+) -> None:
+    """From now on `node` has this one."""
+    async with administering(server, files) as auth:
+        root = rpc.AuthenticateRequest(name="root", password="secret")
+        token = (await auth.Authenticate(root)).token
+        change = rpc.AuthUserChangePasswordRequest(name="node", password=password)
+        await auth.UserChangePassword(change, metadata=(("token", token),))
+
+
+def password_file(folder: Path, password: str) -> Path:
+    path = folder / "password"
+    path.write_text(f"{password}\n")
+    path.chmod(0o600)
+    return path
+
+
+def test_a_user_needs_what_is_the_cluster_s_alone(etcd: Etcd, cluster: str, tmp_path: Path) -> None:
     async def go() -> None:
-        await ask_for_passwords(etcd)
-        root = Access(user="root", password="secret")
-        assert "secret" not in repr(root)
-        node = EtcdCoordination([etcd.endpoint], cluster, access=root, lease_ttl_s=1)
+        await ask_for_passwords(etcd, cluster)
+        access = Access(user="node", password_file=password_file(tmp_path, "node's"))
+        assert "node's" not in repr(access)
+        node = EtcdCoordination([etcd.endpoint], cluster, access=access, lease_ttl_s=1)
         try:
             await node.register(A)
             await watching(node)
@@ -745,21 +797,59 @@ def test_a_user_and_its_password(etcd: Etcd, cluster: str) -> None:
             etcd.start()  # and has forgotten the tokens that it gave
             await until(node, names_are(node, "a"), unreachable=True)
             assert await node.advance(View(epoch=1, replicas=1, members=(A,)))
+            assert await seconds(node.changed(_LONG_S)) < 5.0
         finally:
             await node.close()
-        refusals = {
-            None: InvalidArgument,
-            ("root", "wrong"): InvalidArgument,
-            ("guest", "guest"): PermissionDenied,
-        }
-        for who, error in refusals.items():
-            access = Access(user=who[0], password=who[1]) if who else Access()
-            node = EtcdCoordination([etcd.endpoint], cluster, access=access)
-            try:
-                await fails(error, node.registered(), 2.0)
-                await node.changed(0.2)
-            finally:
-                await node.close()
+
+    run(go())
+
+
+def test_whom_etcd_does_not_let_in_is_told_what_to_set(
+    etcd: Etcd, cluster: str, tmp_path: Path
+) -> None:
+    async def refused(user: str | None, password: str, error: type[KVStoreError]) -> str:
+        path = password_file(tmp_path, password)
+        access = Access(user=user, password_file=path) if user else Access()
+        node = EtcdCoordination([etcd.endpoint], cluster, access=access)
+        try:
+            with pytest.raises(error) as caught:
+                await node.register(A)
+            await node.changed(0.2)
+            return str(caught.value)
+        finally:
+            await node.close()
+
+    async def go() -> None:
+        assert "or name no user" in await refused("node", "x", InvalidArgument)
+        await ask_for_passwords(etcd, cluster)
+        assert "set etcd_user and etcd_password_file" in await refused(None, "x", PermissionDenied)
+        for user in ("node", "nobody"):
+            words = await refused(user, "wrong", PermissionDenied)
+            assert f"correct etcd_user, {user}, or the password in {tmp_path}" in words
+            assert "wrong" not in words
+        words = await refused("guest", "guest's", PermissionDenied)
+        assert "grant this node's user readwrite" in words
+
+    run(go())
+
+
+def test_a_password_may_change_while_nodes_run(etcd: Etcd, cluster: str, tmp_path: Path) -> None:
+    async def go() -> None:
+        await ask_for_passwords(etcd, cluster)
+        access = Access(user="node", password_file=password_file(tmp_path, "node's"))
+        node = EtcdCoordination([etcd.endpoint], cluster, access=access, lease_ttl_s=1)
+        try:
+            await node.register(A)
+            await change_password(etcd, "another")
+            with pytest.raises(PermissionDenied, match="correct etcd_user"):
+                await node.registered()
+            (tmp_path / "password").unlink()
+            with pytest.raises(PermissionDenied, match="No such file"):
+                await node.registered()
+            password_file(tmp_path, "another")
+            await until(node, names_are(node, "a"))
+        finally:
+            await node.close()
 
     run(go())
 
@@ -795,3 +885,25 @@ def test_settings_that_cannot_be() -> None:
         Access(cert=Path("cert"))
     with pytest.raises(InvalidArgument, match="go together"):
         Access(user="root")
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        (None, 0o600, "cannot be read: No such file"),
+        (b"x", 0o604, "chmod 600"),
+        (b"\n", 0o600, "is empty"),
+        (b"\xff", 0o600, "no text in UTF-8"),
+    ],
+)
+def test_a_password_file_that_is_none_is_named_before_etcd_is_asked(
+    tmp_path: Path, content: bytes | None, mode: int, words: str
+) -> None:
+    path = tmp_path / "password"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(mode)
+    access = Access(user="node", password_file=path)
+    with pytest.raises(InvalidArgument, match=words) as caught:
+        EtcdCoordination(["http://h"], "c", access=access)
+    assert str(path) in str(caught.value)

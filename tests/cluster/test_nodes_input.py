@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,9 +13,15 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
-from cluster.etcd_rig import Etcd
+from cluster.etcd_rig import Etcd, running_etcd
 from cluster.nodes import LAYOUT, Nodes, blocks, chain, eventually, nodes
-from cluster.test_coordination import certificates
+from cluster.test_coordination import (
+    ask_for_passwords,
+    certificates,
+    change_password,
+    password_file,
+    tls_flags,
+)
 
 from daemon import Daemon
 from kvstore import Hit, NamespaceHandle, Session
@@ -219,6 +226,69 @@ def test_two_nodes_of_one_name_are_told_so_and_the_first_serves_on(
                 assert_serves(session, seed=6)
         finally:
             second.end()
+
+
+def test_more_copies_than_there_are_nodes_are_made_when_there_are_more(
+    tmp_path: Path, etcd: Etcd
+) -> None:
+    data = list(blocks(2, 13))
+    with (
+        nodes(tmp_path, 2, "--transfer", "grpc", etcd=etcd.endpoint) as running,
+        running.client(lazy=True, **SMALL) as session,
+    ):
+        space = eventually(lambda: opened(session), 10.0)
+        put = lambda: session.put(space, chain(2, 13), data, position=0)  # noqa: E731
+        eventually(lambda: put().replicated == 2, 20.0, "both are members")
+        running.kill("b")
+        eventually(lambda: "b" not in session.status(), 20.0, "b is out")
+        alone = session.put(space, chain(2, 14), data, position=0)
+        assert (alone.stored, alone.replicated) == (2, 0)
+        running.start(["b"])
+        eventually(lambda: running.fewest_copies("x", chain(2, 14)) == 2, 20.0, "repaired")
+        eventually(lambda: put().replicated == 2, 20.0, "as many as are wanted")
+
+
+def test_a_wall_clock_that_jumps_moves_no_time_to_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = AsyncWorld(token="", streams=Streams())
+    before, real = made.unix_ms(), time.time
+    for jump_s in (-1e6, 1e6):
+        monkeypatch.setattr(time, "time", lambda jump_s=jump_s: real() + jump_s)
+        monkeypatch.setattr(time, "time_ns", lambda jump_s=jump_s: int(1e9 * (real() + jump_s)))
+        assert before <= made.unix_ms() < before + 60_000
+
+
+def test_nodes_show_etcd_a_certificate_and_a_password_and_say_what_is_wrong(
+    tmp_path: Path,
+) -> None:
+    files = certificates(tmp_path / "tls")
+    password = password_file(tmp_path, "wrong")
+    flags = ["--transfer", "grpc", "--cluster", "blue", "--etcd-ca", str(files["ca.pem"])]
+    flags += ["--etcd-cert", str(files["node.pem"]), "--etcd-key", str(files["node.key"])]
+    flags += ["--etcd-user", "node", "--etcd-password-file", str(password)]
+    with running_etcd(tmp_path / "etcd", *tls_flags(files), scheme="https") as server:
+        asyncio.run(ask_for_passwords(server, "blue", files))
+        with nodes(tmp_path, 2, *flags, etcd=server.endpoint, replicas=2) as running:
+            assert_serves(running.local("a"), seed=9)
+            words = f"correct etcd_user, node, or the password in {password}"
+            eventually(lambda: words in running.log("a"), 10.0, "it says what is wrong")
+            password_file(tmp_path, "node's")
+            with running.client(lazy=True, **SMALL) as session:
+                space = eventually(lambda: opened(session), 20.0, "the next start finds etcd")
+
+                def is_at_both(seed: int) -> bool:
+                    keys, data = chain(2, seed), list(blocks(2, seed))
+                    return session.put(space, keys, data, position=0).replicated == 2
+
+                eventually(lambda: is_at_both(10), 20.0, running.log("b"))
+                asyncio.run(change_password(server, "another", files))
+                failing = "cannot be renewed"
+                eventually(lambda: failing in running.log("a"), 10.0, "etcd refuses a")
+                eventually(lambda: failing in running.log("b"), 10.0, "etcd refuses b")
+                assert is_at_both(11)  # they go on under the view that they have
+                password_file(tmp_path, "another")
+                for name in running.names:
+                    eventually(lambda name=name: "renewed again" in running.log(name), 10.0, name)
+                assert is_at_both(12)
 
 
 # -- TLS --------------------------------------------------------------------------------------

@@ -30,12 +30,10 @@ _names = itertools.count()
 
 @dataclass(frozen=True)
 class Place:
-    """One store and a session with it. holder: a session whose views hold blocks in the store.
-    parts: whether ranks may put cells of a block one by one."""
+    """One store and a session with it. holder: a session whose views hold blocks in the store."""
 
     session: Session
     holder: Session
-    parts: bool = True
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -51,14 +49,14 @@ def place(
         return
     folder = tmp_path_factory.mktemp(way)
     if way == "cluster":
-        # One node: what a store counts is counted once. Views of a cluster are copies as well.
+        # One node: what a store counts is counted once. Views of a cluster hold nothing in it.
         flags = ("--dram", "32MiB", "--transfer", "grpc")
         with (
             nodes(folder, 1, *flags, replicas=1) as cluster,
             cluster.client(transfer="grpc") as many,
             KVStoreClient(cluster.daemons["a"].target) as client,
         ):
-            yield Place(many, client, parts=False)
+            yield Place(many, client)
         return
     trust = "copy-in" if way == "copy-in" else "direct"
     with (

@@ -30,7 +30,7 @@ from kvstore import (
     limits,
 )
 from kvstore.errors import InvalidArgument, LayoutMismatch, ResourceExhausted, Unavailable
-from kvstore.session import ChannelSession, NamespaceHandle
+from kvstore.session import ChannelSession
 from kvstore.session.link import Link
 from kvstore_client import KVStoreClient
 
@@ -77,17 +77,10 @@ def test_a_large_batch_of_large_blocks_arrives_whole(store: Session, name: str) 
     store.drop_namespace(namespace)
 
 
-def test_two_ranks_put_their_cells_and_a_third_reads_any_part(place: Place, name: str) -> None:
-    store = place.session
+def test_two_ranks_put_their_cells_and_a_third_reads_any_part(store: Session, name: str) -> None:
     namespace = store.open_namespace(name, LAYOUT)
     chain, whole = random_hashes(2), random_blocks(2)
     cut = int(LAYOUT.cell_bounds[1])
-    if not place.parts:
-        with pytest.raises(InvalidArgument, match="whole blocks"):
-            store.put(namespace, chain, [block[:cut] for block in whole], cells=[0])
-        assert store.put(namespace, chain, whole).stored == 2
-        assert_middle_cell_is_read(store, namespace, chain, whole)
-        return
     one = [block[:cut] for block in whole]
     other = [block[cut:] for block in whole]
     first = store.put(namespace, chain, one, put_id=b"x" * 16, cells=[0])
@@ -100,12 +93,6 @@ def test_two_ranks_put_their_cells_and_a_third_reads_any_part(place: Place, name
     got = empty_blocks(2)
     store.get_into(namespace, chain, got)
     np.testing.assert_array_equal(got, whole)
-    assert_middle_cell_is_read(store, namespace, chain, whole)
-
-
-def assert_middle_cell_is_read(
-    store: Session, namespace: NamespaceHandle, chain: np.ndarray, whole: list[np.ndarray]
-) -> None:
     middle = slice(int(LAYOUT.cell_bounds[1]), int(LAYOUT.cell_bounds[2]))
     parts = [np.zeros(middle.stop - middle.start, np.uint8) for _ in range(2)]
     assert isinstance(store.get_into(namespace, chain, parts, cells=[1])[1], Hit)
@@ -113,10 +100,7 @@ def assert_middle_cell_is_read(
         np.testing.assert_array_equal(part, block[middle])
 
 
-def test_another_put_of_a_key_in_progress_never_mixes_with_it(place: Place, name: str) -> None:
-    if not place.parts:
-        return  # there is no put of a part: the test before this one shows that it is refused
-    store = place.session
+def test_another_put_of_a_key_in_progress_never_mixes_with_it(store: Session, name: str) -> None:
     namespace = store.open_namespace(name, LAYOUT)
     chain, mine, theirs = random_hashes(1), random_blocks(1), random_blocks(1, seed=7)
     cut = int(LAYOUT.cell_bounds[1])

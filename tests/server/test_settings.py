@@ -113,7 +113,12 @@ LISTED = {
 KEPT_BY_ETCD = {
     "node_name": "a",
     "peer_listen": "10.0.0.1:7000",
-    "etcd": "http://10.0.0.9:2379",
+    "etcd": "https://10.0.0.9:2379",
+    "etcd_user": "node",
+    "etcd_password_file": "/s/password",
+    "etcd_ca": "/s/etcd-ca.pem",
+    "etcd_cert": "/s/etcd.pem",
+    "etcd_key": "/s/etcd.key",
     "cluster": "blue",
     "peer_insecure": "true",
 }
@@ -169,6 +174,10 @@ def test_sizes_and_volumes_are_read() -> None:
         ({"etcd": "http://h", "peer_listen": "0.0.0.0:7000"}, "or say peer_insecure"),
         ({"etcd": "http://h", "peer_tls_ca": "/ca"}, "peer_tls_key go together"),
         ({"etcd": "http://h", "node_name": "a b"}, "1 to 63 letters"),
+        ({"etcd": "http://h", "etcd_user": "u"}, "etcd_password_file go together"),
+        ({"etcd": "https://h", "etcd_key": "/key"}, "etcd_cert and etcd_key go together"),
+        ({"etcd": "http://h", "etcd_ca": "/ca"}, "for endpoints with https://"),
+        ({"members": "a=h:1,b=h:2", "etcd_ca": "/ca"}, "need etcd"),
     ],
 )
 def test_settings_of_a_node_that_do_not_fit_together_are_refused(

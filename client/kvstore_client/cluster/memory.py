@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from sortedcontainers import SortedDict
@@ -15,6 +17,11 @@ from kvstore.transfer.apart import ApartAgent, export
 from kvstore.transfer.base import Agent, Bytes1D
 
 _ALIGN = 4096
+
+
+def landing_bytes(nbytes: int) -> int:
+    """What a block of so many bytes takes of the ring."""
+    return -(-nbytes // 64) * 64
 
 
 class Extents:
@@ -96,9 +103,10 @@ class LandingRing:
         self, make_agent: Callable[[], Agent], *, arena_bytes: int, ring_bytes: int
     ) -> None:
         self._make_agent = make_agent
-        self._arena_bytes, self._ring_bytes = arena_bytes, ring_bytes
+        self._arena_bytes, self.ring_bytes = arena_bytes, ring_bytes
         self._lock = threading.RLock()
         self._closed = False
+        self._held_bytes = 0
         self.generation = 0
         self._life = self._new_life()
         self._old: list[_Life] = []
@@ -107,7 +115,7 @@ class LandingRing:
     def _new_life(self) -> _Life:
         agent = self._make_agent()
         try:
-            life = _Life(agent, self._arena_bytes, self._ring_bytes)
+            life = _Life(agent, self._arena_bytes, self.ring_bytes)
         except BaseException:
             agent.close()
             raise
@@ -140,9 +148,9 @@ class LandingRing:
         """See `ClientMemory.take`."""
         with self._lock:
             life = self._life
-            step = -(-nbytes // 64) * 64
+            step = landing_bytes(nbytes)
             total = blocks * step
-            if total > self._ring_bytes:
+            if total > self.ring_bytes:
                 raise InvalidArgument(
                     "ring_bytes", f"{blocks} blocks of {nbytes} bytes do not fit into the ring"
                 )
@@ -159,6 +167,27 @@ class LandingRing:
         at = address - life.start
         return life.ring[at : at + nbytes]
 
+    def hold(self, nbytes: int) -> bool:
+        """Whether so many bytes more of the ring may be held for longer than a call: half of it may
+        be, so that gets always find room. `unhold` ends it."""
+        with self._lock:
+            if 2 * (self._held_bytes + nbytes) > self.ring_bytes:
+                return False
+            self._held_bytes += nbytes
+            return True
+
+    def unhold(self, nbytes: int) -> None:
+        """They are held no more."""
+        with self._lock:
+            self._held_bytes -= nbytes
+
+    def registered(self, addresses: c.U64, nbytes: int) -> bool:
+        """Whether nodes can read so many bytes at each address."""
+        life = self._life
+        first = life.start - life.arena.size
+        last = life.start + life.ring.size - nbytes
+        return bool(first <= int(addresses.min()) and int(addresses.max()) <= last)
+
     def give(self, addresses: c.U64) -> None:
         """See `ClientMemory.give`."""
         with self._lock:
@@ -172,7 +201,7 @@ class LandingRing:
             life, _at, nbytes = self._taken.pop(int(addresses[0]))
             life.lost_bytes += nbytes
             life.users -= 1
-            if life is self._life and 2 * life.lost_bytes >= self._ring_bytes:
+            if life is self._life and 2 * life.lost_bytes >= self.ring_bytes:
                 self._renew()
 
     def _renew(self) -> None:
@@ -181,13 +210,10 @@ class LandingRing:
         self._life = fresh
         self.generation += 1
 
-    @property
-    def has_old(self) -> bool:
-        """Whether `sweep` may have something to do."""
-        return bool(self._old)
-
     def sweep(self) -> None:
-        """Ends old lives that nobody uses any more. Blocks: not for a loop's thread."""
+        """Ends old lives that nobody uses any more. May block: not for a loop's thread."""
+        if not self._old:
+            return
         with self._lock:
             over = [life for life in self._old if not life.users]
             self._old = [life for life in self._old if life.users]
@@ -215,6 +241,46 @@ class LandingRing:
             if life.start <= address < life.start + life.ring.size:
                 return life
         raise AssertionError("an address of no ring")
+
+
+class RingView:
+    """Parts of the ring that their user holds; implements `View`. nbytes: how much is held."""
+
+    def __init__(self, ring: LandingRing, nbytes: int) -> None:
+        self.blocks: list[Bytes1D] = []
+        self._ring, self._nbytes = ring, nbytes
+        self._lock = threading.Lock()
+        self._parts: list[c.U64] = []
+        self._released = False
+
+    def keep(self, addresses: c.U64) -> bool:
+        """Takes over a part of the ring; not once this was released."""
+        with self._lock:
+            if not self._released:
+                self._parts.append(addresses)
+            return not self._released
+
+    def release(self) -> None:
+        """See `View.release`."""
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+        self.blocks = []
+        for part in self._parts:
+            self._ring.give(part)
+        self._ring.unhold(self._nbytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.release()
 
 
 _KEPT: list[_Life] = []  # memory that may still be written to must never be anybody else's

@@ -7,7 +7,6 @@ Ours: the bytes' way between the caller's buffers and the memory that nodes reac
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -21,15 +20,14 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import unpack
+from kvstore.block import cell_checksums, unpack
 from kvstore.cluster import messages as m
 from kvstore.cluster.placement import place_of, places_of, segment_blocks
-from kvstore.cluster.router import ClusterSpace, Puts, Router, RouterPolicy
+from kvstore.cluster.router import Accept, ClusterSpace, Router, RouterPolicy
 from kvstore.commands import ExplainStatus
 from kvstore.errors import (
     Corrupted,
     DeadlineExceeded,
-    InvalidArgument,
     KVStoreError,
     ProtocolError,
     ResourceExhausted,
@@ -52,11 +50,11 @@ from kvstore.session.base import (
     PutResult,
     StoreInfo,
 )
+from kvstore.session.buffers import check_buffers
 from kvstore.session.control import Deadline, reports, store_info
 from kvstore.session.copies import in_parallel
-from kvstore.session.parts import bytes_of, part_of
+from kvstore.session.parts import Part, bytes_of, part_of
 from kvstore.session.requests import (
-    GetRequest,
     PutRequest,
     checked_chain,
     checked_get,
@@ -64,39 +62,21 @@ from kvstore.session.requests import (
     hint_ms,
 )
 from kvstore.transfer.apart import make_safe_agent
-from kvstore_client.cluster.memory import LandingRing
+from kvstore_client.cluster.loop import SLACK_S, LoopThread
+from kvstore_client.cluster.memory import LandingRing, RingView, landing_bytes
+from kvstore_client.cluster.puts import PutPlan, Putter
+from kvstore_client.transfer import CopiedView
 from kvstore_proto.cluster.pipes import Streams
 from kvstore_proto.cluster.rpc import Tls
 from kvstore_proto.cluster.world import AsyncWorld
 
 T = TypeVar("T")
-_ARENA_BYTES = 64 << 20
-_RING_BYTES = 128 << 20
+Arrive = Callable[[int, int], Sequence[int] | c.U64]
+ARENA_BYTES = 64 << 20
+RING_BYTES = 128 << 20
 _CHAINS = 64  # chains whose segments are remembered for later puts
-_SLACK_S = 0.05
+_CLOSE_S = 30.0
 _RANK = {ExplainStatus.STORED: 9, ExplainStatus.CORRUPTED: 8, ExplainStatus.NOT_SEALED: 7}
-
-
-class ClusterView:
-    """A `View` of blocks that were copied here: they are the holder's own."""
-
-    def __init__(self, blocks: list[Bytes1D]) -> None:
-        self.blocks = blocks
-
-    def release(self) -> None:
-        """See `View.release`."""
-        self.blocks = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class ClusterSession:
@@ -117,8 +97,8 @@ class ClusterSession:
         transfer: str = "nixl",
         replicas: int | None = None,
         tls: Tls | None = None,
-        arena_bytes: int = _ARENA_BYTES,
-        ring_bytes: int = _RING_BYTES,
+        arena_bytes: int = ARENA_BYTES,
+        ring_bytes: int = RING_BYTES,
         policy: RouterPolicy | None = None,
         lazy: bool = False,
     ) -> None:
@@ -132,15 +112,11 @@ class ClusterSession:
             return agent
 
         self._ring = LandingRing(new_agent, arena_bytes=arena_bytes, ring_bytes=ring_bytes)
-        self._arena_lock = threading.Lock()
         self._copies = ThreadPoolExecutor(1, "kvstore-landing")
         self._spaces: dict[tuple[str, bytes], ClusterSpace] = {}
         self._chains: deque[c.U8] = deque(maxlen=_CHAINS)
         self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-cluster")
-        self._thread.daemon = True
-        self._thread.start()
+        self._thread = LoopThread("kvstore-cluster")
         try:
             made = self._make(seeds, token, tls, policy)
             self._world, self.router = self._run(made, timeout_s)
@@ -149,6 +125,7 @@ class ClusterSession:
         except BaseException:
             self.close()
             raise
+        self._putter = Putter(self.router, self._ring, self._thread)
 
     async def _make(
         self, seeds: Sequence[str], token: str, tls: Tls | None, policy: RouterPolicy | None
@@ -200,7 +177,7 @@ class ClusterSession:
         try:
             space = self._space(namespace, deadline)
             places = self._places_of_chain(namespace.layout, chain)
-            left_ms = 1e3 * max(deadline.left_s - _SLACK_S, 1e-3)
+            left_ms = 1e3 * max(deadline.left_s - SLACK_S, 1e-3)
             tiers = self._run(self.router.match(space, chain, places, left_ms), deadline.left_s)
         except (Unavailable, DeadlineExceeded):
             return NOTHING_MATCHED
@@ -222,7 +199,12 @@ class ClusterSession:
         deadline = self._deadline(timeout_s)
         request = checked_get(namespace, hashes, destinations, cells)
         n, part = len(request.chain), request.part
+        targets, shown = request.targets, [bytes_of(each) for each in request.destinations]
         reason = MissReason.NOT_STORED
+
+        def arrive(row: int, address: int) -> Sequence[int]:
+            return part.take_out(address, targets[row], shown[row])
+
         try:
             space = self._space(namespace, deadline)
             tiers = self._run(
@@ -232,8 +214,8 @@ class ClusterSession:
                     self._places_of_chain(namespace.layout, request.chain),
                     cells=part.cells,
                     nbytes=part.nbytes,
-                    accept=self._accepting(request),
-                    timeout_ms=1e3 * max(deadline.left_s - _SLACK_S, 1e-3),
+                    accept=self._accepting(request.chain, part, arrive),
+                    timeout_ms=1e3 * max(deadline.left_s - SLACK_S, 1e-3),
                 ),
                 deadline.left_s,
             )
@@ -247,57 +229,92 @@ class ClusterSession:
 
     def view(
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
-    ) -> ClusterView:
-        """See `Session.view`; the blocks are copies."""
+    ) -> RingView | CopiedView:
+        """See `Session.view`; the blocks lie where they landed, in this client's ring. Views may
+        hold half of it; beyond that the blocks are copies."""
         deadline = self._deadline(timeout_s)
         matched = self.match(namespace, hashes, timeout_s=deadline.left_s)
         chain = checked_chain(hashes)[: matched.count]
         if not len(chain):
-            return ClusterView([])
+            return CopiedView([])
+        nbytes = len(chain) * landing_bytes(namespace.layout.block_bytes)
+        if self._ring.hold(nbytes):
+            view = RingView(self._ring, nbytes)
+            try:
+                self._land(namespace, chain, view, deadline)
+            except BaseException:
+                view.release()
+                raise
+            return view
         rows = list(np.empty((len(chain), namespace.layout.block_bytes), np.uint8))
         got = self.get_into(namespace, chain, rows, timeout_s=max(deadline.left_s, 1e-3))
         hits = sum(isinstance(each, Hit) for each in got)
-        for row in rows[:hits]:
-            row.flags.writeable = False
-        return ClusterView(rows[:hits])
+        return CopiedView(rows[:hits])
 
-    def _accepting(self, request: GetRequest) -> Callable[[npt.NDArray[np.intp], c.U64, c.U8], Any]:
-        """Copies from the ring, hashing what arrives at the destination: whatever lands in the ring
-        later cannot change what was checked."""
+    def _land(
+        self, namespace: NamespaceHandle, chain: c.U8, view: RingView, deadline: Deadline
+    ) -> None:
+        """Gets blocks to stay where they land; the leading ones that came are the view's."""
+        part, space = part_of(namespace.layout), self._space(namespace, deadline)
+        landed = np.zeros(len(chain), np.uint64)
+
+        def arrive(row: int, address: int) -> c.U64:
+            landed[row] = address
+            return cell_checksums(self._ring.row(address, part.nbytes), part.bounds)
+
+        try:
+            tiers = self._run(
+                self.router.get(
+                    space,
+                    chain,
+                    self._places_of_chain(namespace.layout, chain),
+                    cells=part.cells,
+                    nbytes=part.nbytes,
+                    accept=self._accepting(chain, part, arrive),
+                    keep=view.keep,
+                    timeout_ms=1e3 * max(deadline.left_s - SLACK_S, 1e-3),
+                ),
+                deadline.left_s,
+            )
+        except (Unavailable, DeadlineExceeded):
+            return
+        leading = len(chain) if tiers.all() else int(tiers.argmin())
+        addresses = landed[:leading].tolist()
+        view.blocks = [_read_only(self._ring.row(each, part.nbytes)) for each in addresses]
+
+    def _accepting(self, chain: c.U8, part: Part, arrive: Arrive) -> Accept:
+        """Says which blocks are sound, of `arrive`'s checksums of a row that landed at an address.
+        Where it copies, they are the copy's: whatever lands later cannot change what was
+        checked."""
+
+        def check(
+            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
+        ) -> npt.NDArray[np.bool_]:
+            sound = np.zeros(len(rows), bool)
+
+            def check_one(i: int, row: int, address: int) -> None:
+                try:
+                    header = unpack(headers[i])
+                except (Corrupted, ProtocolError):
+                    return
+                if header.key != chain[row].tobytes():
+                    return
+                said = header.checksums[part.cells] if len(part.cells) else header.checksums
+                found = np.array(arrive(row, address), np.uint64)
+                sound[i] = len(found) == len(said) and bool((found == said).all())
+
+            pieces = list(zip(range(len(rows)), rows.tolist(), addresses.tolist(), strict=True))
+            end_s = time.monotonic() + self._timeout_s
+            in_parallel(check_one, pieces, part.nbytes * len(pieces), end_s)
+            return sound
 
         async def accept(
             rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
         ) -> npt.NDArray[np.bool_]:
-            work = (rows, addresses, headers)
-            return await self._loop.run_in_executor(self._copies, self._take, request, *work)
+            loop = self._thread.loop
+            return await loop.run_in_executor(self._copies, check, rows, addresses, headers)
 
         return accept
-
-    def _take(
-        self,
-        request: GetRequest,
-        rows: npt.NDArray[np.intp],
-        addresses: c.U64,
-        headers: c.U8,
-    ) -> npt.NDArray[np.bool_]:
-        chain, part, targets = request.chain, request.part, request.targets
-        destinations = request.destinations
-        sound = np.zeros(len(rows), bool)
-
-        def take(i: int, row: int, address: int) -> None:
-            try:
-                header = unpack(headers[i])
-            except (Corrupted, ProtocolError):
-                return
-            if header.key != chain[row].tobytes():
-                return
-            said = header.checksums[part.cells] if len(part.cells) else header.checksums
-            found = part.take_out(address, targets[row], bytes_of(destinations[row]))
-            sound[i] = len(found) == len(said) and bool((np.array(found, np.uint64) == said).all())
-
-        pieces = list(zip(range(len(rows)), rows.tolist(), addresses.tolist(), strict=True))
-        in_parallel(take, pieces, part.nbytes * len(pieces), time.monotonic() + self._timeout_s)
-        return sound
 
     # -- writing -----------------------------------------------------------------------
 
@@ -316,8 +333,9 @@ class ClusterSession:
         persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
-        """See `Session.put`; whole blocks only. `PutResult.replicated` says how many blocks are at
-        as many nodes as were waited for."""
+        """See `Session.put`; blocks that lie in `buffers` are not copied. Ranks that put cells of
+        the same blocks do so through clients of their own. `PutResult.replicated` says how many
+        blocks are at as many nodes as were waited for."""
         deadline = self._deadline(timeout_s)
         put = checked_put(
             namespace,
@@ -330,95 +348,44 @@ class ClusterSession:
             ttl_s=ttl_s,
             hint=hint,
         )
-        if len(put.part.cells) and len(put.part.cells) < namespace.layout.n_cells:
-            raise InvalidArgument(
-                "cells", "a cluster takes whole blocks: put the ranks' cells through one host"
-            )
-        total = PutResult(stored=0, existed=0, waiting=0, not_stored=0)
         try:
             space = self._space(namespace, deadline)
-            places = self._places_of_put(put)
-            step = max(1, self._ring.arena.size // 2 // put.part.nbytes)
-            for first in range(0, len(put.chain), step):
-                last = min(first + step, len(put.chain))
-                total += self._put_piece(
-                    space,
-                    put,
-                    places,
-                    first=first,
-                    last=last,
-                    persist=persist,
-                    deadline=deadline,
-                )
         except (Unavailable, DeadlineExceeded):
-            done = total.stored + total.existed + total.not_stored
-            left = len(put.chain) - done
-            total += PutResult(stored=0, existed=0, waiting=0, not_stored=left, retry_after_ms=1000)
+            n = len(put.chain)
+            return PutResult(stored=0, existed=0, waiting=0, not_stored=n, retry_after_ms=1000)
+        replicas = self.router.view.replicas if self.router.view else 1
+        plan = PutPlan(
+            space=space,
+            request=put,
+            places=self._places_of_put(put),
+            copies=self._replicas or replicas,
+            persist=persist,
+            deadline=deadline,
+        )
+        result = self._putter.put(plan)
         self._remember(put)
         if hint:
             self._advise(namespace, put.chain, hint, deadline)
-        return total
+        return result
 
-    def _put_piece(
-        self,
-        space: ClusterSpace,
-        put: PutRequest,
-        places: c.U64,
-        *,
-        first: int,
-        last: int,
-        persist: bool,
-        deadline: Deadline,
-    ) -> PutResult:
-        layout, part, n = put.namespace.layout, part_of(put.namespace.layout), last - first
-        size = layout.block_bytes
-        if n * size > self._ring.arena.size:
-            raise InvalidArgument("arena_bytes", f"a block of {size} bytes does not fit")
-        with self._arena_lock:
-            arena = self._ring.arena
-            start = int(arena.__array_interface__["data"][0])
-            sums = np.empty((n, layout.n_cells), np.uint64)
-            shown = bytes_of(arena)
-
-            def copy(i: int, source: int) -> None:
-                at = i * size
-                sums[i] = part.copy_in(source, start + at, shown[at : at + size])
-
-            pieces = list(enumerate(put.addresses[first:last]))
-            done = in_parallel(copy, pieces, n * size, deadline.end_s)
-            if done < n:
-                raise DeadlineExceeded(f"{done} of {n} blocks were copied in time")
-            copies = self._replicas or (self.router.view.replicas if self.router.view else 1)
-            outcome = self._run(
-                self.router.put(
-                    space,
-                    Puts(
-                        hashes=put.chain[first:last],
-                        addresses=(start + size * np.arange(n)).astype(np.uint64),
-                        checksums=sums,
-                        places=places[first:last],
-                        parent=put.chain[first - 1].tobytes() if first else put.parent,
-                        position=put.position + first if put.position >= 0 else -1,
-                        ttl_ms=put.ttl_ms,
-                        copies=copies,
-                        persist=persist,
-                    ),
-                    1e3 * max(deadline.left_s - _SLACK_S, 1e-3),
-                ),
-                deadline.left_s,
-            )
-        stored = int(np.count_nonzero(outcome.status == m.PutStatus.STORED))
-        existed = int(np.count_nonzero(outcome.status == m.PutStatus.EXISTS))
-        there = stored + existed
-        return PutResult(
-            stored=stored,
-            existed=existed,
-            waiting=0,
-            not_stored=n - there,
-            retry_after_ms=limits.RETRY_AFTER_MS if there < n else 0,
-            persisted=int(outcome.persisted.sum()),
-            replicated=int(np.count_nonzero(outcome.copies >= copies)),
+    def buffers(self, n: int, nbytes: int) -> RingView:
+        """See `Session.buffers`; with views they may hold half of the ring."""
+        check_buffers(n, nbytes)
+        held = n * landing_bytes(nbytes)
+        full = ResourceExhausted(
+            f"{held} bytes more of the ring cannot be held: set ring_bytes higher",
+            retry_after_ms=limits.RETRY_AFTER_MS,
         )
+        if not self._ring.hold(held):
+            raise full
+        view = RingView(self._ring, held)
+        addresses = self._ring.take(n, nbytes)
+        if addresses is None:
+            view.release()
+            raise full
+        view.keep(addresses)
+        view.blocks = [self._ring.row(address, nbytes) for address in addresses.tolist()]
+        return view
 
     # -- places ------------------------------------------------------------------------
 
@@ -573,13 +540,12 @@ class ClusterSession:
         if self._closed:
             return
         self._closed = True
+        self._thread.refuse()
         if hasattr(self, "router"):
-            self._finish(self.router.close())
-            self._finish(self._world.close())
+            self._thread.finish(self.router.close(), _CLOSE_S)
+            self._thread.finish(self._world.close(), _CLOSE_S)
         self._ring.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.close()
         self._copies.shutdown()
 
     def __enter__(self) -> Self:
@@ -621,21 +587,15 @@ class ClusterSession:
         return Deadline(self._timeout_s if timeout_s is None else timeout_s)
 
     def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        if self._closed:
-            work.close()
-            raise Unavailable("the session is closed")
-        running = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return running.result(max(timeout_s, 1e-3) + _SLACK_S)
-        except TimeoutError:
-            running.cancel()
-            raise DeadlineExceeded(f"no answer within {timeout_s:.3f} s") from None
+            return self._thread.run(work, timeout_s)
         finally:
-            if self._ring.has_old:
-                self._ring.sweep()
+            self._ring.sweep()
 
-    def _finish(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(30.0)
+
+def _read_only(block: Bytes1D) -> Bytes1D:
+    block.flags.writeable = False
+    return block
 
 
 def _merged(infos: Sequence[StoreInfo]) -> tuple[NamespaceInfo, ...]:

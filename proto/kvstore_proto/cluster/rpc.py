@@ -17,6 +17,7 @@ CALL = "Call"
 ATTACH = "Attach"
 AUTHORIZATION = "authorization"
 _FRAME_ROOM = 1 << 16  # beside a frame's body
+_SILENCE_MS = 5000  # until the other side is asked whether it is there, and for its answer
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", limits.MAX_FRAME_BYTES + _FRAME_ROOM),
     ("grpc.max_receive_message_length", limits.MAX_FRAME_BYTES + _FRAME_ROOM),
@@ -24,6 +25,12 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # A host that vanished without a word must not keep sessions open, nor have what is sent to it
+    # wait for TCP, which goes on trying for minutes, and in ever longer pauses.
+    ("grpc.keepalive_time_ms", _SILENCE_MS),
+    ("grpc.keepalive_timeout_ms", _SILENCE_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _SILENCE_MS // 2),
     ("grpc.enable_retries", 0),
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),

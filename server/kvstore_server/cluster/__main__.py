@@ -34,6 +34,7 @@ from kvstore_server.cluster.service import PeerService
 from kvstore_server.cluster.store import ChannelNodeStore
 from kvstore_server.cluster.transfers import AgentTransfers
 from kvstore_server.coordination.etcd import EtcdCoordination
+from kvstore_server.coordination.etcd_client import Access
 from kvstore_server.coordination.static import StaticCoordination
 from kvstore_server.gateway import End
 from kvstore_server.logs import configure_logging
@@ -152,7 +153,14 @@ async def _until_begun(node: Node) -> None:
 
 def _coordination(options: argparse.Namespace, me: Member) -> Coordination:
     if options.etcd:
-        return EtcdCoordination(options.etcd.split(","), cluster=options.cluster)
+        access = Access(
+            ca=options.etcd_ca,
+            cert=options.etcd_cert,
+            key=options.etcd_key,
+            user=options.etcd_user,
+            password_file=options.etcd_password_file,
+        )
+        return EtcdCoordination(options.etcd.split(","), cluster=options.cluster, access=access)
     members = parse_members(options.members)
     return StaticCoordination(members, replicas=options.replicas, me=me.name)
 
@@ -177,6 +185,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, default=2, help="copies of a block")
     parser.add_argument("--members", default="", help="a static list, NAME=HOST:PORT,...")
     parser.add_argument("--etcd", default="", help="etcd's endpoints, with commas between")
+    parser.add_argument("--etcd-user", help="where etcd asks for one")
+    parser.add_argument("--etcd-password-file", type=Path, help="with the user's password")
+    for name in ("ca", "cert", "key"):
+        parser.add_argument(f"--etcd-{name}", type=Path, help="PEM file")
     parser.add_argument("--cluster", default="default", help="the cluster's name in etcd")
     parser.add_argument("--transfer", default="nixl", help="nixl, ucxx or grpc")
     parser.add_argument("--repair-rate", type=int, default=256 << 20, help="bytes a second")

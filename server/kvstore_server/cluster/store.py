@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 
 from kvstore import commands as c
-from kvstore.block import cell_checksums
-from kvstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from kvstore import limits
+from kvstore.channel.port import ChannelPort
+from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, Unavailable
 from kvstore.layout import Layout
 from kvstore.session.channel import ChannelLink
 from kvstore.session.copies import in_parallel
-from kvstore.session.parts import part_of
+from kvstore.session.parts import ALL_CELLS, bytes_of, part_of
 
 _WAITERS = 4  # calls that may wait for the disks at one time; each needs a connection of its own
 _WAITING = (c.Fetch, c.Persist, c.Drop)
+_PART_THREADS = 4  # of seats; no command of a put of parts waits for anything
 _HASH_S = 60.0
 _PATIENCE_S = 10.0
 
@@ -44,6 +48,9 @@ class ChannelNodeStore:
         self._hashes = ThreadPoolExecutor(1, "kvstore-node-hash")
         self._waits = ThreadPoolExecutor(_WAITERS, "kvstore-node-wait")
         self._idle: list[ChannelLink] = []
+        self._parts = ThreadPoolExecutor(_PART_THREADS, "kvstore-node-part")
+        self._seats = asyncio.Semaphore(limits.MAX_PARTS_AT_ONCE)
+        self._ports: list[ChannelPort] = []  # of seats that nobody has
         # Set once the connection is over. What was held by it goes back when this process ends.
         self.lost = asyncio.Event()
 
@@ -97,6 +104,34 @@ class ChannelNodeStore:
         else:
             self._idle.append(link)
 
+    @asynccontextmanager
+    async def seat(self, timeout_ms: float) -> AsyncIterator[ChannelSeat]:
+        """See `NodeStore.seat`."""
+        try:
+            async with asyncio.timeout(timeout_ms / 1e3):
+                await self._seats.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("other puts of parts take too long") from None
+        try:
+            port = self._ports.pop() if self._ports else await self._connect()
+            try:
+                yield ChannelSeat(port, self._parts)
+            except BaseException as error:
+                if not isinstance(error, KVStoreError):
+                    port.close()  # nobody knows what is held by it
+                raise
+            finally:
+                if port.closed:
+                    port.close()  # its descriptors as well
+                else:
+                    self._ports.append(port)
+        finally:
+            self._seats.release()
+
+    async def _connect(self) -> ChannelPort:
+        make = functools.partial(ChannelPort, self._path, self._timeout_s)
+        return await asyncio.get_running_loop().run_in_executor(self._parts, make)
+
     def look(self, namespace: int, hashes: c.U8) -> c.U8:
         """See `NodeStore.look`."""
         if not len(hashes):
@@ -113,27 +148,45 @@ class ChannelNodeStore:
         rows = [self._memory.header(layout, granule) for granule in granules.tolist()]
         return np.array(rows, np.uint8)
 
-    async def sums(self, layout: Layout, granules: c.U32) -> c.U64:
+    async def sums(self, layout: Layout, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
         """See `NodeStore.sums`."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._hashes, self._sums, layout, granules)
+        return await loop.run_in_executor(self._hashes, self._sums, layout, granules, cells)
 
-    def _sums(self, layout: Layout, granules: c.U32) -> c.U64:
-        sums = np.empty((len(granules), layout.n_cells), np.uint64)
-        bounds = part_of(layout).bounds
+    def _sums(self, layout: Layout, granules: c.U32, cells: c.U32) -> c.U64:
+        part = part_of(layout, cells)
+        sums = np.empty((len(granules), len(part.cell_runs)), np.uint64)
 
         def hash_one(row: int, granule: int) -> None:
-            sums[row] = cell_checksums(self._memory.payload(layout, granule), bounds)
+            sums[row] = part.sums(bytes_of(self._memory.payload(layout, granule)))
 
         pieces = list(enumerate(granules.tolist()))
         if pieces:
-            nbytes = len(pieces) * layout.block_bytes
+            nbytes = len(pieces) * part.nbytes
             in_parallel(hash_one, pieces, nbytes, time.monotonic() + _HASH_S)
         return sums
 
     def close(self) -> None:
         """Ends the connections; nothing may move from or to the pool any more."""
-        for pool in (self._calls, self._hashes, self._waits):
+        for pool in (self._calls, self._hashes, self._waits, self._parts):
             pool.shutdown(cancel_futures=True)
+        for port in self._ports:
+            port.close()
         for link in (*self._idle, self._link):
             link.close()
+
+
+class ChannelSeat:
+    """See `Seat`."""
+
+    def __init__(self, port: ChannelPort, threads: ThreadPoolExecutor) -> None:
+        self._port, self._threads = port, threads
+
+    async def command(self, command: c.Command, timeout_ms: float) -> Any:
+        """See `Seat.command`."""
+        call = functools.partial(self._port.call, command, max(timeout_ms / 1e3, _PATIENCE_S))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def lose(self) -> None:
+        """See `Seat.lose`."""
+        self._port.close()

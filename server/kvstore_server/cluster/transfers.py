@@ -16,7 +16,7 @@ from kvstore.transfer.base import Agent, Bytes1D, Pieces, Remote
 log = structlog.get_logger()
 
 _THREADS = 64  # most of which wait for others
-_OF_ONE = 4  # of one other process, so that few that hang leave threads for the rest
+_OF_ONE = 2  # of one other process: the next one is ready, and few that hang leave threads
 _CLOSES = 8
 
 

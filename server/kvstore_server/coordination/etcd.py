@@ -82,7 +82,11 @@ class EtcdCoordination:
         `InvalidArgument` where it does not end: that run lives. Another call of the same run says
         anew what the member is.
         """
-        await self._registration.begin(member)
+        try:
+            await self._registration.begin(member)
+        except Unavailable as error:
+            self._registration.tell(str(error))
+            raise
 
     async def registered(self) -> Sequence[Member]:
         """By name. `ProtocolError` names a key whose value is no member, or not of that name."""
@@ -134,6 +138,7 @@ class _Registration:
     async def begin(self, member: Member) -> None:
         """Registers, and renews from then on."""
         self._lease = await self._claim(member, self._lease)
+        self.tell("")
         self._member = member
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew())
@@ -173,10 +178,10 @@ class _Registration:
             await asyncio.sleep(pause_s)
             try:
                 await self._renew_once()
-                self._tell("")
+                self.tell("")
                 pause_s = self._ttl_s / _RENEWALS
             except KVStoreError as error:
-                self._tell(str(error))
+                self.tell(str(error))
                 pause_s = self._ttl_s / _RETRIES
 
     async def _renew_once(self) -> None:
@@ -187,12 +192,13 @@ class _Registration:
             log.warning("registration lost; registering again", member=self._member.name)
             self._lease = await self._claim(self._member, None)
 
-    def _tell(self, trouble: str) -> None:
+    def tell(self, trouble: str) -> None:
         """Logs what has changed, not every attempt."""
         if trouble and not self._trouble:
-            log.warning("the registration cannot be renewed", error=trouble)
+            made = "renewed" if self._member else "made"
+            log.warning(f"the registration cannot be {made}", error=trouble)
         elif self._trouble and not trouble:
-            log.info("the registration is renewed again")
+            log.info("the registration is renewed again" if self._member else "registered")
         self._trouble = trouble
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from kvstore.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from kvstore_server.secrets_file import load_password
 
 T = TypeVar("T")
 Metadata = tuple[tuple[str, str], ...]
@@ -50,23 +51,41 @@ _OPTIONS = (
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 _INVALID = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 _OLD_TOKEN = "revision in header is old"  # somebody changed users or roles meanwhile
+# What to do about what etcd or gRPC says.
+_ADVICE = {
+    "user name is empty": ": it asks who this is, so set etcd_user and etcd_password_file",
+    "authentication failed": ": correct etcd_user, {user}, or the password in {file}",
+    "permission denied": ": grant this node's user readwrite on all keys under /kvstore/CLUSTER/",
+}
+_TLS_ADVICE = {
+    "CERTIFICATE_VERIFY_FAILED": ": name the authority of etcd's certificate in etcd_ca",
+    "Hostname Verification": ": etcd's certificate has to name the host of its endpoint",
+    "TSI_DATA_CORRUPTED": ": etcd does not take this node's certificate, see etcd_cert",
+    "Handshake read failed": ": etcd speaks no TLS there, so its endpoint begins with http://",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """What etcd asks for: PEM files of TLS, of endpoints with https://; a user and its password."""
+    """What etcd asks for: PEM files of TLS, of endpoints with https://; a user, and the file of its
+    password, which is read whenever etcd asks."""
 
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
     user: str | None = None
-    password: str | None = field(default=None, repr=False)
+    password_file: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise InvalidArgument("etcd_cert", "a certificate and its key go together")
-        if (self.user is None) != (self.password is None):
+        if (self.user is None) != (self.password_file is None):
             raise InvalidArgument("etcd_user", "a user and its password go together")
+
+    def password(self) -> str:
+        """The user's; `InvalidArgument` where it cannot be read."""
+        assert self.password_file
+        return load_password(self.password_file)
 
     @property
     def tls(self) -> bool:
@@ -97,7 +116,8 @@ class EtcdClient:
 
     Each call ends within `timeout_s`, of which every endpoint that does not answer gets its share.
     Raises `Unavailable` where none answers: then a change may have been made or not;
-    `PermissionDenied` and `InvalidArgument` with etcd's own words. Belongs to one event loop.
+    `PermissionDenied` and `InvalidArgument` with etcd's own words, and what to do. Belongs to one
+    event loop.
     """
 
     def __init__(self, endpoints: Sequence[str], *, access: Access, timeout_s: float) -> None:
@@ -105,6 +125,8 @@ class EtcdClient:
         addresses, tls = _parse_endpoints(endpoints)
         if access.tls and not tls:
             raise InvalidArgument("etcd", "certificates are for endpoints with https://")
+        if access.user is not None:
+            access.password()
         self._addresses, self._access, self._timeout_s = addresses, access, timeout_s
         self._credentials = _credentials(access) if tls else None
         self._endpoints: list[_Endpoint] = []
@@ -296,7 +318,7 @@ class EtcdClient:
             except rpc.AioRpcError as error:
                 if not last and endpoint.forgets_token(error):
                     continue
-                _raise_refusal(error, endpoint.address)
+                _raise_refusal(error, endpoint.address, self._access)
                 raise
         raise AssertionError
 
@@ -343,7 +365,11 @@ class _Endpoint:
         if access.user is None:
             return ()
         if self._token is None:
-            request = rpc.AuthenticateRequest(name=access.user, password=access.password)
+            try:
+                password = access.password()
+            except InvalidArgument as error:  # it was there at the start: somebody changes it
+                raise PermissionDenied(str(error)) from None
+            request = rpc.AuthenticateRequest(name=access.user, password=password)
             self._token = (await self._auth.Authenticate(request, timeout=left_s)).token
         return (("token", self._token),)
 
@@ -360,18 +386,28 @@ def _goes_on(told: rpc.WatchResponse) -> bool:
     return told is not grpc.aio.EOF and not told.canceled
 
 
-def _raise_refusal(error: rpc.AioRpcError, address: str) -> None:
+def _raise_refusal(error: rpc.AioRpcError, address: str, access: Access) -> None:
     """Raises what no other endpoint would answer otherwise; returns for the rest."""
-    if error.code() in _DENIED:
-        raise PermissionDenied(f"etcd at {address}: {error.details()}") from None
+    said = error.details() or ""
+    if "authentication is not enabled" in said:
+        raise InvalidArgument(
+            "etcd_user",
+            f"etcd at {address} asks nobody for a password: enable that, or name no user",
+        ) from None
+    advice = next((words for sign, words in _ADVICE.items() if sign in said), "")
+    if advice or error.code() in _DENIED:
+        words = advice.format(user=access.user, file=access.password_file)
+        raise PermissionDenied(f"etcd at {address}: {said}{words}") from None
     if error.code() in _INVALID:
-        raise InvalidArgument("etcd", f"{error.details()} ({address})") from None
+        raise InvalidArgument("etcd", f"{said} ({address})") from None
 
 
 def _words(error: rpc.AioRpcError | Unavailable) -> str:
     if isinstance(error, KVStoreError):
         return str(error)
-    return f"{error.code().name.lower()}, {error.details()}"
+    said = error.details() or ""
+    advice = next((words for sign, words in _TLS_ADVICE.items() if sign in said), "")
+    return f"{error.code().name.lower()}, {said}{advice}"
 
 
 def _span(prefix: str) -> tuple[bytes, bytes]:

@@ -1,0 +1,177 @@
+"""How blocks that are put get from the caller's buffers to where nodes read them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.block import cell_checksums
+from kvstore.cluster import messages as m
+from kvstore.cluster.router import ClusterSpace, PutOutcome, Puts, Router
+from kvstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from kvstore.session.base import PutResult
+from kvstore.session.control import Deadline
+from kvstore.session.copies import in_parallel
+from kvstore.session.parts import ALL_CELLS, bytes_of
+from kvstore.session.requests import PutRequest
+from kvstore_client.cluster.loop import SLACK_S, LoopThread
+from kvstore_client.cluster.memory import LandingRing
+
+_SLOTS = 8  # of the arena: while nodes read from some of them, the next one is filled
+
+# Makes blocks [first, last) readable for nodes, in a slot; their addresses and checksums.
+Show = Callable[[int, int, int], tuple[c.U64, c.U64]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PutPlan:
+    """One put. places: uint64 (n,). copies: for how many nodes it waits."""
+
+    space: ClusterSpace
+    request: PutRequest
+    places: c.U64
+    copies: int
+    persist: bool
+    deadline: Deadline
+
+
+class Putter:
+    """Puts of one client. Blocks that lie in its registered memory are read where they lie; others
+    are copied into the arena first, by one put at a time."""
+
+    def __init__(self, router: Router, ring: LandingRing, thread: LoopThread) -> None:
+        self._router, self._ring, self._thread = router, ring, thread
+        self._arena_lock = threading.Lock()
+
+    def put(self, plan: PutPlan) -> PutResult:
+        """`InvalidArgument` for a block that the arena cannot hold. What nobody took in time is
+        `not_stored`."""
+        done: list[PutResult] = []
+        request = plan.request
+        try:
+            addresses = np.array(request.addresses, np.uint64)
+            if self._ring.registered(addresses, request.part.nbytes):
+                self._put_in_place(plan, addresses, done)
+            else:
+                with self._arena_lock:
+                    self._put_through_arena(plan, done)
+        except (Unavailable, DeadlineExceeded):
+            over = sum(each.stored + each.existed + each.waiting + each.not_stored for each in done)
+            left, retry_ms = len(request.chain) - over, 1000
+            done.append(
+                PutResult(stored=0, existed=0, waiting=0, not_stored=left, retry_after_ms=retry_ms)
+            )
+        total = done[0]
+        for each in done[1:]:
+            total += each
+        return total
+
+    def _put_in_place(self, plan: PutPlan, addresses: c.U64, done: list[PutResult]) -> None:
+        request, part = plan.request, plan.request.part
+
+        def show(first: int, last: int, _slot: int) -> tuple[c.U64, c.U64]:
+            sums = np.empty((last - first, len(part.cell_runs)), np.uint64)
+
+            def hash_one(i: int) -> None:
+                sums[i] = cell_checksums(request.sources[first + i], part.bounds)
+
+            self._all(hash_one, [(i,) for i in range(last - first)], plan)
+            return addresses[first:last], sums
+
+        step = max(1, self._router.policy.piece_bytes // part.nbytes)
+        self._put_pieces(plan, show, step=step, slots=_SLOTS, done=done)
+
+    def _put_through_arena(self, plan: PutPlan, done: list[PutResult]) -> None:
+        part, size = plan.request.part, plan.request.part.nbytes
+        fit = self._ring.arena.size // size
+        if not fit:
+            raise InvalidArgument("arena_bytes", f"a block of {size} bytes does not fit")
+        slots = min(_SLOTS, fit)
+        step = fit // slots
+
+        def show(first: int, last: int, slot: int) -> tuple[c.U64, c.U64]:
+            arena, at, n = self._ring.arena, slot * step * size, last - first
+            shown = bytes_of(arena)
+            start = int(arena.__array_interface__["data"][0])
+            sums = np.empty((n, len(part.cell_runs)), np.uint64)
+
+            def copy(i: int, source: int) -> None:
+                own = at + i * size
+                sums[i] = part.take_out(source, start + own, shown[own : own + size])
+
+            self._all(copy, list(enumerate(plan.request.addresses[first:last])), plan)
+            return (start + at + size * np.arange(n)).astype(np.uint64), sums
+
+        self._put_pieces(plan, show, step=step, slots=slots, done=done)
+
+    def _put_pieces(
+        self, plan: PutPlan, show: Show, *, step: int, slots: int, done: list[PutResult]
+    ) -> None:
+        """Puts `step` blocks at a time, the next ones while nodes read from others."""
+        flights: deque[Future[PutOutcome]] = deque()
+        try:
+            for turn, first in enumerate(range(0, len(plan.request.chain), step)):
+                if len(flights) == slots:
+                    done.append(self._result(plan, flights.popleft()))
+                last = min(first + step, len(plan.request.chain))
+                flights.append(self._begin(plan, first, *show(first, last, turn % slots)))
+            while flights:
+                done.append(self._result(plan, flights.popleft()))
+        finally:
+            for running in flights:
+                running.cancel()
+
+    def _all(
+        self, work: Callable[..., object], pieces: list[tuple[Any, ...]], plan: PutPlan
+    ) -> None:
+        nbytes = len(pieces) * plan.request.part.nbytes
+        done = in_parallel(work, pieces, nbytes, plan.deadline.end_s)
+        if done < len(pieces):
+            raise DeadlineExceeded(f"{done} of {len(pieces)} blocks were copied in time")
+
+    def _begin(
+        self, plan: PutPlan, first: int, addresses: c.U64, sums: c.U64
+    ) -> Future[PutOutcome]:
+        request, last = plan.request, first + len(addresses)
+        cells, whole = request.part.cells, sums.shape[1] == request.namespace.layout.n_cells
+        piece = request.cut(first, last)
+        puts = Puts(
+            hashes=piece.chain,
+            addresses=addresses,
+            checksums=sums,
+            places=plan.places[first:last],
+            parent=piece.parent,
+            position=piece.position,
+            ttl_ms=piece.ttl_ms,
+            copies=plan.copies,
+            persist=plan.persist,
+            cells=ALL_CELLS if whole else cells,
+            agreed=b"" if whole else piece.put_id,
+        )
+        left_ms = 1e3 * max(plan.deadline.left_s - SLACK_S, 1e-3)
+        return self._thread.begin(self._router.put(plan.space, puts, left_ms))
+
+    def _result(self, plan: PutPlan, running: Future[PutOutcome]) -> PutResult:
+        outcome = self._thread.end(running, plan.deadline.left_s)
+        n, status = len(outcome.status), outcome.status
+        stored = int(np.count_nonzero(status == m.PutStatus.STORED))
+        existed = int(np.count_nonzero(status == m.PutStatus.EXISTS))
+        waiting = int(np.count_nonzero(status == m.PutStatus.WAITING))
+        left = n - stored - existed - waiting
+        return PutResult(
+            stored=stored,
+            existed=existed,
+            waiting=waiting,
+            not_stored=left,
+            retry_after_ms=limits.RETRY_AFTER_MS if left else 0,
+            persisted=int(outcome.persisted.sum()),
+            replicated=int(np.count_nonzero(outcome.copies >= plan.copies)),
+        )
