@@ -18,6 +18,7 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.cluster import messages as m
 from kvstore.cluster.members import Member, MemberState, View, decode_view
+from kvstore.cluster.pieces import growing
 from kvstore.cluster.placement import (
     NONCE_BYTES,
     PUT_ID_BYTES,
@@ -63,6 +64,7 @@ class RouterPolicy:
     ping_timeout_ms: float = 250.0
     in_flight: int = 8
     piece_bytes: int = 8 << 20
+    least_piece_bytes: int = 2 << 20
     hot_segments: int = 4096
 
 
@@ -174,6 +176,7 @@ class Router:
         self._ranking = Ranking(View(epoch=0, replicas=1, members=()))
         self._sessions: dict[str, tuple[int, Attachment]] = {}
         self._attaching: dict[str, Task[int]] = {}
+        self._preparing: set[str] = set()
         self._hot: dict[int, int] = {}
         self._near: str = ""  # the member on this host, asked first where it has the block
 
@@ -355,6 +358,25 @@ class Router:
         known = self._sessions.get(member.name)
         if known and known[1].welcomed.session == session:
             self._sessions[member.name] = (_OVER, known[1])
+
+    def _prepare(self, member: Member, space: ClusterSpace) -> None:
+        """Begins a session with who is asked next if somebody fails: it takes too long for then."""
+        known, name = self._sessions.get(member.name), member.name
+        ready = known and known[0] == self._memory.generation and not known[1].lost
+        if ready or name in self._preparing or self.health.suspects(name):
+            return
+        self._preparing.add(name)
+
+        async def work() -> None:
+            try:
+                await self._session(member)
+                await self._number(member, space)
+            except KVStoreError:
+                return
+            finally:
+                self._preparing.discard(name)
+
+        self._world.spawn(work())
 
     async def _attach(self, member: Member) -> int:
         old = self._sessions.pop(member.name, None)
@@ -713,14 +735,16 @@ class _Get:
             if self._left[row]:
                 member = self._left[row][0]
                 by_member.setdefault(member.name, (member, []))[1].append(row)
-        step = max(
-            1, min(router.policy.piece_bytes, router._memory.ring_bytes // 4) // self._nbytes
-        )
+        policy = router.policy
+        most = max(1, min(policy.piece_bytes, router._memory.ring_bytes // 4) // self._nbytes)
+        least = max(1, policy.least_piece_bytes // self._nbytes)
         for member, rows in by_member.values():
-            for first in range(0, len(rows), step):
-                if len(self._running) >= 4 * router.policy.in_flight:
+            first = 0
+            for size in reversed(growing(len(rows), least=least, most=most)):
+                if len(self._running) >= 4 * policy.in_flight:
                     return False
-                chosen = np.array(rows[first : first + step], np.intp)
+                chosen = np.array(rows[first : first + size], np.intp)
+                first += size
                 addresses = router._memory.take(len(chosen), self._nbytes)
                 while addresses is None and len(chosen) > 1 and not self._running:
                     # What is lost of the ring, or held, may leave room for fewer, and for long.
@@ -736,6 +760,9 @@ class _Get:
                 piece = _Piece(member, chosen, addresses, ring, hedge_at_ms)
                 task = router._world.spawn(self._ask(piece, end_ms))
                 self._running.append(_Flight(piece, task))
+                after = [self._left[row][0] for row in chosen.tolist() if self._left[row]]
+                for each in {member.name: member for member in after}.values():
+                    router._prepare(each, self._space)
         return False
 
     def _patience_ms(self, blocks: int) -> float:

@@ -15,6 +15,7 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.block import cell_checksums
 from kvstore.cluster import messages as m
+from kvstore.cluster.pieces import growing
 from kvstore.cluster.router import ClusterSpace, PutOutcome, Puts, Router
 from kvstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from kvstore.session.base import PutResult
@@ -115,14 +116,17 @@ class Putter:
     def _put_pieces(
         self, plan: PutPlan, show: Show, *, step: int, slots: int, done: list[PutResult]
     ) -> None:
-        """Puts `step` blocks at a time, the next ones while nodes read from others."""
+        """Puts up to `step` blocks at a time, the next ones while nodes read from others."""
         flights: deque[Future[PutOutcome]] = deque()
         try:
-            for turn, first in enumerate(range(0, len(plan.request.chain), step)):
+            least = max(1, self._router.policy.least_piece_bytes // plan.request.part.nbytes)
+            first = 0
+            for turn, size in enumerate(growing(len(plan.request.chain), least=least, most=step)):
                 if len(flights) == slots:
                     done.append(self._result(plan, flights.popleft()))
-                last = min(first + step, len(plan.request.chain))
-                flights.append(self._begin(plan, first, *show(first, last, turn % slots)))
+                shown = show(first, first + size, turn % slots)
+                flights.append(self._begin(plan, first, *shown))
+                first += size
             while flights:
                 done.append(self._result(plan, flights.popleft()))
         finally:
