@@ -3,9 +3,9 @@
 Puts and gets of one client at one node, of the caller's own arrays and of registered memory, beside
 NIXL by hand between two processes over the same transports in the same rounds: over the loopback
 device, where the kernel's copies are what takes time, and over one that is made as slow as a
-network's (in a network namespace of its own, where the kernel lets one be made). Then a prompt's
-blocks from three nodes and from one, and how long single gets take while nodes that hold one of two
-copies are killed. Every byte is compared.
+network's. Then a prompt's blocks from three nodes and from one, on loopback and where each node has
+a link of its own, and how long single gets take while nodes that hold one of two copies are killed.
+Links are made in network namespaces, where the kernel allows it. Every byte is compared.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.daemon import Daemon, daemon
+from benchmarks.networks import BUCKET, Network, alone
 from benchmarks.samples import random_keys
 from benchmarks.transfer import RAW, RAW_LARGE, Way, spread
 from kvstore import Hit, Layout
@@ -44,8 +45,9 @@ FAILOVER_GOAL_MS = 100.0
 PROMPT_BLOCKS, PROMPT_BLOCK_BYTES = 64, 4 << 20  # 32 K tokens of 8 KiB, 512 a block
 _POOL_BYTES = 1 << 30
 _RING_BYTES = 1 << 30  # views and buffers may hold half of it
+_HERE = "127.0.0.1"
 LOOPBACK = "loopback"
-_BUCKET = "burst 2mb latency 100ms"
+BESIDE, FAN_OUT = "beside_raw", "fan_out"
 _TIMEOUT_S = 30.0
 _READY_S = 30.0
 Document = dict[str, Any]
@@ -55,8 +57,11 @@ Rows = npt.NDArray[np.uint8]
 class Nodes:
     """Daemons that are members of one cluster by a static list."""
 
-    def __init__(self, folder: Path, n: int, replicas: int, transfer: str) -> None:
+    def __init__(
+        self, folder: Path, n: int, replicas: int, transfer: str, network: Network | None = None
+    ) -> None:
         self._folder, self._replicas, self._transfer = folder, replicas, transfer
+        self._network = network
         self.ports = dict(zip("abcdefg"[:n], _free_ports(n), strict=True))
         self._secret = secrets.token_bytes(32)
         self._file = folder / "secret"
@@ -67,17 +72,24 @@ class Nodes:
 
     def start(self) -> None:
         """Starts all of them."""
-        members = ",".join(f"{name}=127.0.0.1:{port}" for name, port in self.ports.items())
-        for name, port in self.ports.items():
-            flags = ["--no-grpc", "--node-name", name, "--peer-listen", f"127.0.0.1:{port}"]
+        members = ",".join(f"{name}={address}" for name, address in self._addresses.items())
+        for name, address in self._addresses.items():
+            flags = ["--no-grpc", "--node-name", name, "--peer-listen", address]
+            flags += ["--peer-insecure"] if self._network else []
             flags += ["--members", members, "--replicas", str(self._replicas)]
             flags += ["--cluster-secret", str(self._file), "--transfer", self._transfer]
             at = self._folder / name
-            self.daemons[name] = self._stack.enter_context(daemon(at, _POOL_BYTES, *flags))
+            with self._network.inside(name) if self._network else contextlib.nullcontext():
+                self.daemons[name] = self._stack.enter_context(daemon(at, _POOL_BYTES, *flags))
+
+    @property
+    def _addresses(self) -> dict[str, str]:
+        hosts = self._network.addresses if self._network else dict.fromkeys(self.ports, _HERE)
+        return {name: f"{hosts[name]}:{port}" for name, port in self.ports.items()}
 
     def client(self) -> ClusterSession:
         """A client, as soon as all nodes serve."""
-        seeds = [f"127.0.0.1:{port}" for port in self.ports.values()]
+        seeds = list(self._addresses.values())
         end = time.monotonic() + _READY_S
         session = ClusterSession(
             seeds,
@@ -101,10 +113,12 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def nodes(n: int, *, replicas: int, transfer: str) -> Iterator[tuple[Nodes, ClusterSession]]:
+def nodes(
+    n: int, *, replicas: int, transfer: str, network: Network | None = None
+) -> Iterator[tuple[Nodes, ClusterSession]]:
     """Nodes that serve, and a client of theirs."""
     with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as name:
-        running = Nodes(Path(name), n, replicas, transfer)
+        running = Nodes(Path(name), n, replicas, transfer, network)
         try:
             running.start()
             with running.client() as session:
@@ -117,7 +131,7 @@ def _free_ports(n: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(socket.socket()) for _ in range(n)]
         for sock in socks:
-            sock.bind(("127.0.0.1", 0))
+            sock.bind((_HERE, 0))
         return [sock.getsockname()[1] for sock in socks]
 
 
@@ -204,30 +218,20 @@ def beside_raw(rounds: int, transfer: str) -> Document:
     return found
 
 
-def beside_raw_over(rate: str, rounds: int, transfer: str) -> Document | None:
-    """`beside_raw` where the loopback device lets through so much, None where there can be none."""
-    with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as name:
-        file = Path(name) / "results.json"
-        shaped = f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate} {_BUCKET}"
-        run = ["unshare", "--net", "--map-root-user", "sh", "-ec", f'{shaped} && exec "$@"', "sh"]
-        run += [sys.executable, "-m", "benchmarks.cluster", "--rounds", str(rounds)]
-        run += ["--transfer", transfer, "--beside-only", "--json", str(file)]
-        try:
-            subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(f"no device of {rate} can be made here: {error}", file=sys.stderr)
-            return None
-        found: Document = json.loads(file.read_text())["beside_raw"][LOOPBACK]
-        return found
-
-
-def fan_out(rounds: int, transfer: str) -> Document:
-    """Bytes a second of a get of one prompt's blocks from one node and from three."""
+def fan_out(rounds: int, transfer: str, rate: str = "") -> Document:
+    """Bytes a second of a get of one prompt's blocks from one node and from three. rate: of each
+    node's own link; without one all are on loopback."""
     found: Document = {}
     with contextlib.ExitStack() as stack:
+        network = None
+        if rate:
+            network = stack.enter_context(contextlib.closing(Network("abc")))
+            for host in network.addresses:
+                network.shape(host, rate)
         movers: dict[str, Mover] = {}
         for count in (1, 3):
-            _, session = stack.enter_context(nodes(count, replicas=1, transfer=transfer))
+            made = nodes(count, replicas=1, transfer=transfer, network=network)
+            _, session = stack.enter_context(made)
             movers[str(count)] = Mover(session, PROMPT_BLOCK_BYTES, PROMPT_BLOCKS)
         for turn in range(rounds + 1):
             for n, mover in movers.items():
@@ -235,6 +239,24 @@ def fan_out(rounds: int, transfer: str) -> Document:
                 if turn:
                     found.setdefault(n, []).append(get)
     return found
+
+
+def over_links(part: str, rate: str, options: argparse.Namespace) -> Document | None:
+    """A part where bytes go over links of that rate, None where the kernel lets there be none."""
+    shaped = f"ip link set lo up && tc qdisc add dev lo root tbf rate {rate} {BUCKET}"
+    begin = [*alone(), "sh", "-ec", f'{shaped} && exec "$@"', "sh"] if part == BESIDE else alone()
+    with tempfile.TemporaryDirectory(prefix="kvstore-bench-") as name:
+        file = Path(name) / "results.json"
+        run = [*begin, sys.executable, "-m", "benchmarks.cluster", "--json", str(file)]
+        run += ["--rounds", str(options.rounds), "--transfer", options.transfer, "--only", part]
+        run += ["--node-link", rate]
+        try:
+            subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no links of {rate} can be made here: {error}", file=sys.stderr)
+            return None
+        found: Document = json.loads(file.read_text())
+        return found
 
 
 def failover(kills: int, transfer: str) -> Document:
@@ -277,32 +299,49 @@ def _gets_around_a_kill(
 
 def table(document: Document) -> str:
     """Markdown."""
+    lines = [*_beside_lines(document[BESIDE]), *_fan_out_lines(document[FAN_OUT])]
+    lines += ["", _failover_line(document["failover"]), ""]
+    lines.append(f"Transfer by {document['transfer']}; medians of {document['rounds']} rounds.")
+    return "\n".join(lines)
+
+
+def _beside_lines(found: Document) -> list[str]:
     lines = []
     for ops, raw in ((("put", "put in place"), "read"), (("get", "view"), "write")):
-        head = [f"{BLOCKS} blocks, GB/s", *ops, RAW, "share of that", RAW_LARGE, "share of that"]
+        share = f"{ops[1]} / that"
+        head = [f"{BLOCKS} blocks, GB/s", *ops, RAW, share, RAW_LARGE, share]
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for link, sizes in document["beside_raw"].items():
-            for size, rates in sizes.items():
+        for link, sizes in found.items():
+            for size, rates in (sizes or {}).items():
                 cells = [f"{link}, {int(size) >> 10} KiB", *(_gb(rates[op]) for op in ops)]
                 for name in (RAW, RAW_LARGE):
                     by_hand = rates[f"{name}, {raw}"]
                     cells += [_gb(by_hand), _share(rates[ops[1]], by_hand)]
                 lines.append(f"| {' | '.join(cells)} |")
-    one, three = document["fan_out"]["1"], document["fan_out"]["3"]
-    ratio = statistics.median(a / b for a, b in zip(three, one, strict=True))
+    return lines
+
+
+def _fan_out_lines(found: Document) -> list[str]:
     nbytes = PROMPT_BLOCKS * PROMPT_BLOCK_BYTES >> 20
-    lines += ["", f"A prompt of 32 K tokens, {nbytes} MiB, in GB/s: {_gb(one)} from one node, "]
-    lines[-1] += f"{_gb(three)} from three ({ratio:.2f} times)."
-    failing = document["failover"]
-    worst = sorted(failing["worst_ms"])
-    lines += ["", f"{len(worst)} kills of one node of three, two copies of each block: "]
-    lines[-1] += f"{failing['failed']} gets failed; the longest get after a kill took "
-    lines[-1] += f"{statistics.median(worst):.0f} ms in the median and {worst[-1]:.0f} ms at worst "
-    lines[-1] += f"({', '.join(f'{each:.0f}' for each in worst)}), others "
-    lines[-1] += f"{statistics.median(failing['usual_ms']):.1f} ms"
-    lines[-1] += f"{_judged(worst[-1] <= FAILOVER_GOAL_MS)}."
-    lines += ["", f"Transfer by {document['transfer']}; medians of {document['rounds']} rounds."]
-    return "\n".join(lines)
+    head = f"a prompt of 32 K tokens, {nbytes} MiB, GB/s"
+    lines = ["", f"| {head} | from one node | from three | times |", "|---|---|---|---|"]
+    for link, rates in found.items():
+        if rates:
+            one, three = rates["1"], rates["3"]
+            ratio = statistics.median(a / b for a, b in zip(three, one, strict=True))
+            lines.append(f"| {link} | {_gb(one)} | {_gb(three)} | {ratio:.2f} |")
+    return lines
+
+
+def _failover_line(found: Document) -> str:
+    worst = sorted(found["worst_ms"])
+    each = ", ".join(f"{ms:.0f}" for ms in worst)
+    return (
+        f"{len(worst)} kills of one node of three, two copies of each block: {found['failed']} gets"
+        f" failed; the longest get after a kill took {statistics.median(worst):.0f} ms in the median"
+        f" and {worst[-1]:.0f} ms at worst ({each}), others"
+        f" {statistics.median(found['usual_ms']):.1f} ms{_judged(worst[-1] <= FAILOVER_GOAL_MS)}."
+    )
 
 
 def _share(rates: list[float], of: list[float]) -> str:
@@ -325,22 +364,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement")
     parser.add_argument("--kills", type=int, default=6, help="of nodes, each in a new cluster")
     parser.add_argument("--transfer", default="nixl", help="nixl, ucxx or grpc")
-    parser.add_argument("--link", default="10gbit", help="of a network to compare over as well")
-    parser.add_argument("--beside-only", action="store_true", help="NIXL by hand, over loopback")
+    parser.add_argument("--link", default="10gbit", help="to compare with NIXL over as well")
+    parser.add_argument("--node-link", default="2gbit", help="that each of three nodes has")
+    parser.add_argument("--only", choices=(BESIDE, FAN_OUT), help="a part, where links are made")
     options = parser.parse_args()
-    document: Document = {"rounds": options.rounds, "transfer": options.transfer}
-    beside = {LOOPBACK: beside_raw(options.rounds, options.transfer)}
-    document["beside_raw"] = beside
-    if not options.beside_only:
-        over = beside_raw_over(options.link, options.rounds, options.transfer)
-        if over is not None:
-            beside[options.link] = over
-        document["fan_out"] = fan_out(options.rounds, options.transfer)
-        document["failover"] = failover(options.kills, options.transfer)
+    rounds, transfer = options.rounds, options.transfer
+    document: Document
+    if options.only:
+        whole = options.only == BESIDE
+        document = (
+            beside_raw(rounds, transfer) if whole else fan_out(rounds, transfer, options.node_link)
+        )
+    else:
+        document = {
+            "rounds": rounds,
+            "transfer": transfer,
+            BESIDE: {
+                LOOPBACK: beside_raw(rounds, transfer),
+                options.link: over_links(BESIDE, options.link, options),
+            },
+            FAN_OUT: {
+                LOOPBACK: fan_out(rounds, transfer),
+                f"{options.node_link} a node": over_links(FAN_OUT, options.node_link, options),
+            },
+            "failover": failover(options.kills, transfer),
+        }
+        print(table(document))
     if options.json:
         options.json.write_text(json.dumps(document, indent=1))
-    if not options.beside_only:
-        print(table(document))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,13 @@ async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncI
             places=places,
         )
     finally:
-        if leased.lease:
-            await site.store.command(c.Release(lease=leased.lease), site.policy.call_ms)
+        if leased.lease:  # nobody has to wait for that
+            site.world.spawn(_release(site, leased.lease))
+
+
+async def _release(site: Site, lease: int) -> None:
+    with suppress(Unavailable, DeadlineExceeded):  # then it ends with this process
+        await site.store.command(c.Release(lease=lease), site.policy.call_ms)
 
 
 async def _bring(site: Site, space: Space, hashes: c.U8, end_ms: float) -> None:

@@ -186,22 +186,24 @@ class Membership:
             assert isinstance(found, Generations)
             await self._catch_up(found)
             answers[member.name] = found
-        near = [found for found in answers.values() if found.since <= site.through + 1]
-        whole = len(answers) == len(others)
-        if not others or any(found.serving for found in near) or (near and whole):
+        me = site.view.find(site.me.name)
+        joined = me.joined if me else site.view.epoch
+        since = [found.since for found in answers.values()]
+        # One that serves under a view from before this node joined may have been left out itself.
+        known = [each.since for each in answers.values() if each.serving and each.through >= joined]
+        near, whole = site.through + 1, len(answers) == len(others)
+        if not others or min(known, default=near + 1) <= near or (whole and min(since) <= near):
             return True
-        serving = [found.since for found in answers.values() if found.serving]
-        if not (serving and await self._has_nothing()):
+        if not (known and await self._has_nothing()):
             if site.world.now_ms() < self._lonely_until_ms:
                 return False
-            me, here = site.view.find(site.me.name), {member.name for member in present}
-            if me is not None and not me.joined:
+            here = {member.name for member in present}
+            if not joined:
                 return True
             if any(member.name in here and member.name not in answers for member in others):
                 return False
             await self._forget_everything()
-        me = site.view.find(site.me.name)
-        site.since = min(serving, default=me.joined if me else site.view.epoch)
+        site.since = min(known, default=joined)
         return True
 
     async def _has_nothing(self) -> bool:
@@ -245,6 +247,7 @@ class Membership:
             numbers=np.array([n for _, n in known], np.uint64),
             serving=int(site.serving),
             since=site.since,
+            through=site.through,
         )
 
     # -- health ------------------------------------------------------------------------

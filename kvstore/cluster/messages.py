@@ -116,7 +116,8 @@ class Open:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """`namespace` is this node's number, good while `instance` is; `key` keys the chains and is
-    the same at all nodes. generation: how often the whole cluster forgot the namespace."""
+    the same at all nodes. generation: grows whenever the whole cluster forgets the
+    namespace."""
 
     namespace: int
     instance: int
@@ -200,20 +201,6 @@ class Put:
     wait_ms: int
     persist: int
     cells: U32 = field(default_factory=lambda: np.empty(0, np.uint32))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """Asks for copies of blocks that the sender put into this node's store itself."""
-
-    epoch: int
-    namespace: int
-    instance: int
-    hashes: U8
-    ttl_ms: int
-    copies: int
-    wait_ms: int
-    persist: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,14 +312,15 @@ class AskGenerations:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generations:
     """names and layouts: one a line each (layouts as in `Description`); numbers: their cluster-wide
-    generations. serving: as in `Pong`. since: the epoch from which on all of them are known: what
-    was forgotten before may be missing."""
+    generations. serving: as in `Pong`. since, through: the epochs of which all are known; what was
+    forgotten before, or after, may be missing."""
 
     names: str
     layouts: str
     numbers: U64
     serving: int
     since: int
+    through: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,7 +402,6 @@ CODEC = Codec(
                 Get,
                 Got,
                 Put,
-                Spread,
                 Stored,
                 Pull,
                 Pulled,

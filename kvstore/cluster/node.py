@@ -312,20 +312,6 @@ class Node:
         copies[there], persisted[there] = answer.copies, answer.persisted
         return m.Stored(status=status, copies=copies, persisted=persisted, epoch=answer.epoch)
 
-    async def _spread(self, message: m.Spread) -> m.Stored:
-        site = self.site
-        site.check_serving()
-        site.fence(message.epoch)
-        space = site.space(message.namespace, message.instance)
-        return await self._make_copies(
-            space,
-            _checked(message.hashes),
-            copies=message.copies,
-            end_ms=site.world.now_ms() + message.wait_ms,
-            ttl_ms=message.ttl_ms,
-            persist=bool(message.persist),
-        )
-
     async def _make_copies(
         self, space: Space, hashes: c.U8, *, copies: int, end_ms: float, ttl_ms: int, persist: bool
     ) -> m.Stored:
@@ -728,7 +714,6 @@ _HANDLERS: dict[type, Callable[[Node, Any], Awaitable[Any]]] = {
     m.Look: Node._look,
     m.Get: Node._get,
     m.Put: Node._put,
-    m.Spread: Node._spread,
     m.Pull: Node._pull,
     m.Compare: Node._compare,
     m.Offer: Node._offer,

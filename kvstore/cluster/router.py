@@ -44,6 +44,7 @@ from kvstore.transfer.base import TransferFailed
 _NO_NODE = "no node of the cluster answers"
 _RENEWALS = 16  # pieces of one get that may be asked for anew after this side failed
 _GONE = (Unavailable, DeadlineExceeded)
+_EPOCH_SHIFT = 32  # where a generation of a namespace has the epoch in which it began
 _OVER = -1  # the landing ring of sessions that are not to be used any more
 _BEHIND_MS = 25.0  # between two questions to a member that goes by an earlier view
 _ROOM_MS = 2.0  # between two looks at whether there is room in the landing ring
@@ -130,7 +131,6 @@ class Puts:
     ttl_ms: int
     copies: int
     persist: bool
-    here: bool = False  # they are in the store of the node that is asked already
     cells: c.U32 = field(default_factory=lambda: ALL_CELLS)
     agreed: bytes = b""
 
@@ -178,7 +178,6 @@ class Router:
         self._attaching: dict[str, Task[int]] = {}
         self._preparing: set[str] = set()
         self._hot: dict[int, int] = {}
-        self._near: str = ""  # the member on this host, asked first where it has the block
 
     # -- members -----------------------------------------------------------------------
 
@@ -570,17 +569,19 @@ class Router:
         opened = [(await self._open_at(member, space)).generation for member in members]
         if not opened:
             raise Unavailable(_NO_NODE)
+        # Above all of earlier epochs, also of those that no member of this one was there to see.
+        generation = max(max(opened) + 1, view.epoch << _EPOCH_SHIFT)
         forget = m.Forget(
             name=space.name,
             layout=space.layout.encode(),
             hashes=np.empty((0, 32), np.uint8),
             all_of_it=1,
-            generation=max(opened) + 1,
+            generation=generation,
         )
         answers = await self._everywhere(view, forget, timeout_ms)
         if any(answer is None for answer in answers) or self.view is not view:
             raise Unavailable("not all members have forgotten the namespace: drop it again")
-        space.generation = max(opened) + 1
+        space.generation = generation
         space.numbers.clear()
         return int(max(answer.blocks for answer in answers))
 
@@ -1030,23 +1031,12 @@ class _Put:
         router, puts = self._router, self._puts
         assert router.view
         epoch, rows = router.view.epoch, np.concatenate(segments)
-        session = 0 if puts.here else await router._session(member)
+        session = await router._session(member)
         left_ms = max(end_ms - router._world.now_ms(), 1.0)
         wait_ms = int(max(left_ms - 20.0, 1.0))
         hashes = np.ascontiguousarray(puts.hashes[rows])
 
-        def message(number: int, instance: int) -> m.Put | m.Spread:
-            if puts.here:
-                return m.Spread(
-                    epoch=epoch,
-                    namespace=number,
-                    instance=instance,
-                    hashes=hashes,
-                    ttl_ms=puts.ttl_ms,
-                    copies=puts.copies,
-                    wait_ms=wait_ms,
-                    persist=int(puts.persist),
-                )
+        def message(number: int, instance: int) -> m.Put:
             return m.Put(
                 session=session,
                 epoch=epoch,

@@ -25,6 +25,7 @@ _WAITERS = 4  # calls that may wait for the disks at one time; each needs a conn
 _WAITING = (c.Fetch, c.Persist, c.Drop)
 _PART_THREADS = 4  # of seats; no command of a put of parts waits for anything
 _HASH_S = 60.0
+_HASH_HERE_BYTES = 256 << 10  # takes less than it takes to wake another thread
 _PATIENCE_S = 10.0
 
 
@@ -150,6 +151,8 @@ class ChannelNodeStore:
 
     async def sums(self, layout: Layout, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
         """See `NodeStore.sums`."""
+        if len(granules) * part_of(layout, cells).nbytes <= _HASH_HERE_BYTES:
+            return self._sums(layout, granules, cells)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._hashes, self._sums, layout, granules, cells)
 
