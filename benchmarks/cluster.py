@@ -337,8 +337,8 @@ def _failover_line(found: Document) -> str:
     worst = sorted(found["worst_ms"])
     each = ", ".join(f"{ms:.0f}" for ms in worst)
     return (
-        f"{len(worst)} kills of one node of three, two copies of each block: {found['failed']} gets"
-        f" failed; the longest get after a kill took {statistics.median(worst):.0f} ms in the median"
+        f"{len(worst)} kills of one node of three, two copies of each block: {found['failed']}"
+        f" gets failed; the longest get after one took {statistics.median(worst):.0f} ms in the median"
         f" and {worst[-1]:.0f} ms at worst ({each}), others"
         f" {statistics.median(found['usual_ms']):.1f} ms{_judged(worst[-1] <= FAILOVER_GOAL_MS)}."
     )

@@ -146,6 +146,7 @@ class Site:
         self._ledger = ledger
         self._spaces: dict[int, Space] = {}
         self._by_mark: dict[tuple[str, str], Space] = {}
+        self._forgets = 0
         # learnt: since when (`Member.joined`) it has been a member that knows what was forgotten.
         # since, through: the first and the last epoch of which it knows all that was.
         self.seen_epoch, self.learnt, self.since, self.through, self.forgotten = _read(
@@ -253,7 +254,10 @@ class Site:
         if known is not None and known.instance == self.store.instance:
             return known
         command = c.OpenNamespace(name=name, layout=layout)
-        opened: c.NamespaceOpened = await self.store.command(command, self.policy.call_ms)
+        forgets = -1
+        while forgets != self._forgets:  # else the number may be of what was forgotten meanwhile
+            forgets = self._forgets
+            opened: c.NamespaceOpened = await self.store.command(command, self.policy.call_ms)
         space = Space(
             number=opened.namespace,
             instance=self.store.instance,
@@ -273,6 +277,7 @@ class Site:
 
     def forget_space(self, space: Space) -> None:
         """Its number means nothing any more."""
+        self._forgets += 1
         self._spaces.pop(space.number, None)
         self._by_mark.pop(space.mark, None)
 

@@ -20,7 +20,7 @@ from kvstore.block import cell_checksums
 from kvstore.cluster import messages as m
 from kvstore.cluster.members import Member
 from kvstore.cluster.placement import Ranking, place_of
-from kvstore.cluster.router import Puts
+from kvstore.cluster.puts import Puts
 from kvstore.commands import ExplainStatus
 from kvstore.errors import LayoutMismatch
 from kvstore.session.parts import part_of
@@ -276,7 +276,7 @@ def test_a_rank_with_an_earlier_view_is_told_the_later_one(
     best = ranked(ranks[0].session, keys)[0]
     others = tuple(member for member in view.members if member.name != best.name)
     router.view = replace(view, epoch=view.epoch - 1, members=others)
-    router._ranking = Ranking(router.view)
+    router.ranking = Ranking(router.view)
     for rank in ranks[:2]:
         assert rank.put(keys, data, b"e" * 16).waiting == 4
     assert pending(three) == {best.name: 4}

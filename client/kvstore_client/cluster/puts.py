@@ -15,8 +15,10 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.block import cell_checksums
 from kvstore.cluster import messages as m
+from kvstore.cluster.contacts import ClusterSpace
 from kvstore.cluster.pieces import growing
-from kvstore.cluster.router import ClusterSpace, PutOutcome, Puts, Router
+from kvstore.cluster.puts import PutOutcome, Puts
+from kvstore.cluster.router import Router
 from kvstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline

@@ -22,8 +22,10 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.block import cell_checksums, unpack
 from kvstore.cluster import messages as m
+from kvstore.cluster.contacts import ClusterSpace, RouterPolicy
+from kvstore.cluster.gets import Accept
 from kvstore.cluster.placement import place_of, places_of, segment_blocks
-from kvstore.cluster.router import Accept, ClusterSpace, Router, RouterPolicy
+from kvstore.cluster.router import Router
 from kvstore.commands import ExplainStatus
 from kvstore.errors import (
     Corrupted,
