@@ -26,7 +26,6 @@ from kvstore.transfer.base import TransferFailed
 
 NO_NODE = "no node of the cluster answers"
 GONE = (Unavailable, DeadlineExceeded)
-_EPOCH_SHIFT = 32  # where a generation of a namespace has the epoch in which it began
 _OVER = -1  # the landing ring of sessions that are not to be used any more
 BEHIND_MS = 25.0  # between two questions to a member that goes by an earlier view
 

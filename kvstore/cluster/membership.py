@@ -128,15 +128,20 @@ class Membership:
         ]
         if again:
             return view.with_members(again)
+        new = [member for name, member in here.items() if view.find(name) is None]
         moving = [m for m in view.members if m.state in (MemberState.JOINING, MemberState.DRAINING)]
+        # Who drains stays until there is somebody to take its blocks, and to be told what it knows.
+        if moving and not any(
+            m.state in (MemberState.UP, MemberState.JOINING) for m in view.members
+        ):
+            moving = []
         if moving:
             if not self._all_settled(view):
                 return None  # one move at a time, so that readers look in two places at most
             after = {MemberState.JOINING: MemberState.UP, MemberState.DRAINING: MemberState.OUT}
             return view.with_members([replace(m, state=after[m.state]) for m in moving])
-        new = [member for name, member in here.items() if view.find(name) is None]
         if new:
-            empty = not any(m.state == MemberState.UP for m in view.members)
+            empty = not any(m.state in holders for m in view.members)
             state = MemberState.UP if empty else MemberState.JOINING
             since = view.epoch + 1
             return view.with_members([replace(m, state=state, joined=since) for m in new])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.ma  # np.unique loads it, which the first get should not wait for
 import numpy.typing as npt
 import xxhash
 
