@@ -12,13 +12,14 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from cluster.nodes import LAYOUT, Nodes, blocks, chain
+from cluster.nodes import LAYOUT, Nodes, blocks, chain, eventually
 
 from kvstore import Hit, NamespaceHandle
 from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
 from kvstore_client.cluster.session import ClusterSession
 
 _JOIN_S = 30.0
+_DROP_S = 20.0
 _PAUSE_S = 0.002  # between two calls, so that the nodes have the processors as well
 _FULL_PAUSE_S = 0.05  # likewise, once there is as much as there may be
 _MEMORY = {"arena_bytes": 8 << 20, "ring_bytes": 32 << 20}
@@ -38,6 +39,7 @@ class Load:
 
     Chain i has the keys and the bytes of seed i. most: chains that are kept, so that
     nothing need be evicted; the oldest is dropped for a new one.
+    forget: drops all of it in the end.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Load:
         blocks_each: int = 8,
         most: int = 40,
         transfer: str = "grpc",
+        forget: bool = True,
     ) -> None:
-        self._nodes = nodes
+        self._nodes, self._forget = nodes, forget
         self.space, self.blocks_each, self._most = space, blocks_each, most
         self._random, self._first = random.Random(seed), seed * 1_000_000
         self.reader = nodes.client(transfer=transfer, **_MEMORY)
@@ -63,6 +66,7 @@ class Load:
         self.acknowledged: list[int] = []
         self._may_miss: set[int] = set()
         self._any_may_miss = False
+        self._dropped: list[int] = []
         self.gets: list[Sample] = []
         self.puts: list[Sample] = []
         self.good_gets = self.good_puts = 0
@@ -88,10 +92,19 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join(_JOIN_S)
-        self.writer.close()
-        self.reader.close()
-        if error is None:
-            self.check()
+        try:
+            if error is None:
+                self.check()
+                if self._forget:
+                    eventually(self._dropped_all, _DROP_S, "the namespace is dropped")
+        finally:
+            self.writer.close()
+            self.reader.close()
+
+    def _dropped_all(self) -> bool:
+        """Room for the next test; refused until all nodes are there."""
+        self.writer.drop_namespace(self.writer.open_namespace(self.space, LAYOUT))
+        return True
 
     def wait_for(self, *, puts: int = 0, gets: int = 0, timeout_s: float = 20.0) -> None:
         """Until so many more have ended well."""
@@ -136,9 +149,11 @@ class Load:
             return max((p.took_s for p in self.puts if p.began_s + p.took_s >= since_s), default=0)
 
     def longest_get_s(self, since_s: float) -> float:
-        """Of those that ended after that moment."""
+        """Of those that ended after that moment and found all; others are of dropped chains, for
+        which every node is asked."""
         with self._lock:
-            return max((g.took_s for g in self.gets if g.began_s + g.took_s >= since_s), default=0)
+            found = [get for get in self.gets if not get.missed]
+            return max((g.took_s for g in found if g.began_s + g.took_s >= since_s), default=0)
 
     def words(self) -> str:
         """How it went."""
@@ -193,9 +208,18 @@ class Load:
         with self._lock:
             seed = self.acknowledged.pop(0)
             self._may_miss.add(seed)  # the other thread may be reading it
-        # A node that is away keeps it: the next one is dropped all the same.
+            self._dropped.append(seed)
+        # A node that is away keeps it, and brings it back: see `drop_again`.
         with contextlib.suppress(Unavailable, DeadlineExceeded):
             self.writer.drop(space, chain(self.blocks_each, seed), timeout_s=1.0)
+
+    def drop_again(self) -> None:
+        """Once all nodes are there: so that what came back takes no room."""
+        space = self.writer.open_namespace(self.space, LAYOUT)
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+        for seed in dropped:
+            self.writer.drop(space, chain(self.blocks_each, seed))
 
     def _get_for_ever(self) -> None:
         space = _opened(self.reader, self.space, self._stop)

@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from cluster.proxies import Proxies
 
+from benchmarks.networks import Network
 from daemon import Daemon
 from kvstore import Layout, Session
+from kvstore.cluster import messages as m
 from kvstore.commands import ExplainStatus
 from kvstore.errors import KVStoreError
 from kvstore_client import KVStoreClient
@@ -27,7 +29,9 @@ from kvstore_client.cluster.session import ClusterSession
 from kvstore_proto.cluster.rpc import client_token
 
 LAYOUT = Layout.opaque(model="cluster-test", block_tokens=16, block_bytes=64 << 10)
+ETCD = "etcd"  # among those that can be cut off from each other
 _END_S = 20.0
+_WELL_S = 30.0
 _LOOK_S = 0.02
 _NODE = b"kvstore_server.cluster"
 T = TypeVar("T")
@@ -44,9 +48,9 @@ def free_ports(n: int) -> list[int]:
         return found
 
 
-def eventually(look: Callable[[], T], timeout_s: float, what: str = "") -> T:
+def eventually(look: Callable[[], T], timeout_s: float, what: str | Callable[[], object] = "") -> T:
     """What `look` returns once that is true: other processes tell nobody when they are done. A
-    `KVStoreError` counts as not yet."""
+    `KVStoreError` counts as not yet. what: for the failure; called then."""
     end, pace, last = time.monotonic() + timeout_s, threading.Event(), ""
     while True:
         try:
@@ -55,8 +59,18 @@ def eventually(look: Callable[[], T], timeout_s: float, what: str = "") -> T:
             found, last = None, str(error)  # type: ignore[assignment]
         if found:
             return found
-        assert time.monotonic() < end, f"not within {timeout_s} s: {what} {last}"
+        if time.monotonic() >= end:
+            said = what() if callable(what) else what
+            raise AssertionError(f"not within {timeout_s} s: {said} {last}")
         pace.wait(_LOOK_S)
+
+
+def all_well(session: ClusterSession) -> bool:
+    """Whether every member answers and serves, and trusts all others."""
+    return all(
+        each and m.CODEC.decode_frame(each.pong).serving and not each.suspects
+        for each in session.status().values()
+    )
 
 
 class Nodes:
@@ -64,7 +78,8 @@ class Nodes:
 
     flags: of all of them; `{folder}` in one stands for the node's own folder. proxied: they
     advertise addresses of `proxies`, which can cut any two of them, or one from all
-    clients, off from each other.
+    clients or from `ETCD`, off from each other. network: where each node is a host of its
+    name; on loopback without one.
     """
 
     def __init__(
@@ -75,6 +90,7 @@ class Nodes:
         etcd: str = "",
         replicas: int = 2,
         proxied: bool = False,
+        network: Network | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.flags, self.replicas, self.etcd = folder, flags, replicas, etcd
@@ -85,7 +101,13 @@ class Nodes:
         self.secret_file.write_bytes(self.secret)
         os.chmod(self.secret_file, 0o600)
         self.daemons: dict[str, Daemon] = {}
-        self.proxies = Proxies(self._node_pids, self.ports) if proxied else None
+        self.proxies: Proxies | None = None
+        if proxied:
+            at = {ETCD: int(etcd.rpartition(":")[2])} if etcd else {}
+            self.proxies = Proxies(self._node_pids, {**self.ports, **at})
+            if etcd:
+                self.etcd = f"http://127.0.0.1:{self.proxies.ports[ETCD]}"
+        self.network = network
         self._sessions: dict[str, KVStoreClient] = {}
         self._paused: set[str] = set()
 
@@ -93,12 +115,15 @@ class Nodes:
     def addresses(self) -> Mapping[str, str]:
         """Where nodes and clients reach each node, by name."""
         ports = self.proxies.ports if self.proxies else self.ports
-        return {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+        return {name: f"{self._host(name)}:{ports[name]}" for name in self.names}
 
     @property
     def seeds(self) -> list[str]:
         """Where clients find the nodes."""
         return list(self.addresses.values())
+
+    def _host(self, name: str) -> str:
+        return self.network.addresses[name] if self.network else "127.0.0.1"
 
     # -- their lives -------------------------------------------------------------------
 
@@ -108,6 +133,13 @@ class Nodes:
         for daemon in starting:
             daemon.wait_ready()
 
+    def wait_until_well(self) -> None:
+        """Until all of them serve, and none suspects another one."""
+        with self.client(
+            lazy=True, transfer="grpc", arena_bytes=1 << 16, ring_bytes=1 << 16
+        ) as one:
+            eventually(lambda: all_well(one), _WELL_S, "all are well")
+
     def begin(self, name: str, *flags: str) -> Daemon:
         """Starts a node, and does not wait. flags: in addition to those of all."""
         folder = self.folder / name
@@ -116,15 +148,18 @@ class Nodes:
         who = ["--etcd", self.etcd] if self.etcd else ["--members", members]
         if self.proxies:
             who += ["--peer-advertise", self.addresses[name]]
+        if self.network:
+            who += ["--peer-insecure"]
         if name in self.daemons:
             self.daemons[name].end()
-        self.daemons[name] = Daemon(
-            folder,
-            *("--dram", "64MiB", "--node-name", name),
-            *("--peer-listen", f"127.0.0.1:{self.ports[name]}", *who),
-            *("--replicas", str(self.replicas), "--cluster-secret", str(self.secret_file)),
-            *(flag.format(folder=folder) for flag in (*self.flags, *flags)),
-        )
+        with self.network.inside(name) if self.network else contextlib.nullcontext():
+            self.daemons[name] = Daemon(
+                folder,
+                *("--dram", "64MiB", "--node-name", name),
+                *("--peer-listen", f"{self._host(name)}:{self.ports[name]}", *who),
+                *("--replicas", str(self.replicas), "--cluster-secret", str(self.secret_file)),
+                *(flag.format(folder=folder) for flag in (*self.flags, *flags)),
+            )
         return self.daemons[name]
 
     def node_pid(self, name: str) -> int | None:
@@ -257,9 +292,10 @@ def nodes(
     etcd: str = "",
     replicas: int = 2,
     proxied: bool = False,
+    network: Network | None = None,
 ) -> Iterator[Nodes]:
     """Nodes that serve, for the length of a `with`."""
-    found = Nodes(folder, n, *flags, etcd=etcd, replicas=replicas, proxied=proxied)
+    found = Nodes(folder, n, *flags, etcd=etcd, replicas=replicas, proxied=proxied, network=network)
     try:
         found.start()
         yield found

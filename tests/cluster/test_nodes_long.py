@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cluster.etcd_rig import Etcd
 from cluster.load import Load
-from cluster.nodes import LAYOUT, Nodes, blocks, chain, eventually, nodes
+from cluster.nodes import ETCD, LAYOUT, Nodes, all_well, blocks, chain, eventually, nodes
 from cluster.proxies import CLIENT
 from cluster.test_nodes import assert_quiet, assert_whole, states, until_all_up
 
@@ -90,7 +90,8 @@ class Nemesis:
     def cut_off(self) -> str:
         name = self._name()
         others = [each for each in self.running.names if each != name]
-        away = self.random.choice(([*others, CLIENT], others, [CLIENT], others[:1]))
+        sides = ([*others, CLIENT], others, [CLIENT], others[:1], [ETCD])
+        away = self.random.choice(sides)
         assert self.running.proxies
         self.running.proxies.isolate(name, others=away)
         self._last(0.2, 6.0)
@@ -140,19 +141,12 @@ def settle(running: Nodes, session: ClusterSession, load: Load) -> None:
             session.change(m.Join(name=name))
     eventually(lambda: set(states(session)) == set(running.names), SETTLE_S, "all are members")
     until_all_up(session)
-    eventually(lambda: all_serve(session), SETTLE_S, "all serve")
+    eventually(lambda: all_well(session), SETTLE_S, "all serve")
     eventually(
         lambda: running.fewest_copies(SPACE, load.keys()) >= 2, SETTLE_S, "two copies of each"
     )
+    load.drop_again()
     load.wait_for(gets=3, puts=1, timeout_s=SETTLE_S)
-
-
-def all_serve(session: ClusterSession) -> bool:
-    """Whether every member says so, and trusts all others."""
-    found = list(session.status().values())
-    return all(
-        each and m.CODEC.decode_frame(each.pong).serving and not each.suspects for each in found
-    )
 
 
 @pytest.mark.long
@@ -168,7 +162,7 @@ def test_what_was_acknowledged_stays_readable_through_many_faults(
         running.client(transfer="grpc", arena_bytes=1 << 20, ring_bytes=1 << 20) as session,
     ):
         until_all_up(session)
-        with Load(running, SPACE, seed=seed, most=40) as load:
+        with Load(running, SPACE, seed=seed, most=40, forget=False) as load:
             nemesis = Nemesis(running, etcd, load, seed)
             for cycle in range(CYCLES):
                 load.wait_for(puts=1, gets=5)
@@ -177,12 +171,12 @@ def test_what_was_acknowledged_stays_readable_through_many_faults(
                 longest.append((load.longest_get_s(at_s), what))
                 put_s = load.longest_put_s(at_s)
                 settle(running, session, load)
-                print(
-                    f"{cycle:3} {what}: longest get {1e3 * longest[-1][0]:.0f} ms, put"
-                    f" {1e3 * put_s:.0f} ms, settled after {time.monotonic() - at_s:.1f} s"
-                )
+                stats = session.stats()
+                print(f"{cycle:3} {what}: longest get {1e3 * longest[-1][0]:.0f} ms,", end=" ")
+                print(f"put {1e3 * put_s:.0f} ms, settled after", end=" ")
+                print(f"{time.monotonic() - at_s:.1f} s, {stats.blocks} blocks")
             print(load.words())
-            due = load.due()
+        due = load.due()
         assert_quiet(running)
         space = session.open_namespace(SPACE, LAYOUT)
         for seed_of_chain in due:
