@@ -338,7 +338,7 @@ def _failover_line(found: Document) -> str:
     each = ", ".join(f"{ms:.0f}" for ms in worst)
     return (
         f"{len(worst)} kills of one node of three, two copies of each block: {found['failed']}"
-        f" gets failed; the longest get after one took {statistics.median(worst):.0f} ms in the median"
+        f" gets failed; the longest get after one took {statistics.median(worst):.0f} ms (median)"
         f" and {worst[-1]:.0f} ms at worst ({each}), others"
         f" {statistics.median(found['usual_ms']):.1f} ms{_judged(worst[-1] <= FAILOVER_GOAL_MS)}."
     )

@@ -44,8 +44,8 @@ class RouterPolicy:
     ping_ms: float = 250.0
     ping_timeout_ms: float = 250.0
     in_flight: int = 8
-    piece_bytes: int = 8 << 20
-    least_piece_bytes: int = 2 << 20
+    piece_bytes: int = 16 << 20
+    least_piece_bytes: int = 4 << 20
     hot_segments: int = 4096
 
 

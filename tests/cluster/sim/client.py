@@ -14,8 +14,10 @@ from cluster.sim.world import SimWorld
 
 from kvstore import commands as c
 from kvstore.block import cell_checksums, unpack
+from kvstore.cluster.contacts import ClusterSpace, RouterPolicy
 from kvstore.cluster.placement import place_of, places_of, segment_blocks
-from kvstore.cluster.router import ClusterSpace, Puts, Router, RouterPolicy
+from kvstore.cluster.puts import Puts
+from kvstore.cluster.router import Router
 from kvstore.errors import Corrupted, KVStoreError, ProtocolError
 from kvstore.session.parts import part_of
 
@@ -60,6 +62,11 @@ class SimRing:
     def kind(self) -> str:
         """See `ClientMemory.kind`."""
         return self._life.agent.kind
+
+    @property
+    def ring_bytes(self) -> int:
+        """See `ClientMemory.ring_bytes`."""
+        return self._slots * _SLOT
 
     def describe(self) -> bytes:
         """See `ClientMemory.describe`."""

@@ -146,6 +146,18 @@ class Host:
     def _ended(self, session: int) -> None:
         self.world.spawn(self.node.ended(session))
 
+    def change(self, name: str, *, joins: bool) -> None:
+        """An administrator asks this node to drain a member, or to let it join again."""
+        membership = self.node.membership
+
+        async def work() -> None:
+            try:
+                await (membership.join(name) if joins else membership.drain(name))
+            except KVStoreError as error:
+                self.cluster.loop.say(f"{self.name}: {name} is not changed: {error!r}")
+
+        self.world.spawn(work())
+
     # -- faults --------------------------------------------------------------------------
 
     def kill_node(self) -> None:

@@ -47,6 +47,8 @@ class Coordinator:
         self.leases: dict[int, Lease] = {}
         self.view: bytes | None = None
         self.history: list[View] = []
+        self.advanced: Callable[[], None] = lambda: None  # called when there is another view
+        self.granted: Callable[[str], None] = lambda _name: None  # called when a host registers
         self._watchers: list[Future[None]] = []
         self._numbers = 0
 
@@ -69,6 +71,7 @@ class Coordinator:
         self._numbers += 1
         number = self._numbers
         self.leases[number] = Lease(member, self._timer(number))
+        self.granted(wanted.name)
         self._tell()
         return number
 
@@ -96,6 +99,7 @@ class Coordinator:
         self.view = data
         self.history.append(view)
         self.loop.say(f"etcd: {data.decode()}")
+        self.advanced()
         self._tell()
         return True
 

@@ -162,7 +162,9 @@ class SimTask(Generic[T]):
         return self.outcome.result()
 
     def cancel(self) -> None:
-        """Throws `Cancelled` where it waits, in a moment; what it awaits on its way out happens."""
+        """Throws `Cancelled` where it waits, in a moment; what it awaits on its way out happens.
+        Who calls this does not ask what became of it."""
+        self.asked = True
         if not self.done and not self.cancelled:
             self.cancelled = self._throws = True
             self._waits_for = None

@@ -33,7 +33,7 @@ def some_trouble(rng: random.Random, *, replicas: int, changes: bool) -> Trouble
     kinds = {name: rng.uniform(0.2, 1.0) for name in _FAULTS if rng.random() < 0.5}
     if not changes:
         kinds.pop("another host", None)
-        kinds.pop("a drain", None)
+        kinds.pop("drain", None)
     weather = Weather(
         delay_ms=math.exp(rng.uniform(math.log(0.1), math.log(20.0))),
         loss=rng.choice((0.0, 0.0, 0.02, 0.1)),
@@ -92,12 +92,14 @@ class Nemesis:
         self._timers.clear()
         network, fabric = self.cluster.network, self.cluster.fabric
         fabric.interrupt = None
+        self.cluster.coordinator.granted = lambda _name: None
         network.heal()
         fabric.carriage = replace(fabric.carriage, flips=0.0, fails_to_close=0.0, chunk_ms=0.2)
         for process in (self.cluster.etcd, *self.others()):
             if process.paused:
                 process.resume()
         for host in self.cluster.hosts.values():
+            host.store.full = False
             host.resume()
             host.restart()
 
@@ -194,6 +196,35 @@ def _block(nemesis: Nemesis, one: list[str], other: list[str], *, both: bool, ms
     nemesis.later(ms, end)
 
 
+def _exile(nemesis: Nemesis) -> str:
+    """A host sees clients alone, most often for so long that it is left out."""
+    host = nemesis.a_host()
+    if host is None:
+        return ""
+    rest = [name for name in nemesis.cluster.hosts if name != host.name]
+    etcd_ms = nemesis.some_ms(2000.0, 12_000.0)
+    ms = etcd_ms * nemesis.rng.uniform(0.5, 1.8)
+    _block(nemesis, [host.name], rest, both=True, ms=ms)
+    _block(nemesis, [host.name], ["etcd"], both=True, ms=etcd_ms)
+    return f"{host.name} for {ms:.0f} ms, from etcd for {etcd_ms:.0f} ms"
+
+
+def _handover(nemesis: Nemesis) -> str:
+    """One host alone sees clients and etcd, and then all others do."""
+    host = nemesis.a_host()
+    if host is None:
+        return ""
+    rest = [name for name in nemesis.cluster.hosts if name != host.name]
+    alone_ms, away_ms = nemesis.some_ms(4000.0, 10_000.0), nemesis.some_ms(4000.0, 15_000.0)
+    _block(nemesis, rest, [host.name, "etcd"], both=True, ms=alone_ms)
+
+    def end() -> None:
+        _block(nemesis, [host.name], [*rest, "etcd"], both=True, ms=away_ms)
+
+    nemesis.later(alone_ms, end)
+    return f"{host.name} alone for {alone_ms:.0f} ms, the others for {away_ms:.0f} ms"
+
+
 def _pause(nemesis: Nemesis) -> str:
     running = nemesis.processes()
     if not running:
@@ -249,6 +280,20 @@ def _cut(nemesis: Nemesis) -> str:
     return f"the next transfer for {ms:.0f} ms"
 
 
+def _faint(nemesis: Nemesis) -> str:
+    """Whoever registers next stops before it hears of that."""
+    ms, coordinator = nemesis.some_ms(50.0, 3000.0), nemesis.cluster.coordinator
+
+    def strike(name: str) -> None:
+        coordinator.granted = lambda _name: None
+        process = nemesis.cluster.hosts[name].world.process
+        if process.alive and not process.paused:
+            nemesis.pause(process, ms)
+
+    coordinator.granted = strike
+    return f"who registers next, for {ms:.0f} ms"
+
+
 def _hang_up(nemesis: Nemesis) -> str:
     attached = nemesis.cluster.network.attached()
     if not attached:
@@ -267,6 +312,40 @@ def _death_of_a_client(nemesis: Nemesis) -> str:
     return process.name
 
 
+def _no_room(nemesis: Nemesis) -> str:
+    """A store whose blocks are all in use takes no more for a while."""
+    host = nemesis.a_host()
+    if host is None:
+        return ""
+    store, ms = host.store, nemesis.some_ms(50.0, 5000.0)
+    store.full = True
+
+    def end() -> None:
+        store.full = False
+
+    nemesis.later(ms, end)
+    return f"{host.name} for {ms:.0f} ms"
+
+
+def _drain(nemesis: Nemesis) -> str:
+    """An administrator takes a member's blocks away, and often lets it have some again."""
+    host = nemesis.a_host()
+    members = host.node.site.view.members if host is not None else ()
+    if host is None or not members:
+        return ""
+    name, back = nemesis.rng.choice(members).name, nemesis.rng.random() < 0.7
+    host.change(name, joins=False)
+
+    def end() -> None:
+        other = nemesis.a_host()
+        if other is not None:
+            other.change(name, joins=True)
+
+    if back:
+        nemesis.later(nemesis.some_ms(50.0, 15_000.0), end)
+    return f"{name}, asked of {host.name}"
+
+
 def _another_host(nemesis: Nemesis) -> str:
     if len(nemesis.cluster.hosts) >= nemesis.cluster.setting.nodes + 2:
         return ""
@@ -276,12 +355,17 @@ def _another_host(nemesis: Nemesis) -> str:
 _FAULTS: dict[str, Fault] = {
     "partition": _partition,
     "one link": _one_link,
+    "exile": _exile,
+    "handover": _handover,
     "pause": _pause,
+    "faint": _faint,
     "stall": _stall,
     "cut": _cut,
     "death": _death,
     "death of a node": _death_of_a_node,
     "death of a client": _death_of_a_client,
     "hang-up": _hang_up,
+    "no room": _no_room,
+    "drain": _drain,
     "another host": _another_host,
 }

@@ -10,77 +10,22 @@ from typing import Any
 
 import numpy as np
 from cluster.sim.client import SimClient
-from cluster.sim.cluster import Host, Setting, SimCluster
+from cluster.sim.cluster import Host, SimCluster
 from cluster.sim.history import SPACES, Name, Promise, Truth, key
 from cluster.sim.loop import Process, SimTask
-from cluster.sim.nemesis import Nemesis, Trouble, some_trouble
+from cluster.sim.nemesis import Nemesis
+from cluster.sim.plans import PLANS
 
 from kvstore import commands as c
 from kvstore.cluster.members import MemberState, View, decode_view
 from kvstore.cluster.placement import Ranking, places_of_put_ids
-from kvstore.cluster.router import RouterPolicy
-from kvstore.cluster.site import NodePolicy
+from kvstore.errors import KVStoreError
 from kvstore.layout import Layout
 
 CHAINS, BLOCKS = 3, 10  # of each space
 PEACE_MS = 90_000.0  # within which all must be well again
 LOOK_MS = 250.0
 _WHOLE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What one run does. tight: whether pools are too small for all blocks, so that nothing is
-    promised. rounds: of trouble and peace. round_ms: of trouble. clients: at work at one time."""
-
-    setting: Setting
-    tight: bool
-    rounds: int
-    round_ms: float
-    clients: int
-    drops: float
-    changes: bool
-    router: RouterPolicy
-    ring_slots: int
-
-    @classmethod
-    def of(cls, rng: random.Random) -> Plan:
-        """Some plan."""
-        nodes = rng.choice((1, 2, 3, 3, 4, 5))
-        tight = rng.random() < 0.15
-        policy = NodePolicy(
-            compare_ms=rng.choice((5000.0, 20_000.0)),
-            call_ms=rng.choice((300.0, 2000.0)),
-            transfer_ms=rng.choice((500.0, 5000.0)),
-            learn_ms=rng.choice((10_000.0, 20_000.0)),
-            hot_reads=rng.choice((8, 200)),
-            hot_ms=rng.choice((2000.0, 10_000.0)),
-            repair_bytes_per_ms=rng.choice((50.0, 256 * 1024.0)),
-            repair_batch_bytes=rng.choice((8 << 10, 1 << 20)),
-        )
-        router = RouterPolicy(
-            hedge_ms=rng.choice((5.0, 40.0)),
-            call_ms=rng.choice((200.0, 1000.0)),
-            grace_ms=rng.choice((500.0, 5000.0)),
-            piece_bytes=rng.choice((4 << 10, 1 << 20)),
-        )
-        return cls(
-            setting=Setting(
-                nodes=nodes,
-                replicas=rng.choice((1, 2, 2, 2, 3)),
-                slots=48 if tight else 256,
-                nvme=rng.random() < 0.2,
-                policy=policy,
-            ),
-            tight=tight,
-            rounds=rng.choice((1, 2, 3)),
-            round_ms=rng.choice((2000.0, 6000.0, 15_000.0)),
-            clients=rng.choice((1, 2, 3)),
-            drops=rng.choice((0.0, 0.0, 0.02, 0.1)),
-            changes=rng.random() < 0.4,
-            router=router,
-            ring_slots=rng.choice((4, 16)),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +63,23 @@ class Tally:
 class Simulation:
     """A run of one seed."""
 
-    def __init__(self, seed: int, plan: Plan | None = None, trouble: Trouble | None = None) -> None:
-        """plan and trouble: as the seed says where none is given."""
+    def __init__(self, seed: int, plan: str) -> None:
+        """plan: the name of one of `PLANS`."""
         self.rng = random.Random(seed)
-        plan_rng = random.Random(self.rng.getrandbits(64))
-        self.plan = plan or Plan.of(plan_rng)
-        made = some_trouble(
-            plan_rng, replicas=self.plan.setting.replicas, changes=self.plan.changes
-        )
+        self.plan, trouble = PLANS[plan](random.Random(self.rng.getrandbits(64)))
         self.truth, self.tally = Truth(), Tally()
         self.cluster = SimCluster(self.plan.setting, self.rng)
         self.truth.present_epoch = lambda: self.cluster.coordinator.epoch
+        if self.plan.curious:
+            self.cluster.coordinator.advanced = self._be_curious
         self.loop = self.cluster.loop
         self.clients: list[SimClient] = []
         self._views: dict[int, View] = {}
         self._epochs: dict[str, int] = {}
+        self._since: dict[str, int] = {}
         self.nemesis = Nemesis(
             self.cluster,
-            trouble or made,
+            trouble,
             random.Random(self.rng.getrandbits(64)),
             others=self._processes,
             died=self.truth.death,
@@ -227,7 +171,8 @@ class Simulation:
         n = rng.randint(1, BLOCKS - first)
         what = rng.random()
         if what < self.plan.drops:
-            await client.drop(space)
+            if await client.drop(space):
+                self._look_for_ghosts(space)
         elif what < 0.45:
             chain %= CHAINS
             copies = rng.choice((1, self.plan.setting.replicas, self.plan.setting.replicas))
@@ -242,6 +187,33 @@ class Simulation:
             await client.get(space, chain, first, n, cells=rng.random() < 0.3)
         else:
             await client.match(space, chain, BLOCKS)
+
+    def _look_for_ghosts(self, space: int) -> None:
+        """All clients read what should be gone, from whomever they can reach."""
+        for client in self.clients:
+            if client.process.alive:
+                client.world.spawn(self._read_space(client, space))
+
+    def _be_curious(self) -> None:
+        """All clients go by the next view as soon as they can, and read everything."""
+        for client in self.clients if self.nemesis.on else ():
+            if client.process.alive:
+                client.world.spawn(self._read_anew(client))
+
+    async def _read_anew(self, client: SimClient) -> None:
+        await client.world.sleep(client.world.random.uniform(1.0, 100.0))
+        try:
+            await client.router.refresh()
+        except KVStoreError:
+            return
+        for space in range(len(SPACES)):
+            await self._read_space(client, space)
+
+    async def _read_space(self, client: SimClient, space: int) -> None:
+        n = min(self.plan.ring_slots, BLOCKS)
+        for chain in range(CHAINS):
+            for first in range(0, BLOCKS - n + 1, n):
+                await client.get(space, chain, first, n)
 
     # -- looking into the stores ---------------------------------------------------------
 
@@ -283,7 +255,11 @@ class Simulation:
         """What holds at any time: nothing is lost, and no node goes back to an earlier view, nor
         by another one than all others of its epoch."""
         for host in self.cluster.alive():
-            view = host.node.site.view
+            site = host.node.site
+            if site.since != self._since.get(host.name, site.since):
+                self.truth.death()  # it knows that it missed something, and has forgotten all
+            self._since[host.name] = site.since
+            view = site.view
             if view.epoch:
                 assert self._views.setdefault(view.epoch, view) == view, "two views of one epoch"
                 last = self._epochs.get(host.name, 0)
@@ -318,6 +294,9 @@ class Simulation:
         self.cluster.check()
         self._read_all(self.truth.promises)
         self._renew_promises()
+        old = next((client for client in self.clients if client.process.alive), None)
+        if old is not None:  # who was there all the time has recovered as well
+            self._read_all(self.truth.promises, old)
 
     def _what_is_absent(self) -> str:
         """Why not all hosts serve under one view, empty where they do."""
@@ -361,6 +340,9 @@ class Simulation:
         ranking = Ranking(view)
         kept = {host.name: self.kept(host) for host in self._stores()}
         for holder, blocks in kept.items():
+            member = view.find(holder)
+            if member is None or member.state == MemberState.OUT:
+                continue  # what it has left is nobody's
             for at, block in blocks.items():
                 ranked = ranking.targets(np.array([block.place], np.uint64), most=view.replicas)
                 targets = [view.members[number].name for number in ranked[0].tolist()]
@@ -385,7 +367,7 @@ class Simulation:
             not task.done
             for client in self.clients
             for task in client.process.tasks
-            if task.name != "Router.run"
+            if task.name != "Contacts.run"
         ):
             return "clients are at work"
         for host in self._stores():
@@ -416,11 +398,13 @@ class Simulation:
                     there.add(at)
         return {name for name in self.truth.promises if (name[0], key(name)) in there}
 
-    def _read_all(self, wanted: Collection[Name]) -> None:
-        """Through a client that has just come: what is wanted is read, and nothing is wrong."""
-        client, view = self._new_client(), self.cluster.coordinator.view
+    def _read_all(self, wanted: Collection[Name], old: SimClient | None = None) -> None:
+        """Through a client that has just come, or an old one: what is wanted is read, and nothing
+        is wrong."""
+        client, view = old or self._new_client(), self.cluster.coordinator.view
 
         async def work() -> None:
+            await client.router.refresh()  # it may not have heard of the last changes
             for space in range(len(SPACES)):
                 for chain in range(CHAINS + 1):
                     for first in range(0, BLOCKS, self.plan.ring_slots):
@@ -430,8 +414,9 @@ class Simulation:
                             self._compare(space, chain, first, found, wanted)
 
         self.loop.run_until_done(client.world.spawn(work()), 120_000.0)
-        client.process.kill()
-        self.clients.remove(client)
+        if not old:
+            client.process.kill()
+            self.clients.remove(client)
 
     def _compare(
         self,
@@ -460,14 +445,16 @@ class Simulation:
             del promise
 
 
-def run_seed(seed: int, *, plan: Plan | None = None, trouble: Trouble | None = None) -> Tally:
+def run_seed(seed: int, plan: str = "ordinary") -> Tally:
     """A run; where it fails, the error tells how to run it again, and what happened last."""
-    simulation = Simulation(seed, plan, trouble)
+    simulation = Simulation(seed, plan)
     try:
         return simulation.run()
     except Exception as error:
         lines = "\n".join(list(simulation.loop.journal)[-40:])
-        again = f"SIM_SEEDS={seed}:1 pytest tests/cluster/sim -k clusters_under_faults"
+        again = (
+            f"SIM_PLAN={plan} SIM_SEEDS={seed}:1 pytest tests/cluster/sim -k clusters_under_faults"
+        )
         raise AssertionError(f"seed {seed}: {error!r}\n{lines}\nagain: {again}") from error
     finally:
         simulation.close()

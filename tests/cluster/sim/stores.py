@@ -16,7 +16,7 @@ from nvme.sim_disk import SimDisk, aligned
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.block import cell_checksums
-from kvstore.errors import DeadlineExceeded, KVStoreError, Unavailable
+from kvstore.errors import DeadlineExceeded, KVStoreError, ResourceExhausted, Unavailable
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.layout import Layout
@@ -73,6 +73,7 @@ class SimStore:
         self.generations = np.zeros(slots, np.uint64)
         self._indexes: list[Bytes1D] = []
         self.spy: Callable[[SimStore, int, c.Command, Any], None] | None = None
+        self.full = False  # whether it grants no slots: as if all of its blocks were in use
         self._hung_up: set[int] = set()
         self._answers: dict[int, Callable[[Any], None]] = {}
         self._timer: Timer | None = None
@@ -111,6 +112,8 @@ class SimStore:
 
     def handle(self, connection: int, command: c.Command, then: Callable[[Any], None]) -> None:
         """One command, at this moment; its result may come later."""
+        if self.full and isinstance(command, c.Grant):
+            raise ResourceExhausted("all blocks are in use", retry_after_ms=limits.RETRY_AFTER_MS)
         due_ms = self.store.next_due_ms
         if due_ms is not None and due_ms <= self.now_ms():
             self.store.tick(self.now_ms())

@@ -72,7 +72,8 @@ class SimWorld:
         while not all(task.done for task in tasks) and self.loop.now < end_ms:
             await self.wait(tasks, end_ms - self.loop.now)
         for task in tasks:
-            task.cancel()
+            if not task.done:
+                task.cancel()
 
     async def call(self, address: str, message: Any, timeout_ms: float) -> Any:
         """See `World.call`."""
