@@ -7,7 +7,7 @@ PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_pr
 	kernels/kvstore_kernels engines/kvstore_engines engines/kvstore_integrations benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cluster-demo test test-long test-vllm test-sglang test-lmcache test-gpu bench-gpu lint format bench proto clean
+.PHONY: help demo cluster-demo test test-long test-sim test-vllm test-sglang test-lmcache test-gpu bench-gpu lint format bench proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,7 +29,10 @@ test: lint ## lint and the whole test suite, but for the long hunts; in two proc
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(READY) ## the long hunts: millions of reads, deep random histories, large pools
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --ignore tests/cluster/sim
+
+test-sim: $(READY) ## clusters under faults by 500 seeds of each plan; SIM_NIGHT=1: by 20,000 of one
+	$(BIN)/python -m pytest -m long -n 2 tests/cluster/sim $(if $(SIM_NIGHT),-k night,-k "not night")
 
 # Each engine's environment is made on first use, under .cache/integrations: some minutes, 3 GB.
 test-vllm test-sglang test-lmcache: $(READY) ## a real engine on our store, in its own environment

@@ -13,14 +13,14 @@ from cluster.sim.plans import PLANS
 from cluster.sim.simulation import Tally, run_seed
 
 SHORT = {
-    "ordinary": 32,
-    "forgetful": 6,
-    "parted": 8,
-    "forsaken": 8,
-    "mortal": 12,
-    "halting": 16,
-    "cramped": 12,
-    "restless": 8,
+    "ordinary": 80,
+    "forgetful": 10,
+    "parted": 14,
+    "forsaken": 14,
+    "mortal": 20,
+    "halting": 24,
+    "cramped": 20,
+    "restless": 14,
 }
 LONG, LONGER = 500, 20_000
 _HOURS_S = 24 * 3600
