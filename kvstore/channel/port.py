@@ -27,6 +27,7 @@ class ChannelPort:
         """`Unavailable` where nobody answers in time, and what the daemon says if it refuses."""
         self._lock = threading.Lock()
         self._waking = threading.RLock()  # around the pipe's numbers: closed ones are given anew
+        self._over = False
         self.fds: list[int] = []
         self._casts: deque[bytes] = deque(maxlen=limits.MAX_CASTS)  # the oldest are lost
         self.interrupted = False  # whether it is over because a call was broken off here
@@ -59,7 +60,7 @@ class ChannelPort:
     @property
     def closed(self) -> bool:
         """Whether the connection is over."""
-        return self._sock.fileno() < 0
+        return self._over
 
     def call(self, command: commands.Command, timeout_s: float) -> commands.Result:
         """One round trip; `DeadlineExceeded` or `Unavailable` also close the connection."""
@@ -114,10 +115,20 @@ class ChannelPort:
     def shut(self) -> None:
         """Ends the connection; a call or wait in another thread ends at once. `close` follows."""
         self._say_last()
+        self._over = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+        self._close_unless_called()
         self.poke()
+
+    def _close_unless_called(self) -> None:
+        """Closes the socket, but for a call under way, which does it in the end: a call that was
+        just about to wait for it would wait for whatever gets the same number next."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sock.close()
+            finally:
+                self._lock.release()
 
     def _say_last(self) -> None:
         """Sends what was cast, unless another thread is in a call or the socket is full."""
@@ -131,6 +142,7 @@ class ChannelPort:
 
     def abandon(self) -> None:
         """Closes this process's copy of the socket; the process that it was forked from goes on."""
+        self._over = True
         self._sock.close()
 
     def close(self) -> None:
@@ -170,6 +182,8 @@ class ChannelPort:
             result = self._guarded(frame, deadline, fds_wanted, send_fd, timeout_s)
         finally:
             self._lock.release()
+            if self._over:
+                self._close_unless_called()
         return wire.raise_if_failed(result)
 
     def _guarded(

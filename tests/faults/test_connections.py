@@ -430,6 +430,46 @@ def test_a_wake_up_never_reaches_a_descriptor_that_was_given_anew(
     assert not set(written) & set(opened)
 
 
+def test_a_call_never_waits_for_a_descriptor_that_was_given_anew(direct: Daemon) -> None:
+    port = ChannelPort(str(direct.socket), WAIT_S)
+    waiting, shut = threading.Event(), threading.Event()
+
+    class Late:
+        """A poller that another thread overtakes just before it waits."""
+
+        def __init__(self, real: Any) -> None:
+            self._real = real
+
+        def poll(self, timeout_ms: int) -> list[tuple[int, int]]:
+            waiting.set()
+            assert shut.wait(WAIT_S)
+            return cast("list[tuple[int, int]]", self._real.poll(timeout_ms))
+
+    port._readable = Late(port._readable)  # type: ignore[assignment]
+    errors: list[BaseException | None] = []
+    call = threading.Thread(
+        target=lambda: errors.append(within(WAIT_S, lambda: port.call(c.Stat(), 2.0)))
+    )
+    pipes: list[int] = []
+    call.start()
+    try:
+        assert waiting.wait(WAIT_S)
+        number = port._sock.fileno()
+        port.shut()
+        while number not in pipes and len(pipes) < 16:
+            pipes += os.pipe()
+        shut.set()
+        call.join()
+        assert errors[0] is None or isinstance(errors[0], Unavailable)
+        assert port._sock.fileno() < 0
+    finally:
+        shut.set()
+        call.join()
+        port.close()
+        for each in pipes:
+            os.close(each)
+
+
 def test_what_the_daemon_hands_over_is_for_no_program_that_is_started(direct: Daemon) -> None:
     port = ChannelPort(str(direct.socket), WAIT_S)
     inherited = [os.get_inheritable(fd) for fd in port.fds]
