@@ -281,9 +281,11 @@ def _gets_around_a_kill(
     space = session.open_namespace("failover", layout)
     data = np.random.default_rng(1).integers(0, 256, (n, size), np.uint8)
     chain = random_keys(np.random.default_rng(1), n)
-    put = session.put(space, chain, list(data), position=0)
-    if put.replicated != n:
-        raise RuntimeError(f"not replicated: {put}")
+    end = time.monotonic() + _READY_S
+    # Nodes that have just started may not all take copies yet.
+    while session.put(space, chain, list(data), position=0).replicated != n:
+        if time.monotonic() > end:
+            raise RuntimeError("the blocks are not replicated")
     room, times, failed = np.zeros_like(data), [], 0
     for turn in range(200):
         if turn == 100:
