@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from sortedcontainers import SortedDict
@@ -13,6 +11,7 @@ from sortedcontainers import SortedDict
 from kvstore import commands as c
 from kvstore.errors import InvalidArgument, KVStoreError
 from kvstore.memory import Arena
+from kvstore.session.buffers import OwnBlocks
 from kvstore.transfer.apart import ApartAgent, export
 from kvstore.transfer.base import Agent, Bytes1D
 
@@ -243,11 +242,11 @@ class LandingRing:
         raise AssertionError("an address of no ring")
 
 
-class RingView:
+class RingView(OwnBlocks):
     """Parts of the ring that their user holds; implements `View`. nbytes: how much is held."""
 
     def __init__(self, ring: LandingRing, nbytes: int) -> None:
-        self.blocks: list[Bytes1D] = []
+        super().__init__([])
         self._ring, self._nbytes = ring, nbytes
         self._lock = threading.Lock()
         self._parts: list[c.U64] = []
@@ -266,21 +265,10 @@ class RingView:
             if self._released:
                 return
             self._released = True
-        self.blocks = []
+        super().release()
         for part in self._parts:
             self._ring.give(part)
         self._ring.unhold(self._nbytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 _KEPT: list[_Life] = []  # memory that may still be written to must never be anybody else's
