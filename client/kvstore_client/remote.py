@@ -34,7 +34,7 @@ from kvstore.session.base import (
     PutResult,
     StoreInfo,
 )
-from kvstore.session.buffers import OwnBlocks, own_buffers
+from kvstore.session.buffers import HeldBlocks, own_buffers
 from kvstore.session.control import Deadline
 from kvstore.session.requests import checked_chain, checked_get, checked_put
 from kvstore_client.rpc import Rpc
@@ -135,7 +135,7 @@ class RemoteSession:
             raise Unavailable("the store is away")
         return CopiedView(blocks)
 
-    def buffers(self, n: int, nbytes: int) -> OwnBlocks:
+    def buffers(self, n: int, nbytes: int) -> HeldBlocks:
         """See `Session.buffers`."""
         return own_buffers(n, nbytes)
 

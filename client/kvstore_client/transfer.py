@@ -8,7 +8,7 @@ import numpy as np
 
 from kvstore.errors import InvalidArgument, ProtocolError
 from kvstore.session.base import Bytes1D, Hit, Miss, MissReason
-from kvstore.session.buffers import OwnBlocks
+from kvstore.session.buffers import HeldBlocks
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.v1.chunks import Assembly, cut
 from kvstore_proto.v1.translate import reason_of, tier_of
@@ -81,7 +81,7 @@ class Arrival:
         self._ended = True
 
 
-class CopiedView(OwnBlocks):
+class CopiedView(HeldBlocks):
     """A `View` of private copies: nothing is held in the store, and they stay good as they are."""
 
     def __init__(self, blocks: list[Bytes1D]) -> None:

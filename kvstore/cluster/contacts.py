@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -141,20 +142,21 @@ class Contacts:
             except GONE as error:
                 why = str(error)
                 continue
-            if self._learn(answer.view) and self.view and self.view.members:
+            self._learn(answer.view)
+            if self.view and self.view.members:
                 return self.view
         if self.view is None or not self.view.members:
             raise Unavailable(f"{NO_NODE}: tried {', '.join(self._seeds)}; {why}")
         return self.view
 
-    def _learn(self, encoded: bytes) -> bool:
+    def _learn(self, encoded: bytes) -> None:
         view = decode_view(encoded)
         if self.view is None or view.epoch > self.view.epoch:
             self.view, self.ranking = view, Ranking(view)
             self.counters.views += 1
-        return True
 
     async def present(self) -> View:
+        """The view that is known, or the first one. `Unavailable`."""
         return self.view if self.view is not None and self.view.members else await self.refresh()
 
     async def run(self) -> None:
@@ -201,11 +203,9 @@ class Contacts:
         self.health.answered(member.name)
         epoch = getattr(answer, "epoch", 0)
         if self.view and epoch > self.view.epoch:
-            try:
+            with contextlib.suppress(KVStoreError):
                 newer = await self.world.call(member.address, m.AskView(), self.policy.call_ms)
                 self._learn(newer.view)
-            except KVStoreError:
-                pass
         return answer
 
     # -- namespaces and sessions -------------------------------------------------------
@@ -229,6 +229,8 @@ class Contacts:
         raise error
 
     async def open_at(self, member: Member, space: ClusterSpace) -> m.Opened:
+        """Opens a namespace at a member, and keeps its number there. Raises as `call`, and
+        `InvalidArgument` for a member of another secret."""
         message = m.Open(name=space.name, layout=space.layout.encode())
         opened: m.Opened = await self.call(member, message, self.policy.call_ms)
         if space.key and opened.key != space.key:
@@ -239,6 +241,7 @@ class Contacts:
         return opened
 
     async def number(self, member: Member, space: ClusterSpace) -> tuple[int, int]:
+        """A namespace's number at a member, and the life of the member that it is good in."""
         known = space.numbers.get(member.name)
         if known is None:
             await self.open_at(member, space)

@@ -14,11 +14,7 @@ from kvstore.cluster.contacts import BEHIND_MS, ClusterSpace, Contacts
 from kvstore.cluster.members import Member
 from kvstore.cluster.placement import NONCE_BYTES, PUT_ID_BYTES, new_put_id, nonce_of
 from kvstore.cluster.world import Task
-from kvstore.errors import (
-    InvalidArgument,
-    KVStoreError,
-    ResourceExhausted,
-)
+from kvstore.errors import InvalidArgument, KVStoreError, ResourceExhausted
 from kvstore.session.parts import ALL_CELLS
 from kvstore.transfer.base import TransferFailed
 

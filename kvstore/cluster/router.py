@@ -17,12 +17,7 @@ from kvstore.cluster.gets import Accept, Get, Keep
 from kvstore.cluster.members import Member, MemberState, View
 from kvstore.cluster.puts import Put, PutOutcome, Puts
 from kvstore.cluster.world import Task
-from kvstore.errors import (
-    InvalidArgument,
-    KVStoreError,
-    ResourceExhausted,
-    Unavailable,
-)
+from kvstore.errors import InvalidArgument, KVStoreError, ResourceExhausted, Unavailable
 
 _EPOCH_SHIFT = 32  # where a generation of a namespace has the epoch in which it began
 

@@ -1,4 +1,4 @@
-"""Arrays for blocks that are the caller's own."""
+"""Arrays of blocks that a user holds for a while."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kvstore.errors import InvalidArgument
 from kvstore.session.base import Bytes1D
 
 
-class OwnBlocks:
-    """Arrays that are the holder's own; implements `View`."""
+class HeldBlocks:
+    """Implements `View`; who holds something in a store for the arrays derives from this."""
 
     def __init__(self, blocks: list[Bytes1D]) -> None:
         self.blocks = blocks
 
     def release(self) -> None:
-        """Lets go of the copies."""
+        """See `View.release`."""
         self.blocks = []
 
     def __enter__(self) -> Self:
@@ -33,10 +33,10 @@ class OwnBlocks:
         self.release()
 
 
-def own_buffers(n: int, nbytes: int) -> OwnBlocks:
+def own_buffers(n: int, nbytes: int) -> HeldBlocks:
     """See `Session.buffers`, where any memory is as good."""
     check_buffers(n, nbytes)
-    return OwnBlocks(list(np.empty((n, nbytes), np.uint8)))
+    return HeldBlocks(list(np.empty((n, nbytes), np.uint8)))
 
 
 def check_buffers(n: int, nbytes: int) -> None:

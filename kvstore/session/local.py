@@ -44,7 +44,7 @@ from kvstore.session.base import (
     NamespaceHandle,
     PutResult,
 )
-from kvstore.session.buffers import OwnBlocks, own_buffers
+from kvstore.session.buffers import HeldBlocks, own_buffers
 from kvstore.session.control import ControlSession, Deadline
 from kvstore.session.copies import in_parallel, move, move_rows, row_groups
 from kvstore.session.link import Granted, Link, Memory
@@ -65,29 +65,19 @@ _MOST_STALLS = 3  # fetches whose blocks are gone again before they are copied
 _HITS = {code: Hit(tier) for code, tier in TIERS.items()}
 
 
-class LocalView:
+class LocalView(HeldBlocks):
     """A `View` of a store's own memory, under a lease."""
 
     def __init__(self, session: LocalSession, lease: int, blocks: list[Bytes1D]) -> None:
+        super().__init__(blocks)
         self._session, self._lease = session, lease
-        self.blocks = blocks
 
     def release(self) -> None:
         """See `View.release`; a store that is gone holds nothing any more."""
+        super().release()
         if self._lease:
-            lease, self._lease, self.blocks = self._lease, 0, []
+            lease, self._lease = self._lease, 0
             self._session.release(lease)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class LocalSession(ControlSession):
@@ -181,7 +171,7 @@ class LocalSession(ControlSession):
             block.flags.writeable = False
         return LocalView(self, leased.lease, blocks)
 
-    def buffers(self, n: int, nbytes: int) -> OwnBlocks:
+    def buffers(self, n: int, nbytes: int) -> HeldBlocks:
         """See `Session.buffers`."""
         return own_buffers(n, nbytes)
 

@@ -40,7 +40,7 @@ from kvstore.session.base import (
     StoreInfo,
     View,
 )
-from kvstore.session.buffers import OwnBlocks, own_buffers
+from kvstore.session.buffers import HeldBlocks, own_buffers
 from kvstore.session.control import Deadline
 from kvstore.session.fork import ForkGuard
 from kvstore.session.requests import (
@@ -212,7 +212,7 @@ class ResilientSession:
             timeout_s, lambda now, left_s: now.view(namespace, hashes, timeout_s=left_s)
         )
 
-    def buffers(self, n: int, nbytes: int) -> OwnBlocks:
+    def buffers(self, n: int, nbytes: int) -> HeldBlocks:
         """See `Session.buffers`."""
         return own_buffers(n, nbytes)
 

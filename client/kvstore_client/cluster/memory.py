@@ -11,7 +11,7 @@ from sortedcontainers import SortedDict
 from kvstore import commands as c
 from kvstore.errors import InvalidArgument, KVStoreError
 from kvstore.memory import Arena
-from kvstore.session.buffers import OwnBlocks
+from kvstore.session.buffers import HeldBlocks
 from kvstore.transfer.apart import ApartAgent, export
 from kvstore.transfer.base import Agent, Bytes1D
 
@@ -242,7 +242,7 @@ class LandingRing:
         raise AssertionError("an address of no ring")
 
 
-class RingView(OwnBlocks):
+class RingView(HeldBlocks):
     """Parts of the ring that their user holds; implements `View`. nbytes: how much is held."""
 
     def __init__(self, ring: LandingRing, nbytes: int) -> None:
