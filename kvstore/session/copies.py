@@ -1,12 +1,10 @@
-"""Copies and hashes on two threads, in pieces for which the interpreter's lock is released.
+"""Work on two threads, in pieces for which the interpreter's lock is released.
 
-One thread cannot use the memory's bandwidth alone, and more than two bring nothing. What is hashed
-is hashed piece by piece while it is still in the cache.
+One thread cannot use the memory's bandwidth alone, and more than two bring nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,87 +13,49 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
+
+from kvstore.streaming import copy_rows
 
 PIECE_BYTES = 1 << 20
-GROUP_BYTES = 2 << 20  # of small blocks that are copied in one go
-HASHED_PIECE_BYTES = 256 << 10  # small enough for a core's own cache
+GROUP_BYTES = 2 << 20  # of small blocks that are moved in one go
 ALONE_BYTES = 768 << 10  # up to here waking the other thread takes longer than it saves
 
+U64 = npt.NDArray[np.uint64]
 Piece = tuple[Any, ...]
-Rows = tuple[int, int, int]  # how many, and the bytes from one to the next at target and source
 
 
-def move(target: int, source: int, nbytes: int) -> None:
-    """Copies between two addresses, which must hold that many bytes."""
-    ctypes.memmove(target, source, nbytes)
-
-
-def move_rows(target: int, source: int, nbytes: int, rows: Rows) -> None:
-    """Copies rows of `nbytes` in one go: each by itself would ask for the interpreter's lock, which
-    the other thread may hold."""
-    count, target_step, source_step = rows
-    if count == 1:
-        ctypes.memmove(target, source, nbytes)
-    else:
-        np.copyto(
-            _rows_at(target, (count, nbytes), target_step),
-            _rows_at(source, (count, nbytes), source_step),
-        )
-
-
-def row_groups(
-    targets: Sequence[int], sources: Sequence[int], nbytes: int
-) -> list[tuple[int, int, int, Rows]]:
-    """Arguments of `move_rows` that together copy `nbytes` from each source to its target, in
-    order; as many rows at once as lie evenly and make no more than a group."""
-    groups, most = [], max(1, GROUP_BYTES // nbytes)
-    n, first = len(sources), 0
-    while first < n:
-        end, target, source = first + 1, targets[first], sources[first]
-        step = (targets[end] - target, sources[end] - source) if end < n else (0, 0)
-        while end < min(n, first + most) and step == (
-            targets[end] - targets[end - 1],
-            sources[end] - sources[end - 1],
-        ):
-            end += 1
-        groups.append((target, source, nbytes, (end - first, *step)))
-        first = end
-    return groups
-
-
-class _Bytes:
-    """What tells numpy of bytes at an address."""
-
-    __slots__ = ("__array_interface__",)
-
-    def __init__(self, interface: dict[str, object]) -> None:
-        self.__array_interface__ = interface
-
-
-def _rows_at(address: int, shape: tuple[int, int], step: int) -> npt.NDArray[np.uint8]:
-    """Rows of bytes at an address, which must stay mapped."""
-    face = {"version": 3, "data": (address, False), "typestr": "|u1"}
-    rows: npt.NDArray[np.uint8] = np.asarray(_Bytes({**face, "shape": shape, "strides": (step, 1)}))
-    return rows
-
-
-def move_and_hash(target: int, source: int, nbytes: int, arrived: memoryview) -> int:
-    """Copies, and returns the xxh3_64 of what arrived; `arrived` shows the target's bytes."""
-    if nbytes <= 2 * HASHED_PIECE_BYTES:
-        ctypes.memmove(target, source, nbytes)
-        return xxhash.xxh3_64_intdigest(arrived)
-    digest = xxhash.xxh3_64()
-    for at in range(0, nbytes, HASHED_PIECE_BYTES):
-        end = min(at + HASHED_PIECE_BYTES, nbytes)
-        ctypes.memmove(target + at, source + at, end - at)
-        digest.update(arrived[at:end])
-    return digest.intdigest()
+def groups_of(n: int, nbytes: int) -> list[tuple[int, int]]:
+    """The first and the end of each group of rows that are moved in one go, of n of `nbytes`."""
+    step = max(1, GROUP_BYTES // nbytes)
+    if 2 * step > n and n * nbytes > ALONE_BYTES:
+        step = -(-n // 2)  # something for either thread
+    return [(at, min(at + step, n)) for at in range(0, n, step)]
 
 
 def pieces_of(nbytes: int) -> list[tuple[int, int]]:
     """Offsets and sizes of the pieces that so many bytes are moved in."""
     return [(at, min(PIECE_BYTES, nbytes - at)) for at in range(0, nbytes, PIECE_BYTES)]
+
+
+def copy_in_parallel(
+    targets: U64, sources: U64, runs: Sequence[tuple[int, int, int]], end_s: float
+) -> int:
+    """Copies the runs of rows, in order; returns how many leading rows were whole by `end_s`.
+
+    targets, sources: addresses (n,). runs: offsets at the target and at the source, and lengths.
+    """
+    groups = groups_of(len(targets), sum(nbytes for _, _, nbytes in runs))
+    moves = [
+        (targets + np.uint64(to), sources + np.uint64(from_), nbytes) for to, from_, nbytes in runs
+    ]
+    pieces = [
+        (theirs[first:end], ours[first:end], nbytes)
+        for first, end in groups
+        for theirs, ours, nbytes in moves
+    ]
+    total = len(targets) * sum(nbytes for _, _, nbytes in runs)
+    done = in_parallel(copy_rows, pieces, total, end_s) // len(runs)
+    return groups[done - 1][1] if done else 0
 
 
 class _Helper:

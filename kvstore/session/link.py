@@ -16,8 +16,8 @@ from kvstore.errors import DeadlineExceeded
 from kvstore.index.reader import IndexReader
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
-from kvstore.session.copies import in_parallel
-from kvstore.session.parts import Part, bytes_of, payload_offset
+from kvstore.session.copies import groups_of, in_parallel
+from kvstore.session.parts import Part, payload_offset
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,11 +48,10 @@ class Memory:
         """Where the pool lies in this process."""
         return int(self.pool.__array_interface__["data"][0])
 
-    def payload_addresses(self, layout: Layout, granules: npt.NDArray[np.integer]) -> list[int]:
-        """Where the payloads of the slots at `granules` lie in this process."""
-        first = self.pool_address + payload_offset(layout)
-        starts: list[int] = (granules.astype(np.int64) * limits.GRANULE_BYTES + first).tolist()
-        return starts
+    def payload_addresses(self, layout: Layout, granules: npt.NDArray[np.integer]) -> c.U64:
+        """Where the payloads of the slots at `granules` (n,) lie in this process: uint64 (n,)."""
+        first = np.uint64(self.pool_address + payload_offset(layout))
+        return granules.astype(np.uint64) * np.uint64(limits.GRANULE_BYTES) + first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +106,7 @@ def fill_directly(
             granted.layout,
             granted.part,
             sources=sources,
-            slots=granted.granules.tolist(),
+            slots=granted.granules,
             end_s=end_s,
         ),
     )
@@ -122,25 +121,24 @@ def copy_all_in(
     part: Part,
     *,
     sources: Sequence[int],
-    slots: Sequence[int],
+    slots: npt.NDArray[np.integer],
     end_s: float,
 ) -> c.U64:
-    """Copies parts of blocks from addresses (sources) to slots (their first granules).
+    """Copies parts of blocks from addresses (sources) to slots (their first granules, (n,)).
 
-    Returns the checksums (n, cells) of what arrived.
+    Returns the checksums (n, cells) of what was stored.
 
     `DeadlineExceeded` where that is not done by `end_s` of `time.monotonic`.
     """
-    pool, offset, size = bytes_of(memory.pool), payload_offset(layout), layout.block_bytes
-    base = memory.pool_address
-    sums: list[list[int]] = [[]] * len(sources)
+    n = len(sources)
+    targets, theirs = memory.payload_addresses(layout, slots), np.array(sources, np.uint64)
+    sums = np.empty((n, len(part.cell_runs)), np.uint64)
 
-    def copy(i: int, source: int, slot: int) -> None:
-        at = slot * limits.GRANULE_BYTES + offset
-        sums[i] = part.copy_in(source, base + at, pool[at : at + size])
+    def copy(first: int, end: int) -> None:
+        sums[first:end] = part.copy_in(theirs[first:end], targets[first:end])
 
-    pieces = list(zip(range(len(sources)), sources, slots, strict=True))
-    done = in_parallel(copy, pieces, part.nbytes * len(pieces), end_s)
-    if done < len(pieces):
-        raise DeadlineExceeded(f"{done} of {len(pieces)} blocks were copied in time")
-    return np.array(sums, np.uint64)
+    groups = groups_of(n, part.nbytes)
+    done = in_parallel(copy, groups, part.nbytes * n, end_s)
+    if done < len(groups):
+        raise DeadlineExceeded(f"{groups[done][0]} of {n} blocks were copied in time")
+    return sums

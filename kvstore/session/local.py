@@ -46,7 +46,7 @@ from kvstore.session.base import (
 )
 from kvstore.session.buffers import HeldBlocks, own_buffers
 from kvstore.session.control import ControlSession, Deadline
-from kvstore.session.copies import in_parallel, move, move_rows, row_groups
+from kvstore.session.copies import copy_in_parallel
 from kvstore.session.link import Granted, Link, Memory
 from kvstore.session.parts import Part
 from kvstore.session.requests import (
@@ -461,21 +461,12 @@ def _copy(
     memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64], end_s: float
 ) -> int:
     """Copies blocks to their targets in order; returns how many were whole by `end_s`."""
-    starts, part = memory.payload_addresses(request.namespace.layout, granules), request.part
-    targets = request.targets[: len(starts)]
-    if not starts:
+    starts = memory.payload_addresses(request.namespace.layout, granules)
+    if not len(starts):
         return 0
-    if len(part.runs) == 1:
-        at, _own, nbytes = part.runs[0]
-        groups = row_groups(targets, [start + at for start in starts], nbytes)
-        done = in_parallel(move_rows, groups, nbytes * len(starts), end_s)
-        return sum(rows[0] for _, _, _, rows in groups[:done])
-    pieces = [
-        (target + own, start + at, nbytes)
-        for target, start in zip(targets, starts, strict=True)
-        for at, own, nbytes in part.runs
-    ]
-    return in_parallel(move, pieces, part.nbytes * len(starts), end_s) // len(part.runs)
+    targets = np.array(request.targets[: len(starts)], np.uint64)
+    runs = [(own, at, nbytes) for at, own, nbytes in request.part.runs]
+    return copy_in_parallel(targets, starts, runs, end_s)
 
 
 def _leading_sound(memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64]) -> int:

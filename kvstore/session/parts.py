@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from kvstore import commands as c
 from kvstore import limits
@@ -15,7 +14,8 @@ from kvstore.block import header_bytes
 from kvstore.errors import InvalidArgument, LayoutMismatch
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
-from kvstore.session.copies import move_and_hash, pieces_of
+from kvstore.session.copies import pieces_of
+from kvstore.streaming import copy_and_hash_rows, hash_rows
 
 ALL_CELLS: c.U32 = np.empty(0, np.uint32)
 # Where a run lies in a block's payload, where in the part's own bytes, and its length.
@@ -37,32 +37,41 @@ class Part:
     bounds: np.ndarray[tuple[int], np.dtype[np.int64]]
     nbytes: int
 
-    def copy_in(self, source: int, target: int, arrived: memoryview) -> list[int]:
-        """From the part's bytes at an address to a block's payload at another.
+    def copy_in(self, sources: c.U64, targets: c.U64) -> c.U64:
+        """From the part's bytes at addresses (n,) to blocks' payloads at others.
 
-        arrived: shows the payload. Returns the checksums of the cells as they arrived.
+        Returns the checksums of the cells as they were stored, (n, cells).
         """
-        return [
-            move_and_hash(target + at, source + own, nbytes, arrived[at : at + nbytes])
+        return _columns(
+            copy_and_hash_rows(targets + np.uint64(at), sources + np.uint64(own), nbytes)
             for at, own, nbytes in self.cell_runs
-        ]
+        )
 
-    def sums(self, payload: memoryview) -> list[int]:
-        """The checksums of its cells in a block's payload."""
-        return [
-            xxhash.xxh3_64_intdigest(payload[at : at + nbytes])
-            for at, _own, nbytes in self.cell_runs
-        ]
+    def sums(self, payloads: c.U64) -> c.U64:
+        """The checksums of its cells in the blocks' payloads at addresses (n,): (n, cells)."""
+        return _columns(
+            hash_rows(payloads + np.uint64(at), nbytes) for at, _own, nbytes in self.cell_runs
+        )
 
-    def take_out(self, source: int, target: int, arrived: memoryview) -> list[int]:
-        """Copies the part's bytes from one address to another as they are.
+    def own_sums(self, sources: c.U64) -> c.U64:
+        """The same of the part's own bytes."""
+        return _columns(
+            hash_rows(sources + np.uint64(own), nbytes) for _at, own, nbytes in self.cell_runs
+        )
 
-        arrived: shows the target. Returns the checksums of the cells as they arrived.
+    def take_out(self, sources: c.U64, targets: c.U64) -> c.U64:
+        """Copies the part's own bytes from addresses (n,) to others.
+
+        Returns the checksums of the cells as they were stored, (n, cells).
         """
-        return [
-            move_and_hash(target + own, source + own, nbytes, arrived[own : own + nbytes])
+        return _columns(
+            copy_and_hash_rows(targets + np.uint64(own), sources + np.uint64(own), nbytes)
             for _at, own, nbytes in self.cell_runs
-        ]
+        )
+
+
+def _columns(sums: Iterable[c.U64]) -> c.U64:
+    return np.stack(list(sums), axis=1)
 
 
 def part_of(layout: Layout, cells: c.U32 = ALL_CELLS) -> Part:

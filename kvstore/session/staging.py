@@ -12,7 +12,7 @@ from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded
 from kvstore.memory import Arena
 from kvstore.session.control import Deadline
-from kvstore.session.copies import in_parallel, move, pieces_of
+from kvstore.session.copies import copy_in_parallel, pieces_of
 from kvstore.session.link import Granted
 
 
@@ -57,13 +57,10 @@ class Staging:
         nbytes = granted.part.nbytes
         offsets = np.arange(part.stop - part.start, dtype=np.uint64) * np.uint64(nbytes)
         area = self._arena.array  # held, so that it stays mapped whoever closes the connection
-        first = int(area.__array_interface__["data"][0])
-        pieces = [
-            (first + at + own, source + own, size)
-            for at, source in zip(offsets.tolist(), sources[part], strict=True)
-            for own, size in pieces_of(nbytes)
-        ]
-        if in_parallel(move, pieces, nbytes * len(offsets), deadline.end_s) < len(pieces):
+        targets = offsets + np.uint64(area.__array_interface__["data"][0])
+        runs = [(own, own, size) for own, size in pieces_of(nbytes)]
+        theirs = np.array(sources[part], np.uint64)
+        if copy_in_parallel(targets, theirs, runs, deadline.end_s) < len(offsets):
             raise DeadlineExceeded("the blocks were not staged in time")
         record = wire.SealStaged(
             namespace=granted.namespace,

@@ -169,15 +169,15 @@ class Writer:
         """
         layout, first = put.namespace.layout, absent[0]
         hashes, written = put.chain[first:], absent[: len(slots)]
+        granules = np.array(slots, np.uint32)
         sums = copy_all_in(
             memory,
             layout,
             put.part,
             sources=[put.addresses[i] for i in written],
-            slots=slots,
+            slots=granules,
             end_s=deadline.end_s,
         )
-        granules = np.array(slots, np.uint32)
         if len(slots) < len(hashes):
             granules, sums = _spread([i - first for i in written], len(hashes), granules, sums)
         more = self._wanted(slot_granules(layout), len(slots))

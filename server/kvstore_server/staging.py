@@ -1,7 +1,7 @@
 """Copy-in: the daemon takes blocks out of a client's staging memory and hashes what it took.
 
 A client that may not write the pool cannot change a byte after its checksum was made: both are
-made here, from the copy.
+made here, in one pass.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from kvstore.channel import wire
 from kvstore.errors import InvalidArgument
 from kvstore.memory import Arena, open_sealed
 from kvstore.session.base import Bytes1D
-from kvstore.session.copies import in_parallel
-from kvstore.session.parts import Part, bytes_of
+from kvstore.session.copies import groups_of, in_parallel
+from kvstore.session.parts import Part
 
 _MOST_BYTES = max(limits.STAGING_BYTES, limits.MAX_BLOCK_BYTES)
 
@@ -68,15 +68,16 @@ class Copy:
         width = len(self.part.bounds) - 1
         checksums = np.zeros((len(self.sources), width), np.uint64)
 
-        def copy(i: int, source: Bytes1D, payload: Bytes1D) -> None:
-            checksums[i] = self.part.copy_in(_address(source), _address(payload), bytes_of(payload))
+        granted = [i for i, payload in enumerate(self.payloads) if payload is not None]
+        sources = _addresses([self.sources[i] for i in granted])
+        targets = _addresses([each for each in self.payloads if each is not None])
 
-        granted = [
-            (i, source, payload)
-            for i, (source, payload) in enumerate(zip(self.sources, self.payloads, strict=True))
-            if payload is not None
-        ]
-        in_parallel(copy, granted, self.part.nbytes * len(granted), math.inf)
+        def copy(first: int, end: int) -> None:
+            rows = granted[first:end]
+            checksums[rows] = self.part.copy_in(sources[first:end], targets[first:end])
+
+        groups = groups_of(len(granted), self.part.nbytes)
+        in_parallel(copy, groups, self.part.nbytes * len(granted), math.inf)
         return c.Seal(
             namespace=self.record.namespace,
             put_id=self.record.put_id,
@@ -85,5 +86,5 @@ class Copy:
         )
 
 
-def _address(array: Bytes1D) -> int:
-    return int(array.__array_interface__["data"][0])
+def _addresses(arrays: Sequence[Bytes1D]) -> c.U64:
+    return np.array([array.__array_interface__["data"][0] for array in arrays], np.uint64)

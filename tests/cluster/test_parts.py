@@ -60,9 +60,7 @@ class Seats:
         return (pool + _FIRST + granules.astype(np.int64) * limits.GRANULE_BYTES).astype(np.uint64)
 
     async def sums(self, layout: Any, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
-        starts = granules.astype(np.int64) * limits.GRANULE_BYTES + _FIRST
-        payloads = [self.rig.pool[s : s + layout.block_bytes] for s in starts.tolist()]
-        return np.array([part_of(layout, cells).sums(memoryview(p)) for p in payloads], np.uint64)
+        return part_of(layout, cells).sums(self.addresses(layout, granules))
 
 
 class Memory:

@@ -24,9 +24,9 @@ from kvstore.errors import DeadlineExceeded, ProtocolError, StaleNamespace, Unav
 from kvstore.memory import Arena
 from kvstore.session import writes
 from kvstore.session.channel import ChannelLink, ChannelSession, _ChannelConnection
-from kvstore.session.copies import Rows, move_rows
 from kvstore.session.link import Granted, Memory, copy_all_in
 from kvstore.session.parts import addresses_of, part_of
+from kvstore.streaming import U64, copy_rows
 
 BLOCK_BYTES = 3840
 LAYOUT = layout(BLOCK_BYTES)
@@ -181,6 +181,9 @@ def test_a_call_without_time_left_costs_no_connection(direct: Daemon) -> None:
 def test_a_put_that_runs_out_of_time_in_its_copies_gives_the_slots_back(
     direct: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        "kvstore.session.copies.GROUP_BYTES", BLOCK_BYTES
+    )  # a look at the clock each
     blocks = [content(key, 1, BLOCK_BYTES) for key in range(8)]
     with connected(direct) as session:
         namespace = session.open_namespace("slow copies", LAYOUT)
@@ -204,6 +207,9 @@ def test_a_put_that_runs_out_of_time_in_its_copies_gives_the_slots_back(
 def test_a_put_of_whole_blocks_that_runs_out_of_time_keeps_its_slots_for_the_next(
     direct: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        "kvstore.session.copies.GROUP_BYTES", BLOCK_BYTES
+    )  # a look at the clock each
     blocks = [content(key, 1, BLOCK_BYTES) for key in range(8)]
     with connected(direct) as session:
         namespace = session.open_namespace("slow whole copies", LAYOUT)
@@ -294,12 +300,12 @@ def test_a_get_ends_at_its_deadline_with_what_it_has(
         assert session.put(namespace, hashes(4, seed=6), blocks).stored == 4
         real, ahead_s = time.monotonic, [0.0]
 
-        def slow(target: int, source: int, nbytes: int, rows: Rows) -> None:
+        def slow(targets: U64, sources: U64, nbytes: int) -> None:
             ahead_s[0] += WAIT_S
-            move_rows(target, source, nbytes, rows)
+            copy_rows(targets, sources, nbytes)
 
         monkeypatch.setattr("kvstore.session.copies.GROUP_BYTES", BLOCK_BYTES)
-        monkeypatch.setattr("kvstore.session.local.move_rows", slow)
+        monkeypatch.setattr("kvstore.session.copies.copy_rows", slow)
         monkeypatch.setattr("kvstore.session.control.time.monotonic", lambda: real() + ahead_s[0])
         answers = session.get_into(namespace, hashes(4, seed=6), targets, timeout_s=1.5 * WAIT_S)
     assert [isinstance(answer, Miss) for answer in answers] == [False, False, True, True]

@@ -22,7 +22,10 @@ VLLM = "0.32.0"
 LMCACHE = "0.5.6"
 SGLANG = "0.5.23"
 # The project's own needs that no engine brings.
-_OURS = ("grpcio>=1.85,<2", "sortedcontainers>=2.4,<3", "tenacity>=9,<10", "xxhash>=4,<5")
+_OURS = (
+    *("grpcio>=1.85,<2", "numba>=0.61,<1", "sortedcontainers>=2.4,<3", "tenacity>=9,<10"),
+    "xxhash>=4,<5",
+)
 _LMCACHE_NEEDS = (
     *("aiofile", "aiofiles", "caio", "redis", "opentelemetry-exporter-prometheus==0.66b2"),
 )

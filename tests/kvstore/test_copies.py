@@ -12,9 +12,10 @@ import pytest
 from kvstore.session.copies import (
     ALONE_BYTES,
     GROUP_BYTES,
+    copy_in_parallel,
+    groups_of,
     in_parallel,
-    move_rows,
-    row_groups,
+    pieces_of,
 )
 
 MUCH = ALONE_BYTES + 1  # so that the other thread takes part
@@ -60,29 +61,30 @@ def test_an_error_ends_both_threads_before_it_is_raised(fails_here: bool) -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_are_copied_from_wherever_they_lie_to_wherever_they_go(seed: int) -> None:
-    """Evenly spaced for a while, in either direction, then anywhere: some at once, some alone."""
     rng = np.random.default_rng(seed)
     nbytes = int(rng.choice([1, 100, GROUP_BYTES // 4, GROUP_BYTES + 1]))
     n = int(rng.integers(1, 12))
     pools = [rng.integers(0, 256, (n, nbytes + 64), np.uint8) for _ in range(2)]
-    places = [np.arange(n), np.arange(n)[::-1], rng.permutation(n)]
-    chosen = [places[i] for i in rng.integers(0, 3, 2)]
-    mixed = [np.concatenate((c[: n // 2], rng.permutation(c[n // 2 :]))) for c in chosen]
-    source, target = (
-        [pool[i, 7 : 7 + nbytes] for i in order] for pool, order in zip(pools, mixed, strict=True)
-    )
+    source, target = ([pool[i, 7 : 7 + nbytes] for i in rng.permutation(n)] for pool in pools)
     outside = pools[1].copy()
-    groups = row_groups([t.ctypes.data for t in target], [s.ctypes.data for s in source], nbytes)
-    assert sum(rows[0] for *_, rows in groups) == n
-    for group in groups:
-        assert group[3][0] * nbytes <= max(GROUP_BYTES, nbytes)
-        move_rows(*group)
+    runs = [(at, at, size) for at, size in pieces_of(nbytes)]
+    addresses = [
+        np.array([each.ctypes.data for each in rows], np.uint64) for rows in (target, source)
+    ]
+    assert copy_in_parallel(*addresses, runs, math.inf) == n
     for mine, theirs in zip(target, source, strict=True):
         assert (mine == theirs).all()
     assert (pools[1][:, :7] == outside[:, :7]).all()
     assert (pools[1][:, 7 + nbytes :] == outside[:, 7 + nbytes :]).all()
 
 
-def test_evenly_spaced_blocks_are_one_group() -> None:
-    addresses = list(range(0, 8 * 1000, 1000))
-    assert row_groups(addresses, addresses, 900) == [(0, 0, 900, (8, 1000, 1000))]
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("nbytes", [1, 4096, ALONE_BYTES, 4 << 20])
+def test_groups_hold_each_row_once_and_leave_something_for_the_other_thread(
+    n: int, nbytes: int
+) -> None:
+    groups = groups_of(n, nbytes)
+    assert [row for first, end in groups for row in range(first, end)] == list(range(n))
+    assert all((end - first) * nbytes <= max(GROUP_BYTES, nbytes) for first, end in groups)
+    if n > 1 and n * nbytes > ALONE_BYTES:
+        assert len(groups) > 1

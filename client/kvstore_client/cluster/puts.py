@@ -7,13 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import cell_checksums
 from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import ClusterSpace
 from kvstore.cluster.pieces import growing
@@ -22,8 +20,8 @@ from kvstore.cluster.router import Router
 from kvstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
-from kvstore.session.copies import in_parallel
-from kvstore.session.parts import ALL_CELLS, bytes_of
+from kvstore.session.copies import groups_of, in_parallel
+from kvstore.session.parts import ALL_CELLS
 from kvstore.session.requests import PutRequest
 from kvstore_client.cluster.loop import SLACK_S, LoopThread
 from kvstore_client.cluster.memory import LandingRing
@@ -78,16 +76,18 @@ class Putter:
         return total
 
     def _put_in_place(self, plan: PutPlan, addresses: c.U64, done: list[PutResult]) -> None:
-        request, part = plan.request, plan.request.part
+        part = plan.request.part
 
         def show(first: int, last: int, _slot: int) -> tuple[c.U64, c.U64]:
             sums = np.empty((last - first, len(part.cell_runs)), np.uint64)
 
-            def hash_one(i: int) -> None:
-                sums[i] = cell_checksums(request.sources[first + i], part.bounds)
+            shown = addresses[first:last]
 
-            self._all(hash_one, [(i,) for i in range(last - first)], plan)
-            return addresses[first:last], sums
+            def hash_some(first: int, end: int) -> None:
+                sums[first:end] = part.own_sums(shown[first:end])
+
+            self._all(hash_some, last - first, plan)
+            return shown, sums
 
         step = max(1, self._router.policy.piece_bytes // part.nbytes)
         self._put_pieces(plan, show, step=step, slots=_SLOTS, done=done)
@@ -102,16 +102,16 @@ class Putter:
 
         def show(first: int, last: int, slot: int) -> tuple[c.U64, c.U64]:
             arena, at, n = self._ring.arena, slot * step * size, last - first
-            shown = bytes_of(arena)
             start = int(arena.__array_interface__["data"][0])
+            sources = np.array(plan.request.addresses[first:last], np.uint64)
+            targets = (start + at + size * np.arange(n)).astype(np.uint64)
             sums = np.empty((n, len(part.cell_runs)), np.uint64)
 
-            def copy(i: int, source: int) -> None:
-                own = at + i * size
-                sums[i] = part.take_out(source, start + own, shown[own : own + size])
+            def copy(first: int, end: int) -> None:
+                sums[first:end] = part.take_out(sources[first:end], targets[first:end])
 
-            self._all(copy, list(enumerate(plan.request.addresses[first:last])), plan)
-            return (start + at + size * np.arange(n)).astype(np.uint64), sums
+            self._all(copy, n, plan)
+            return targets, sums
 
         self._put_pieces(plan, show, step=step, slots=slots, done=done)
 
@@ -135,13 +135,12 @@ class Putter:
             for running in flights:
                 running.cancel()
 
-    def _all(
-        self, work: Callable[..., object], pieces: list[tuple[Any, ...]], plan: PutPlan
-    ) -> None:
-        nbytes = len(pieces) * plan.request.part.nbytes
-        done = in_parallel(work, pieces, nbytes, plan.deadline.end_s)
-        if done < len(pieces):
-            raise DeadlineExceeded(f"{done} of {len(pieces)} blocks were copied in time")
+    def _all(self, work: Callable[[int, int], None], n: int, plan: PutPlan) -> None:
+        nbytes = plan.request.part.nbytes
+        groups = groups_of(n, nbytes)
+        done = in_parallel(work, groups, n * nbytes, plan.deadline.end_s)
+        if done < len(groups):
+            raise DeadlineExceeded(f"{groups[done][0]} of {n} blocks were copied in time")
 
     def _begin(
         self, plan: PutPlan, first: int, addresses: c.U64, sums: c.U64

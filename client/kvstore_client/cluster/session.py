@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import cell_checksums, unpack
+from kvstore.block import unpack
 from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import ClusterSpace, RouterPolicy
 from kvstore.cluster.gets import Accept
@@ -54,8 +54,8 @@ from kvstore.session.base import (
 )
 from kvstore.session.buffers import check_buffers
 from kvstore.session.control import Deadline, reports, store_info
-from kvstore.session.copies import in_parallel
-from kvstore.session.parts import Part, bytes_of, part_of
+from kvstore.session.copies import groups_of, in_parallel
+from kvstore.session.parts import Part, part_of
 from kvstore.session.requests import (
     PutRequest,
     checked_chain,
@@ -73,7 +73,7 @@ from kvstore_proto.cluster.rpc import Tls
 from kvstore_proto.cluster.world import AsyncWorld
 
 T = TypeVar("T")
-Arrive = Callable[[int, int], Sequence[int] | c.U64]
+Arrive = Callable[[npt.NDArray[np.intp], c.U64], c.U64]
 ARENA_BYTES = 64 << 20
 RING_BYTES = 128 << 20
 _CHAINS = 64  # chains whose segments are remembered for later puts
@@ -201,11 +201,11 @@ class ClusterSession:
         deadline = self._deadline(timeout_s)
         request = checked_get(namespace, hashes, destinations, cells)
         n, part = len(request.chain), request.part
-        targets, shown = request.targets, [bytes_of(each) for each in request.destinations]
+        targets = np.array(request.targets, np.uint64)
         reason = MissReason.NOT_STORED
 
-        def arrive(row: int, address: int) -> Sequence[int]:
-            return part.take_out(address, targets[row], shown[row])
+        def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
+            return part.take_out(addresses, targets[rows])
 
         try:
             space = self._space(namespace, deadline)
@@ -260,9 +260,9 @@ class ClusterSession:
         part, space = part_of(namespace.layout), self._space(namespace, deadline)
         landed = np.zeros(len(chain), np.uint64)
 
-        def arrive(row: int, address: int) -> c.U64:
-            landed[row] = address
-            return cell_checksums(self._ring.row(address, part.nbytes), part.bounds)
+        def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
+            landed[rows] = addresses
+            return part.own_sums(addresses)
 
         try:
             tiers = self._run(
@@ -285,29 +285,23 @@ class ClusterSession:
         view.blocks = [_read_only(self._ring.row(each, part.nbytes)) for each in addresses]
 
     def _accepting(self, chain: c.U8, part: Part, arrive: Arrive) -> Accept:
-        """Says which blocks are sound, of `arrive`'s checksums of a row that landed at an address.
-        Where it copies, they are the copy's: whatever lands later cannot change what was
+        """Says which blocks are sound, of `arrive`'s checksums of rows that landed at addresses.
+        Where it copies, they are the copies': whatever lands later cannot change what was
         checked."""
 
         def check(
             rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
         ) -> npt.NDArray[np.bool_]:
-            sound = np.zeros(len(rows), bool)
+            said, sound = _said(headers, chain[rows], part)
 
-            def check_one(i: int, row: int, address: int) -> None:
-                try:
-                    header = unpack(headers[i])
-                except (Corrupted, ProtocolError):
-                    return
-                if header.key != chain[row].tobytes():
-                    return
-                said = header.checksums[part.cells] if len(part.cells) else header.checksums
-                found = np.array(arrive(row, address), np.uint64)
-                sound[i] = len(found) == len(said) and bool((found == said).all())
+            def check_some(first: int, end: int) -> None:
+                found = arrive(rows[first:end], addresses[first:end])
+                sound[first:end] &= (found == said[first:end]).all(axis=1)
 
-            pieces = list(zip(range(len(rows)), rows.tolist(), addresses.tolist(), strict=True))
-            end_s = time.monotonic() + self._timeout_s
-            in_parallel(check_one, pieces, part.nbytes * len(pieces), end_s)
+            groups, end_s = groups_of(len(rows), part.nbytes), time.monotonic() + self._timeout_s
+            done = in_parallel(check_some, groups, part.nbytes * len(rows), end_s)
+            for first, end in groups[done:]:
+                sound[first:end] = False
             return sound
 
         async def accept(
@@ -593,6 +587,25 @@ class ClusterSession:
             return self._thread.run(work, timeout_s)
         finally:
             self._ring.sweep()
+
+
+def _said(headers: c.U8, chain: c.U8, part: Part) -> tuple[c.U64, npt.NDArray[np.bool_]]:
+    """What headers (n, bytes) say the checksums of the part's cells are, and which of them are
+    sound headers of the chain's blocks."""
+    said = np.zeros((len(headers), len(part.cell_runs)), np.uint64)
+    sound = np.zeros(len(headers), bool)
+    for i, (packed, key) in enumerate(zip(headers, chain, strict=True)):
+        try:
+            header = unpack(packed)
+        except (Corrupted, ProtocolError):
+            continue
+        sums = header.checksums
+        if header.key == key.tobytes() and len(sums) > int(part.cells.max(initial=0)):
+            own = sums[part.cells] if len(part.cells) else sums
+            sound[i] = len(own) == said.shape[1]
+            if sound[i]:
+                said[i] = own
+    return said, sound
 
 
 def _read_only(block: Bytes1D) -> Bytes1D:

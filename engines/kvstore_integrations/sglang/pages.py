@@ -30,10 +30,11 @@ import numpy.typing as npt
 
 from kvstore import Hit, Miss, MissReason, NamespaceHandle, Session, limits
 from kvstore.errors import KVStoreError, Unavailable
-from kvstore.session.copies import in_parallel, move_rows, row_groups
+from kvstore.session.copies import copy_in_parallel
 from kvstore_integrations.spaces import Spaces
 
 U8 = npt.NDArray[np.uint8]
+Addresses = npt.NDArray[np.uint64]
 _KEY_DIGITS = 2 * limits.KEY_BYTES
 _MOST_BLOCKS = 2  # that make up one page
 _GATHERED_BYTES = 8 << 20  # at a time
@@ -326,24 +327,21 @@ class _Gathered:
         for pieces, ours, nbytes in self._pairs(addresses[: pages * len(self._form.pieces)]):
             _copy(pieces, ours, nbytes)
 
-    def _pairs(self, addresses: Sequence[int]) -> Iterator[tuple[list[int], list[int], int]]:
+    def _pairs(self, addresses: Sequence[int]) -> Iterator[tuple[Addresses, Addresses, int]]:
         """For each size of pieces their addresses, those of their place in our rows, and it."""
         if not len(addresses):
             return
-        table = np.array(addresses, np.int64).reshape(-1, len(self._form.pieces))
+        table = np.array(addresses, np.uint64).reshape(-1, len(self._form.pieces))
         starts = self._rows.ctypes.data + np.arange(len(table)) * self._form.nbytes
-        # In the order of a page's addresses: neighbours then lie evenly, and are copied at once.
-        order = np.argsort(table[0], kind="stable")
-        sizes = np.array(self._form.pieces)[order]
+        sizes = np.array(self._form.pieces)
         for nbytes in np.unique(sizes).tolist():
-            of_size = order[sizes == nbytes]
+            of_size = np.flatnonzero(sizes == nbytes)
             ours = starts[:, np.newaxis] + self._offsets[of_size]
-            yield table[:, of_size].ravel().tolist(), ours.ravel().tolist(), nbytes
+            yield table[:, of_size].ravel(), ours.ravel().astype(np.uint64), nbytes
 
 
-def _copy(targets: list[int], sources: list[int], nbytes: int) -> None:
-    groups = row_groups(targets, sources, nbytes)
-    in_parallel(move_rows, groups, len(targets) * nbytes, math.inf)
+def _copy(targets: Addresses, sources: Addresses, nbytes: int) -> None:
+    copy_in_parallel(targets, sources, [(0, 0, nbytes)], math.inf)
 
 
 def _bytes_at(address: int, nbytes: int) -> U8:

@@ -18,8 +18,8 @@ from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, Unavailable
 from kvstore.layout import Layout
 from kvstore.session.channel import ChannelLink
-from kvstore.session.copies import in_parallel
-from kvstore.session.parts import ALL_CELLS, bytes_of, part_of
+from kvstore.session.copies import groups_of, in_parallel
+from kvstore.session.parts import ALL_CELLS, part_of
 
 _WAITERS = 4  # calls that may wait for the disks at one time; each needs a connection of its own
 _WAITING = (c.Fetch, c.Persist, c.Drop)
@@ -142,7 +142,7 @@ class ChannelNodeStore:
 
     def addresses(self, layout: Layout, granules: c.U32) -> c.U64:
         """See `NodeStore.addresses`."""
-        return np.array(self._memory.payload_addresses(layout, granules), np.uint64)
+        return self._memory.payload_addresses(layout, granules)
 
     def headers(self, layout: Layout, granules: c.U32) -> c.U8:
         """See `NodeStore.headers`."""
@@ -160,13 +160,15 @@ class ChannelNodeStore:
         part = part_of(layout, cells)
         sums = np.empty((len(granules), len(part.cell_runs)), np.uint64)
 
-        def hash_one(row: int, granule: int) -> None:
-            sums[row] = part.sums(bytes_of(self._memory.payload(layout, granule)))
+        payloads = self._memory.payload_addresses(layout, granules)
 
-        pieces = list(enumerate(granules.tolist()))
-        if pieces:
-            nbytes = len(pieces) * part.nbytes
-            in_parallel(hash_one, pieces, nbytes, time.monotonic() + _HASH_S)
+        def hash_some(first: int, end: int) -> None:
+            sums[first:end] = part.sums(payloads[first:end])
+
+        nbytes = len(granules) * part.nbytes
+        in_parallel(
+            hash_some, groups_of(len(granules), part.nbytes), nbytes, time.monotonic() + _HASH_S
+        )
         return sums
 
     def close(self) -> None:
