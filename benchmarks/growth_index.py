@@ -55,7 +55,7 @@ class GrownIndex:
         """Seconds of look-ups of `count` present keys; other keys each time, all checked."""
         picks = [self._rng.choice(self.entries, count, replace=False) for _ in range(repeats + 1)]
         chains = [self._keys[pick] for pick in picks]
-        seconds = timed(lambda chain: self._reader.glance(_NAMESPACE, chain).count, chains, count)
+        seconds = timed(lambda chain: self._reader.match(_NAMESPACE, chain).count, chains, count)
         for pick, chain in zip(picks, chains, strict=True):
             if (self._reader.lookup(_NAMESPACE, chain).block_ids != pick).any():
                 raise AssertionError("a look-up found another key's row")

@@ -8,14 +8,12 @@ one after the other, and leaves the cache to others. Whole calls run without the
 The hash is XXH3 with 64 bits, for more than 240 bytes (Y. Collet, xxHash's specification of XXH3,
 BSD 2-clause): eight lanes take in stripes of 64 bytes, and are mixed after each KiB.
 
-Compiled by Numba for the processor it runs on when this module is first imported on a machine, and
-kept in Numba's cache. 512-bit vectors are split where the processor has shorter ones.
+The vectors have 512 bits; where the processor has shorter ones, the compiler splits them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -25,6 +23,8 @@ import xxhash
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from kvstore.compiled import compiled
 
 U64 = npt.NDArray[np.uint64]
 
@@ -266,20 +266,13 @@ def _copy_around(targets: U64, sources: U64, nbytes: int) -> None:
     _fence()
 
 
-def _compiled(function: Callable[..., None], *arguments: Any) -> Callable[..., None]:
-    compiled: Callable[..., None]
-    try:
-        compiled = numba.njit([types.void(*arguments)], nogil=True, cache=True)(function)
-    except RuntimeError:
-        # Neither this folder nor the user's own can be written: each process compiles anew.
-        compiled = numba.njit([types.void(*arguments)], nogil=True)(function)
-    return compiled
-
-
-_hash_all = _compiled(
-    _hash_rows, types.uint64[::1], types.uint64[::1], types.uint64, types.uint64, types.uint64[::1]
+_ADDRESSES = types.uint64[::1]
+_hash_all = compiled(
+    types.void(_ADDRESSES, _ADDRESSES, types.uint64, types.uint64, types.uint64[::1]),
+    _hash_rows,
+    unlocked=True,
 )
-_copy_all = _compiled(_copy_around, types.uint64[::1], types.uint64[::1], types.uint64)
+_copy_all = compiled(types.void(_ADDRESSES, _ADDRESSES, types.uint64), _copy_around, unlocked=True)
 
 
 def copy_rows(targets: U64, sources: U64, nbytes: int) -> None:

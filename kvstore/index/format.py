@@ -13,9 +13,7 @@ stores, where the versions alone would not do, against torn rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +38,13 @@ W_SPACE, W_PLACE, W_STAMP, W_CHECK = 4, 5, 6, 7
 
 MASK32 = (1 << 32) - 1
 MASK56 = (1 << 56) - 1
-MASK64 = (1 << 64) - 1
 
 NAMESPACE_FACTOR = 0x9E3779B97F4A7C15
 HOME_SHIFT = 20
-_CHECK_FACTOR = 0xD6E8FEB86659FD93
+CHECK_FACTOR = 0xD6E8FEB86659FD93
 # Odd weights: a change of any one word always changes the sum. Key words 1 to 3 have no part in it,
 # because a search compares all of them anyway.
-_WEIGHTS = {
+CHECK_WEIGHTS = {
     0: 0xA0761D6478BD642F,
     W_SPACE: 0xEB44ACCAB455D165,
     W_PLACE: 0xC2B2AE3D27D4EB4F,
@@ -97,45 +94,14 @@ def check_namespace(namespace: int) -> None:
         raise InvalidArgument("namespace", f"{namespace} does not fit 32 bits")
 
 
-def home_of(word0: int, namespace: int, mask: int) -> int:
-    """The row where the search for a key starts."""
-    return ((word0 ^ (namespace * NAMESPACE_FACTOR & MASK64)) >> HOME_SHIFT) & mask
-
-
-def homes_of(words: Words, namespace: int, mask: int) -> NDArray[np.int64]:
-    """`home_of` for (n, 4) key words of one namespace: int64 (n,)."""
-    salt = np.uint64(namespace * NAMESPACE_FACTOR & MASK64)
-    mixed = ((words[:, 0] ^ salt) >> np.uint64(HOME_SHIFT)) & np.uint64(mask)
-    return mixed.astype(np.int64)
-
-
-def check_of(row: Sequence[int]) -> int:
-    """The check word of one row, from its other words; never 0."""
-    total = sum(row[word] * weight for word, weight in _WEIGHTS.items()) & MASK64
-    total = ((total ^ (total >> 32)) * _CHECK_FACTOR) & MASK64
-    return (total ^ (total >> 29)) | 1
-
-
 def checks_of(rows: Words) -> Words:
-    """`check_of` for rows (n, 8): uint64 (n,)."""
+    """The check words of rows (n, 8), from their other words; never 0."""
     total: Words = np.zeros(len(rows), np.uint64)
-    for word, weight in _WEIGHTS.items():
+    for word, weight in CHECK_WEIGHTS.items():
         total += rows[:, word] * np.uint64(weight)
-    total = (total ^ (total >> np.uint64(32))) * np.uint64(_CHECK_FACTOR)
+    total = (total ^ (total >> np.uint64(32))) * np.uint64(CHECK_FACTOR)
     result: Words = (total ^ (total >> np.uint64(29))) | np.uint64(1)
     return result
-
-
-def same_keys(rows: Words, words: Words, namespace: int) -> NDArray[np.bool_]:
-    """Which rows (n, 8) carry the keys (n, 4) in `namespace`.
-
-    An empty row carries the key of zeros in namespace 0: look at its check word too.
-    """
-    same: NDArray[np.bool_] = rows[:, 0] == words[:, 0]
-    for word in (1, 2, 3):
-        same &= rows[:, word] == words[:, word]
-    same &= rows.view(np.uint32)[:, 2 * W_SPACE + 1] == np.uint32(namespace)
-    return same
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,14 +170,6 @@ class IndexView:
     def instance_id(self) -> bytes:
         """The 8 bytes given at creation."""
         return int(self.header[H_INSTANCE]).to_bytes(8, "little")
-
-    def scalar_rows(self) -> memoryview[Any]:
-        """All row words as one flat memoryview: reads of single words as Python ints."""
-        return self.rows.reshape(-1).data
-
-    def scalar_versions(self) -> memoryview[Any]:
-        """The versions as a flat memoryview."""
-        return self.versions.data
 
 
 def _raw(buffer: Buffer) -> NDArray[np.uint8]:

@@ -13,10 +13,8 @@ from kvstore.index.format import (
     H_ENTRIES,
     H_EPOCH,
     H_FLAGS,
-    HOME_SHIFT,
     MASK32,
     MASK56,
-    NAMESPACE_FACTOR,
     ROW_WORDS,
     W_CHECK,
     W_PLACE,
@@ -26,19 +24,13 @@ from kvstore.index.format import (
     IndexView,
     Words,
     check_namespace,
-    check_of,
     checks_of,
-    home_of,
-    homes_of,
     key_words,
     probe_bound,
-    same_keys,
 )
+from kvstore.index.probing import delete, home_rows, insert, search
 
-_EMPTY = [0] * ROW_WORDS
-_KEY = struct.Struct("<4Q")
-_STEPS = 8  # that rows take together
-_FEW = 4  # keys up to which one after the other is quicker than all at once
+_ROW = struct.Struct("<32s4Q")
 
 
 class IndexTable:
@@ -50,8 +42,6 @@ class IndexTable:
         self._mask = view.capacity - 1
         self._bound = probe_bound(view.capacity)
         self._limit = view.capacity // 2
-        self._words = view.scalar_rows()
-        self._versions = view.scalar_versions()
         self._position = np.full(max_blocks, -1, np.int64)
         self._entries = 0
 
@@ -118,12 +108,7 @@ class IndexTable:
         rows[:, W_PLACE] = (_column("granules", granules, n, MASK32) << np.uint64(32)) | ids
         rows[:, W_STAMP] = np.uint64(tier << 56) | _column("generations", generations, n, MASK56)
         self._check_new(ids)
-        rows[:, W_CHECK] = checks_of(rows)
-        done = np.zeros(n, np.bool_)
-        if n:
-            self._insert_many(rows, words, namespace, done)
-        self.view.header[H_ENTRIES] = self._entries
-        return done
+        return self._insert(rows)
 
     def insert_one(
         self,
@@ -138,16 +123,9 @@ class IndexTable:
     ) -> bool:
         """`insert` of one row, much quicker than arrays of one. Checks nothing: all numbers must
         be in range, the key 32 bytes long and the block id not in the table."""
-        row = [
-            *_KEY.unpack(key),
-            namespace << 32 | length,
-            granule << 32 | block_id,
-            tier << 56 | generation,
-        ]
-        row.append(check_of(row))
-        done = self._insert_one(row)
-        self.view.header[H_ENTRIES] = self._entries
-        return done
+        space, place = namespace << 32 | length, granule << 32 | block_id
+        packed = bytearray(_ROW.pack(key, space, place, tier << 56 | generation, 0))
+        return bool(self._insert(np.frombuffer(packed, np.uint64).reshape(1, ROW_WORDS))[0])
 
     def delete(self, block_ids: NDArray[np.integer]) -> None:
         """Remove the rows of these block ids (n,); ids without a row are passed over.
@@ -155,14 +133,10 @@ class IndexTable:
         `InvalidArgument`, with nothing changed, for ids out of range.
         """
         array = np.asarray(block_ids)
-        ids = _column("block_ids", array, array.size, len(self._position) - 1)
-        for block_id in ids.tolist():
-            slot = int(self._position[block_id])
-            if slot >= 0:
-                self._position[block_id] = -1
-                self._close(slot)
-                self._entries -= 1
-        self.view.header[H_ENTRIES] = self._entries
+        ids = _column("block_ids", array, array.size, len(self._position) - 1).astype(np.int64)
+        view = self.view
+        self._entries -= delete(view.rows, view.versions, self._position, ids, self._bound)
+        view.header[H_ENTRIES] = self._entries
 
     def move(
         self,
@@ -194,9 +168,10 @@ class IndexTable:
         """Block ids int64 (n,) of keys (n, 32) uint8; -1 where missing. Changes nothing."""
         words = key_words(hashes)
         check_namespace(namespace)
-        if len(words) > _FEW:
-            return self._find(words, namespace, homes_of(words, namespace, self._mask))
-        return np.array([self._find_one(key, namespace) for key in words.tolist()], np.int64)
+        rows = np.empty((len(words), ROW_WORDS), np.uint64)
+        search(self.view.rows, self.view.versions, words, namespace, self._bound, False, rows)
+        ids = (rows[:, W_PLACE] & np.uint64(MASK32)).astype(np.int64)
+        return np.where(rows[:, W_CHECK] != 0, ids, -1)
 
     def words_of(self, block_ids: NDArray[np.integer]) -> Words:
         """The keys of these live block ids as (n, 4) uint64."""
@@ -221,7 +196,8 @@ class IndexTable:
         rows = self.view.rows[np.setdiff1d(slots, gone[gone >= 0], assume_unique=True)]
         if len(rows) > made._limit:
             raise InvalidArgument("capacity", f"{len(rows)} rows do not fit {capacity}")
-        return made, made._fill(rows)
+        done = made._insert(rows)
+        return made, (rows[~done, W_PLACE] & np.uint64(MASK32)).astype(np.uint32)
 
     def check(self) -> None:
         """Walk all rows; `Corrupted` at the first broken invariant. For tests and debugging."""
@@ -232,15 +208,15 @@ class IndexTable:
         _require(bool((checks_of(rows[live]) == rows[live, W_CHECK]).all()), "a check is wrong")
         counts = (len(live), int(self.view.header[H_ENTRIES]), int((self._position >= 0).sum()))
         _require(set(counts) == {self._entries}, f"entries {self._entries}, counted {counts}")
+        homes = home_rows(rows[live], self._mask)
         seen: set[tuple[int, ...]] = set()
-        for slot in live.tolist():
-            row = self._row(slot)
+        for slot, home, row in zip(live.tolist(), homes.tolist(), rows[live].tolist(), strict=True):
             _require(int(self._position[row[W_PLACE] & MASK32]) == slot, "a position is wrong")
             seen.add((*row[:4], row[W_SPACE] >> 32))
-            distance = (slot - self._home(row)) & self._mask
+            distance = (slot - home) & self._mask
             _require(distance < self._bound, f"row {slot} is past the probe bound")
-            for back in range(1, distance + 1):
-                _require(self._check_at((slot - back) & self._mask) != 0, f"gap before {slot}")
+            between = (home + np.arange(distance)) & self._mask
+            _require(bool((rows[between, W_CHECK] != 0).all()), f"gap before {slot}")
         _require(len(seen) == len(live), "a key is in the table twice")
 
     def _check_new(self, ids: Words) -> None:
@@ -249,153 +225,15 @@ class IndexTable:
         if len(ids) > 1 and not np.diff(np.sort(ids)).all():
             raise InvalidArgument("block_ids", "a block id comes twice")
 
-    def _insert_many(
-        self, rows: Words, words: Words, namespace: int, done: NDArray[np.bool_]
-    ) -> None:
-        """Place rows, setting `done`: all at once, each a step further where its slot is taken.
-
-        Those that want the same free slot wait for one of them, so that a repeated key meets its
-        first. What is left after some steps goes in singly.
-        """
-        pending = np.arange(len(rows))
-        slots = homes_of(words, namespace, self._mask)
-        steps = _STEPS if len(rows) <= self._limit - self._entries else 0
-        for _ in range(steps):
-            if len(pending) <= _FEW:
-                break
-            there = np.take(self.view.rows, slots, axis=0)
-            free = there[:, W_CHECK] == 0
-            on = free | ~same_keys(there, words[pending], namespace)
-            at_free = np.flatnonzero(free)
-            _, first = np.unique(slots[at_free], return_index=True)
-            chosen = at_free[first]
-            self._write_many(slots[chosen], rows[pending[chosen]])
-            done[pending[chosen]] = True
-            on[chosen] = False
-            slots = (slots + ~free)[on] & self._mask
-            pending = pending[on]
-        for i in pending.tolist():
-            done[i] = self._insert_one(rows[i].tolist())
-
-    def _write_many(self, slots: NDArray[np.int64], rows: Words) -> None:
-        versions = self.view.versions
-        versions[slots] += np.uint32(1)
-        self.view.rows[slots] = rows
-        versions[slots] += np.uint32(1)
-        self._position[(rows[:, W_PLACE] & np.uint64(MASK32)).astype(np.int64)] = slots
-        self._entries += len(slots)
-
-    def _fill(self, rows: Words) -> NDArray[np.uint32]:
-        """Puts rows into this empty table, which nobody reads yet; returns ids without a place.
-
-        Linear probing in one pass: rows sorted by home lie each at its home, or right behind the
-        row before it.
-        """
-        salts = (rows[:, W_SPACE] >> np.uint64(32)) * np.uint64(NAMESPACE_FACTOR)
-        homes = (((rows[:, 0] ^ salts) >> np.uint64(HOME_SHIFT)) & np.uint64(self._mask)).astype(
-            np.int64
+    def _insert(self, rows: Words) -> NDArray[np.bool_]:
+        """Adds rows (n, 8), making their checks, as far as they fit; (n,) says which went in."""
+        done, view = np.empty(len(rows), np.bool_), self.view
+        room = self._limit - self._entries
+        self._entries += insert(
+            view.rows, view.versions, self._position, rows, self._bound, room, done
         )
-        order = np.argsort(homes, kind="stable")
-        rows, homes = rows[order], homes[order]
-        rest = np.empty((0, ROW_WORDS), np.uint64)
-        while True:
-            steps = np.arange(len(rows))
-            places = np.maximum.accumulate(homes - steps) + steps
-            fits = (places - homes < self._bound) & (places <= self._mask)
-            if fits.all():
-                break
-            rest = np.concatenate((rest, rows[~fits]))
-            rows, homes = rows[fits], homes[fits]
-        self.view.rows[places] = rows
-        self._position[(rows[:, W_PLACE] & np.uint64(MASK32)).astype(np.int64)] = places
-        self._entries = len(rows)
-        # Runs that go around the table's end, and rows past the probe bound: few, one by one.
-        lost = [row[W_PLACE] & MASK32 for row in rest.tolist() if not self._insert_one(row)]
-        self.view.header[H_ENTRIES] = self._entries
-        return np.array(lost, np.uint32)
-
-    def _insert_one(self, row: list[int]) -> bool:
-        if self._entries >= self._limit:
-            return False
-        slot, space = self._home(row), row[W_SPACE] >> 32
-        for _ in range(self._bound):
-            there = self._row(slot)
-            if there[W_CHECK] == 0:
-                self._write(slot, row)
-                self._entries += 1
-                return True
-            if there[:4] == row[:4] and there[W_SPACE] >> 32 == space:
-                return False
-            slot = (slot + 1) & self._mask
-        return False
-
-    def _find_one(self, key: list[int], namespace: int) -> int:
-        slot = home_of(key[0], namespace, self._mask)
-        for _ in range(self._bound):
-            row = self._row(slot)
-            if row[W_CHECK] == 0:
-                break
-            if row[:4] == key and row[W_SPACE] >> 32 == namespace:
-                return row[W_PLACE] & MASK32
-            slot = (slot + 1) & self._mask
-        return -1
-
-    def _find(self, words: Words, namespace: int, homes: NDArray[np.int64]) -> NDArray[np.int64]:
-        found = np.full(len(words), -1, np.int64)
-        pending = np.arange(len(words))
-        slots = homes
-        for _ in range(self._bound):
-            rows = np.take(self.view.rows, slots, axis=0)
-            used = rows[:, W_CHECK] != 0
-            hit = same_keys(rows, words[pending], namespace) & used
-            place = rows[hit, W_PLACE] & np.uint64(MASK32)
-            found[pending[hit]] = place.astype(np.int64)
-            on = ~hit & used
-            pending, slots = pending[on], (slots[on] + 1) & self._mask
-            if not len(pending):
-                break
-        return found
-
-    def _close(self, hole: int) -> None:
-        """Empty a row, moving later rows of its run back so that no search meets a gap.
-
-        A row is written at its new place before its old place is overwritten, so a reader
-        sees it twice rather than never at all. What is further from the hole than the probe
-        bound has its home behind the hole, so a run, however long, is not walked to its end.
-        """
-        slot = (hole + 1) & self._mask
-        row = self._row(slot)
-        while row[W_CHECK] and (gap := (slot - hole) & self._mask) < self._bound:
-            if (slot - self._home(row)) & self._mask >= gap:
-                self._write(hole, row)
-                hole = slot
-            slot = (slot + 1) & self._mask
-            row = self._row(slot)
-        self._put(hole, _EMPTY)
-
-    def _write(self, slot: int, row: list[int]) -> None:
-        self._put(slot, row)
-        self._position[row[W_PLACE] & MASK32] = slot
-
-    def _put(self, slot: int, row: list[int]) -> None:
-        """Write one row between two steps of its version."""
-        version = self._versions[slot]
-        self._versions[slot] = (version + 1) & MASK32
-        words, start = self._words, slot * ROW_WORDS
-        for i, word in enumerate(row):
-            words[start + i] = word
-        self._versions[slot] = (version + 2) & MASK32
-
-    def _row(self, slot: int) -> list[int]:
-        start = slot * ROW_WORDS
-        row: list[int] = self._words[start : start + ROW_WORDS].tolist()
-        return row
-
-    def _check_at(self, slot: int) -> int:
-        return int(self._words[slot * ROW_WORDS + W_CHECK])
-
-    def _home(self, row: list[int]) -> int:
-        return home_of(row[0], row[W_SPACE] >> 32, self._mask)
+        view.header[H_ENTRIES] = self._entries
+        return done
 
 
 def _column(field: str, values: NDArray[np.integer], n: int, most: int) -> Words:

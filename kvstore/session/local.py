@@ -114,7 +114,7 @@ class LocalSession(ControlSession):
             hint_ms(hint)
         number = self._number(namespace, deadline)
         memory = self._link.memory(deadline.left_s)
-        found = memory.index.glance(number, chain)
+        found = memory.index.match(number, chain)
         cold = int(np.count_nonzero(found.tiers == NVME_CODE))
         self._note(found, found.count, len(chain), cold)
         if prefetch and cold:

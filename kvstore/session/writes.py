@@ -99,11 +99,11 @@ class Writer:
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
         memory, n = self._link.memory(deadline.left_s), len(put.chain)
-        there = memory.index.holds(number, put.chain)
+        there = memory.index.lookup(number, put.chain)
         absent: Sequence[int] = range(n)
-        if True in there:
-            note(memory.index.lookup(number, put.chain).only_found())
-            absent = [i for i, found in enumerate(there) if not found]
+        if there.found.any():
+            note(there.only_found())
+            absent = np.flatnonzero(~there.found).tolist()
             if not absent:
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = slot_granules(put.namespace.layout)
