@@ -27,9 +27,9 @@ MAX_TTL_MS = 30 * 86_400_000
 MAX_HINT_MS = 7 * 86_400_000
 MAX_PINNED_SHARE = 0.5  # of a pool's bytes: what may be pinned by hints
 MAX_GRANTED_SHARE = 0.75  # of a pool's bytes: what one connection may have reserved, not sealed
-# Empty slots that clients hold ahead: of one client this part of the pool (1 / 64) and no more than
+# Empty slots that clients hold ahead: of one client this part of the pool (1 / 32) and no more than
 # so many bytes, of all together that part.
-AHEAD_SHARE = 64
+AHEAD_SHARE = 32
 MAX_AHEAD_BYTES = 32 << 20
 ALL_AHEAD_SHARE = 8
 HISTORY_ENTRIES = 1 << 18  # of blocks that are gone, so that `explain` can say why; a power of two

@@ -31,6 +31,7 @@ class Stock:
 
     def __init__(self, shelf: Shelf, puts: Puts) -> None:
         self._shelf, self._puts = shelf, puts
+        self._next = (0, 0)  # the size and the number of slots that were asked for ahead last
         self.nbytes = 0
 
     def grant(self, who: Connection, command: c.Grant) -> c.Granted:
@@ -61,6 +62,14 @@ class Stock:
             status = self._store_many(who, namespace, command)
         more = self._ahead(who, namespace, command.more) if command.more else _NOTHING
         return c.Committed(status=status, granules=more)
+
+    def make_room(self) -> None:
+        """Evicts now what the next commit like the last would else wait for."""
+        (slot_bytes, n), self._next = self._next, (0, 0)
+        if n:
+            self._shelf.make_ids(n)
+            room = self._shelf.room
+            room.slabs.free(room.allocate(slot_bytes, n, evict=self._shelf.evict))
 
     def give_back(self, who: Connection, command: c.GiveBack) -> c.Count:
         """The connection will not write to these slots of its stock."""
@@ -198,6 +207,7 @@ class Stock:
         own = min(total // limits.AHEAD_SHARE, limits.MAX_AHEAD_BYTES) - who.stock_bytes
         room = min(own, total // limits.ALL_AHEAD_SHARE - self.nbytes)
         n = min(n, max(0, room) // namespace.slot_bytes)
+        self._next = (namespace.slot_bytes, n)
         return self._take(who, namespace, n) if n else _NOTHING
 
     def _take(self, who: Connection, namespace: Namespace, n: int) -> c.U32:

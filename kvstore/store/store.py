@@ -159,6 +159,13 @@ class Store:
             self.nvme.pump()
         return result
 
+    def make_room(self) -> None:
+        """Does what can wait until answers are out: the evictions for slots that are likely to be
+        asked for next."""
+        self._stock.make_room()
+        if self._shelf.places.volumes:
+            self.nvme.pump()
+
     def stats(self) -> c.Stats:
         """The counters as they are now."""
         return c.Stats(

@@ -283,6 +283,8 @@ class ChannelServer:
             raise PermissionDenied("who may not write the pool seals what it has staged")
         if kind in wire.COMMANDS:
             self._give(peer, self._handle(peer, record))
+            if kind is c.Commit:
+                peer.tenant.store.make_room()
         elif kind is wire.SealStaged:
             self._copy_in(peer, record)
         elif kind is wire.Stage:

@@ -183,6 +183,25 @@ def test_a_full_pool_grants_what_it_can_by_evicting() -> None:
     assert rig.store.stats().evicted == 4
 
 
+def test_room_for_the_next_put_is_made_once_the_answer_is_out() -> None:
+    rig = Rig()
+    slots = granted(rig, 2)
+    for i in range(BLOCKS_PER_MIB - 4):
+        rig.put(keys(i + 10))
+    assert rig.store.stats().evicted == 0
+    ahead = committed(rig, keys(0, 1), slots, more=2).granules
+    assert len(ahead) == 2
+    rig.store.make_room()
+    rig.store.check()
+    assert rig.store.stats().evicted == 2
+    assert rig.stored(keys(10, 11, 12)) == [False, False, True]
+    rig.store.make_room()  # once for each commit that asked
+    assert rig.store.stats().evicted == 2
+    # The next one finds the room, and asks for as much.
+    assert len(committed(rig, keys(2, 3), ahead, more=2).granules) == 2
+    assert rig.store.stats().evicted == 2
+
+
 def test_no_more_is_granted_than_one_connection_may_hold() -> None:
     rig = Rig()
     most = int((1 << 20) * limits.MAX_GRANTED_SHARE) // SLOT_BYTES

@@ -645,6 +645,11 @@ class StoreMachine(RuleBasedStateMachine):
                 until_ms = due(self.now_ms, for_ms) if for_ms else 0
                 self.stored[key].pinned_until_ms = until_ms
 
+    @rule()
+    def room_is_made(self) -> None:
+        """As after the answer to a commit that asked for slots ahead."""
+        self.store.make_room()
+
     @rule(ms=st.sampled_from([0, 40, 100, 300, 300, 60_000]))
     def time_passes(self, ms: int) -> None:
         self.pass_time(self.now_ms + ms)
