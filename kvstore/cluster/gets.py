@@ -13,9 +13,9 @@ from kvstore import commands as c
 from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import GONE, ClusterSpace, Contacts
 from kvstore.cluster.members import Member
-from kvstore.cluster.pieces import growing
 from kvstore.cluster.world import Task
 from kvstore.errors import DeadlineExceeded, KVStoreError
+from kvstore.pieces import growing
 from kvstore.transfer.base import TransferFailed
 
 _RENEWALS = 16  # pieces of one get that may be asked for anew after this side failed

@@ -31,6 +31,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.index.reader import Lookup, Match
+from kvstore.pieces import growing
 from kvstore.session.base import (
     NVME_CODE,
     TIERS,
@@ -60,7 +61,7 @@ from kvstore.session.requests import (
 from kvstore.session.writes import Writer
 
 _ANSWER_S = 0.05  # before the deadline: when a call that waits for NVMe is answered
-_DURABLE_PIECE_BYTES = 16 << 20
+_DURABLE_PIECE_BYTES = (4 << 20, 16 << 20)  # of the first piece of a durable put, and the most
 _MOST_STALLS = 3  # fetches whose blocks are gone again before they are copied
 _HITS = {code: Hit(tier) for code, tier in TIERS.items()}
 
@@ -256,13 +257,13 @@ class LocalSession(ControlSession):
 
     def _put_durably(self, put: PutRequest, deadline: Deadline) -> PutResult:
         """Puts piece by piece, so that one is written while the next one is copied."""
-        step = max(1, _DURABLE_PIECE_BYTES // put.part.nbytes)
-        total = PutResult(stored=0, existed=0, waiting=0, not_stored=0)
-        for first in range(0, len(put.chain), step):
-            piece = put.cut(first, first + step)
+        least, most = (max(1, nbytes // put.part.nbytes) for nbytes in _DURABLE_PIECE_BYTES)
+        total, first = PutResult(stored=0, existed=0, waiting=0, not_stored=0), 0
+        for size in growing(len(put.chain), least=least, most=most):
+            piece = put.cut(first, first + size)
             total += self._put(piece, deadline)
-            last = first + step >= len(put.chain)
-            if not last:
+            first += size
+            if first < len(put.chain):
                 self._persist(piece.namespace, piece.chain, deadline, wait=False)
         if total.stored + total.existed:
             persisted = self._persist(put.namespace, put.chain, deadline)

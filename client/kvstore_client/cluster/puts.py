@@ -14,10 +14,10 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import ClusterSpace
-from kvstore.cluster.pieces import growing
 from kvstore.cluster.puts import PutOutcome, Puts
 from kvstore.cluster.router import Router
 from kvstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from kvstore.pieces import growing
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
 from kvstore.session.copies import groups_of, in_parallel

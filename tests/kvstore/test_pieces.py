@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.cluster.pieces import growing
+from kvstore.pieces import growing
 
 LIMITS = st.integers(1, 50)
 
