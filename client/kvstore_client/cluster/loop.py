@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from kvstore.errors import DeadlineExceeded, Unavailable
 
 T = TypeVar("T")
+_CANCEL_S = 5.0
 SLACK_S = 0.05  # beyond a call's deadline, for its own way to end
 
 
@@ -51,7 +53,18 @@ class LoopThread:
         asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends what still runs, and the thread."""
+        with contextlib.suppress(TimeoutError):
+            self.finish(_cancel_the_rest(), _CANCEL_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+
+async def _cancel_the_rest() -> None:
+    """A task that is only dropped with its loop never gets to what it does at its end."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest)
