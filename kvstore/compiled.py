@@ -19,8 +19,11 @@ def compiled(
 ) -> Callable[..., Any]:
     """`function` as machine code for arguments of one signature.
 
-    unlocked: whether calls run without the interpreter's lock.
+    unlocked: whether calls run without the interpreter's lock. ImportError where Numba is told not
+    to compile: the loops use what it has no Python for.
     """
+    if numba.config.DISABLE_JIT:
+        raise ImportError("kvstore needs Numba's compiler: unset NUMBA_DISABLE_JIT")
     made: Callable[..., Any]
     try:
         made = numba.njit([signature], nogil=unlocked, cache=True)(function)

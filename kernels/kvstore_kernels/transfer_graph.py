@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvstore_kernels.capturing import uncollected
+from kvstore_kernels.capturing import own_stream, undisturbed
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.cuda_runtime import CudaRuntime
 
@@ -60,7 +60,6 @@ class TurnsGraph:
         self._per_turn = form.blocks_per_turn(nbytes)
         self._turn_bytes = self._per_turn * nbytes
         self.blocks = form.turns * self._per_turn
-        self._copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(kernels):
             shape = (form.buffers, self._per_turn, nbytes)
             self._buffers = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -98,17 +97,19 @@ class TurnsGraph:
         return done
 
     def _captured(self, host: int) -> int:
-        runtime, stream = self._runtime, self._kernels.cuda_stream
-        runtime.begin_capture(stream)
-        try:
-            with uncollected(), torch.cuda.stream(self._kernels):
-                self._give_turns(host)
-        finally:  # or the stream would be of no use any more
-            graph = runtime.end_capture(stream)
+        # On streams of the captures' own: what anybody else gives these would be captured too.
+        device = self._collator.table.device
+        kernels, copies = own_stream(device), own_stream(device, 1)
+        with undisturbed():
+            self._runtime.begin_capture(kernels.cuda_stream)
+            try:
+                with torch.cuda.stream(kernels):
+                    self._give_turns(kernels, copies, host)
+            finally:  # or the stream would be of no use any more
+                graph = self._runtime.end_capture(kernels.cuda_stream)
         return graph
 
-    def _give_turns(self, host: int) -> None:
-        kernels, copies = self._kernels, self._copies
+    def _give_turns(self, kernels: torch.cuda.Stream, copies: torch.cuda.Stream, host: int) -> None:
         emptied: list[torch.cuda.Event] = []
         for turn, target in enumerate(self._targets(host)):
             if turn >= self._form.buffers:

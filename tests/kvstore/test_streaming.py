@@ -59,6 +59,20 @@ def test_no_rows_are_nothing_to_do() -> None:
     assert copy_and_hash_rows(none, none, 4096).shape == hash_rows(none, 4096).shape == (0,)
 
 
+def test_a_process_that_may_not_compile_is_told_so() -> None:
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", "import kvstore"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "unset NUMBA_DISABLE_JIT" in ran.stderr
+
+
 def test_a_folder_that_cannot_be_written_costs_the_cache_of_compiled_code_alone(
     tmp_path: Path,
 ) -> None:
