@@ -1,29 +1,38 @@
 """Kernel launches in one decode step of a model, and what the step takes: torch's operations, ours.
 
 Random models with the widths of Llama 3 8B and DeepSeek-V3 (with a dense feed-forward network, and
-with a few routed experts, which are a loop over experts with either kind of operations), 16
+with a few routed experts, which with torch's operations are a loop over experts on the host), 16
 sequences of 1,024 tokens, bfloat16. Eager, and in a CUDA graph where the step can be captured. The
 logits count only if they are about as near to those in float64 as torch's are. A second table has
 the kernels alone, in a graph, beside their bytes; `--sweep` times several configurations of each.
+`--engine` times the steps of a whole engine, with a small model of eight layers instead: launches
+one by one, and in CUDA graphs.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.profile_decode import save_model
 from benchmarks.gpu.timing import eager_us, graph_us, rotations
 from kvstore_engines.attention import AttentionBackend, Batch, TorchAttention, make_batch
 from kvstore_engines.checkpoint import Weights
 from kvstore_engines.config import MlaConfig, ModelConfig, MoeConfig
+from kvstore_engines.engine import Engine
 from kvstore_engines.kernel_ops import KernelOps
 from kvstore_engines.models.deepseek import DeepseekModel
 from kvstore_engines.models.llama import LlamaModel
@@ -31,10 +40,12 @@ from kvstore_engines.ops import Ops, TorchOps
 from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import SingleRank
 from kvstore_engines.rope import RopeConfig
-from kvstore_kernels import step
+from kvstore_kernels import experts, step
+from kvstore_kernels.experts import FEW, routed_experts
 
 SEQUENCES = 16
 CONTEXT = 1024
+ENGINE_TOKENS = 40
 # Errors of two orders of rounding differ by chance.
 MAX_ERROR_RATIO = 1.5
 
@@ -222,7 +233,9 @@ def measure(name: str) -> bool:
         logits = one()
         errors[title] = float((logits.double() - wanted).norm() / wanted.norm())
         rows[title] = kernels_in(one)
-        times = f"{eager_us(one):9.0f} {_captured(one, routed=config.moe is not None)}"
+        # With torch's operations the host reads which experts were chosen.
+        captured = not (config.moe and title == "torch")
+        times = f"{eager_us(one):9.0f} {_captured(one) if captured else '-':>9}"
         print(
             f"{name:17} {title:8} {attention:10} {rows[title]:8} {times} {errors[title]:9.5f}",
             flush=True,
@@ -234,15 +247,13 @@ def measure(name: str) -> bool:
     return good
 
 
-def _captured(one: Step, *, routed: bool) -> str:
-    """Microseconds in a graph; in a routed step the host reads which experts were chosen."""
-    if routed:
-        return f"{'-':>9}"
+def _captured(one: Step) -> str:
+    """Microseconds in a graph."""
     try:
-        return f"{graph_us([one]):9.0f}"
+        return f"{graph_us([one]):.0f}"
     except Exception as error:
         print(f"not captured: {error}")
-        return f"{'-':>9}"
+        return "-"
 
 
 # -------------------------------------------------------------------------- the kernels alone
@@ -250,12 +261,14 @@ def _captured(one: Step, *, routed: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """One kernel on inputs of its own each time. sweep: other values of a name in `step`."""
+    """One kernel on inputs of its own each time. constant, values: a name in its module, and other
+    values of it for a sweep."""
 
     make: Callable[[], Callable[[], object]]
     nbytes: int
     constant: str
-    values: tuple[int, ...]
+    values: tuple[object, ...]
+    module: ModuleType = step
 
 
 def alone(tokens: int = SEQUENCES) -> dict[str, Alone]:
@@ -289,7 +302,42 @@ def alone(tokens: int = SEQUENCES) -> dict[str, Alone]:
         "silu_mul": Alone(gated, tokens * 14336 * 6, "_SILU_TILE", (512, 1024, 2048, 4096)),
         "rope_append": Alone(append, tokens * 48 * 128 * 4, "_HEADS", heads),
         "rope_append_latent": Alone(latent, tokens * (128 * 64 + 576) * 4, "_HEADS", heads),
+        "experts, 4 of 16": _experts_alone(tokens, 16, 4),
+        "experts, 8 of 64, 1": _experts_alone(1, 64, 8),
     }
+
+
+def _experts_alone(tokens: int, number: int, top_k: int) -> Alone:
+    """Of DeepSeek-V3's widths; weights of those that are chosen are what is read."""
+    dim, inner = 7168, 2048
+    used = min(number, tokens * top_k)
+
+    def make() -> Callable[[], object]:
+        x, weights = _random(tokens, dim), torch.rand(tokens, top_k, device="cuda")
+        gate_up, down = _random(number, 2 * inner, dim), _random(number, dim, inner)
+        pairs = torch.arange(tokens * top_k, dtype=torch.int32, device="cuda")
+        chosen = (pairs * 7 % number).view(tokens, top_k)
+        return lambda: routed_experts(x, gate_up, down, weights, chosen)
+
+    configs = tuple(
+        replace(FEW, tile=tile, depth=depth, num_stages=stages, num_warps=warps)
+        for tile, depth, stages, warps in (
+            (16, 128, 4, 4),
+            (16, 256, 4, 4),
+            (32, 64, 6, 4),
+            (32, 128, 3, 4),
+            (32, 128, 4, 4),
+            (32, 128, 5, 4),
+            (32, 256, 3, 4),
+            (64, 64, 4, 4),
+            (64, 64, 6, 4),
+            (64, 128, 3, 4),
+            (64, 128, 4, 4),
+            (64, 128, 3, 8),
+            (128, 64, 4, 8),
+        )
+    )
+    return Alone(make, used * 3 * dim * inner * 2, "FEW", configs, experts)
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -305,26 +353,75 @@ def _places(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def measure_alone(name: str, kernel: Alone, *, sweep: bool) -> bool:
     """Prints a kernel's row, or a row for each configuration and the best."""
     calls = [kernel.make() for _ in range(rotations(kernel.nbytes))]
-    ours = getattr(step, kernel.constant)
+    ours = getattr(kernel.module, kernel.constant)
     times = {}
     for value in kernel.values if sweep else (ours,):
-        with patch.object(step, kernel.constant, value):
-            times[value] = graph_us(calls)
+        try:
+            with patch.object(kernel.module, kernel.constant, value):
+                times[value] = graph_us(calls)
+        except Exception as error:  # one configuration may not fit the GPU
+            print(f"{name}, {value}: {type(error).__name__}: {str(error)[:100]}")
+            continue
+        rate = kernel.nbytes / times[value] / 1e3
         label = f"{kernel.constant} {value}" if sweep else ""
         print(
-            f"{name:20} {times[value]:7.2f} us  {kernel.nbytes / 1e3:8.0f} KB  {label}", flush=True
+            f"{name:20} {times[value]:7.2f} us  {kernel.nbytes / 1e3:8.0f} KB {rate:6.0f} GB/s  "
+            f"{label}",
+            flush=True,
         )
     if sweep:
         best = min(times, key=lambda value: times[value])
         print(f"{name:20} best: {kernel.constant} {best} (in use: {ours})", flush=True)
-    return True
+    return ours in times
+
+
+# --------------------------------------------------------------------------------- the engine
+
+
+def engine_steps(folder: Path, sequences: int, *, graphs: bool) -> tuple[float, list[list[int]]]:
+    """Median milliseconds of a decode step, and each sequence's tokens."""
+    engine = Engine(
+        folder,
+        store=None,
+        num_pages=80 * sequences,
+        dtype=torch.bfloat16,
+        device="cuda",
+        graphs=graphs,
+    )
+    for i in range(sequences):
+        engine.submit([(7 * i + j * j) % 8191 for j in range(CONTEXT)], ENGINE_TOKENS + sequences)
+    times, results = [], []
+    while engine.busy:
+        began = time.perf_counter()
+        results += engine.step()
+        times.append(time.perf_counter() - began)
+    tokens = [list(r.token_ids) for r in sorted(results, key=lambda r: r.request_id)]
+    decoding = times[-ENGINE_TOKENS // 2 - sequences : -sequences]  # all prompts are through
+    return statistics.median(decoding) * 1e3, tokens
+
+
+def measure_engine() -> None:
+    """Prints a row for each number of sequences."""
+    print("sequences   one by one, ms   graphs, ms   same tokens")
+    with tempfile.TemporaryDirectory() as made:
+        save_model(Path(made))
+        for sequences in (1, 4, 16, 64):
+            before, wanted = engine_steps(Path(made), sequences, graphs=False)
+            after, tokens = engine_steps(Path(made), sequences, graphs=True)
+            same = sum(a == b for a, b in zip(tokens, wanted, strict=True))
+            print(f"{sequences:9} {before:16.2f} {after:12.2f} {same:6} of {sequences}", flush=True)
 
 
 def main() -> None:
-    """Prints both tables; exits with 1 where a row failed or is wrong."""
+    """Prints both tables, or the engine's; exits with 1 where a row failed or is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="only kernels, configurations of each")
-    sweep = parser.parse_args().sweep
+    parser.add_argument("--engine", action="store_true", help="only an engine's steps")
+    given = parser.parse_args()
+    if given.engine:
+        measure_engine()
+        return
+    sweep = given.sweep
     failed = []
     rows: dict[str, Callable[[], bool]] = {}
     if not sweep:

@@ -114,7 +114,7 @@ def save_model(folder: Path) -> None:
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
-def engines(trace: Path | None) -> None:
+def engines(trace: Path | None, *, graphs: bool) -> None:
     """One engine computes prompts and puts their blocks, another one gets these and goes on."""
     from kvstore import KVStore
     from kvstore_engines.adapter import SessionStore
@@ -135,10 +135,12 @@ def engines(trace: Path | None) -> None:
                 block_tokens=PAGE_TOKENS,
                 dtype=torch.bfloat16,
                 device="cuda",
+                graphs=graphs,
             )
 
         puts, gets = engine(), engine()
-        puts.generate([[1] * 40], 4)  # compiles
+        for each in (puts, gets):  # compiles, and captures
+            each.generate([[number] * 40 for number in range(PROMPTS)], 4)
         with looked_at(trace):
             for each in (puts, gets):
                 results = each.generate(prompts, NEW_TOKENS)
@@ -155,10 +157,11 @@ def main() -> None:
     parser.add_argument(
         "--torch", type=Path, metavar="FILE", help="torch's profiler, and its trace"
     )
+    parser.add_argument("--one-by-one", action="store_true", help="no CUDA graphs in engines")
     given = parser.parse_args()
     torch.manual_seed(1)
     if given.what == "engine":
-        engines(given.torch)
+        engines(given.torch, graphs=not given.one_by_one)
         return
     step = {"gqa": gqa, "flex": flex, "mla": mla}[given.what](given.batch, given.context)
     for _ in range(3):

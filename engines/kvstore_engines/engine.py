@@ -12,7 +12,7 @@ from kvstore.errors import InvalidArgument
 from kvstore_engines.attention import AttentionBackend, attention_for, make_batch
 from kvstore_engines.checkpoint import load_checkpoint
 from kvstore_engines.jobs import Result
-from kvstore_engines.models import build_model
+from kvstore_engines.models import Model, build_model
 from kvstore_engines.parallel import Parallel, SingleRank
 from kvstore_engines.prefixes import Prefixes
 from kvstore_engines.sequence import Sequence, check_request
@@ -27,7 +27,8 @@ class Engine:
     one. A request's pages are reserved when it is admitted, so that a running one never stalls.
     With `parallel`, every rank is an engine that is given the same requests in the same order,
     and a store of its own heads; of latent attention every rank has the whole cache, and rank 0
-    puts it. Raises CheckpointError for a checkpoint that cannot be run, and InvalidArgument.
+    puts it. Without `graphs`, a GPU gets the kernels of a decode step one by one instead of all at
+    once. Raises CheckpointError for a checkpoint that cannot be run, and InvalidArgument.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Engine:
         device: torch.device | str = "cpu",
         attention: AttentionBackend | None = None,
         parallel: Parallel | None = None,
+        graphs: bool = True,
     ) -> None:
         for name, value in (("num_pages", num_pages), ("block_tokens", block_tokens)):
             if value < 1:
@@ -51,7 +53,8 @@ class Engine:
         self.block_tokens = block_tokens
         self._parallel = parallel or SingleRank()
         backend = attention or attention_for(self._device)
-        self._model = build_model(checkpoint, backend, self._parallel)
+        model = build_model(checkpoint, backend, self._parallel)
+        self._model = self._graphed(model, backend) if graphs else model
         self.pool = self._model.make_pool(num_pages, block_tokens, dtype)
         writes = self.config.mla is None or self._parallel.rank == 0
         self._prefixes = Prefixes(store, self.pool, block_tokens, self._parallel, writes=writes)
@@ -110,6 +113,14 @@ class Engine:
         while self.busy:
             done.update((result.request_id, result) for result in self.step())
         return [done[request_id] for request_id in ids]
+
+    def _graphed(self, model: Model, attention: AttentionBackend) -> Model:
+        """The model with its decode steps in CUDA graphs, where they can be."""
+        if self._device.type != "cuda":
+            return model
+        from kvstore_engines.kernel_graphs import graphed
+
+        return graphed(model, attention, self._parallel, self._device)
 
     def _check(self, prompt_ids: Series[int], max_new_tokens: int) -> int:
         """The pages that the request will fill; InvalidArgument if it could never run."""

@@ -10,8 +10,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kvstore_engines.attention import Batch, Span, TorchAttention
+from kvstore_engines.ops import HeadNorms, LayerCache, RMSNorm
 from kvstore_kernels.decode import DecodeWorkspace, Rules, decode_attention
 from kvstore_kernels.errors import KernelArgumentError
+from kvstore_kernels.fused import New, NewLatents, NewTokens
+from kvstore_kernels.mla_reference import RANK
 
 _Form = tuple[object, ...]
 _READY = ("gqa_decode", "mla_decode", "mla_gluon")  # flex would be compiled for minutes
@@ -82,9 +85,8 @@ class KernelAttention:
         self, q: torch.Tensor, layer_pages: torch.Tensor, batch: Batch, scale: float
     ) -> torch.Tensor:
         """See `AttentionBackend.grouped`."""
-        k, v = layer_pages.unbind(2)
         step = self._step_of(batch)
-        decoded = self._decode(q, k, v, step, scale)
+        decoded = self._decode(q, layer_pages.unbind(2), step, scale)
         if decoded is None:
             return self._torch.grouped(q, layer_pages, batch, scale)
         if step.rows is None:
@@ -98,7 +100,7 @@ class KernelAttention:
     ) -> torch.Tensor:
         """See `AttentionBackend.latent`."""
         step = self._step_of(batch)
-        decoded = self._decode(q, layer_pages, None, step, scale)
+        decoded = self._decode(q, (layer_pages,), step, scale)
         if decoded is None or decoded.shape[-1] != rank:
             return self._torch.latent(q, layer_pages, batch, scale, rank)
         if step.rows is None:
@@ -106,6 +108,64 @@ class KernelAttention:
         out = self._torch.latent(q, layer_pages, step.rest, scale, rank)
         out[step.rows] = decoded
         return out
+
+    def append_grouped(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        norms: HeadNorms | None,
+        cache: LayerCache,
+        *,
+        scale: float,
+    ) -> torch.Tensor | None:
+        """See `AppendingAttention.append_grouped`; for steps of one token a sequence."""
+        step = self._step_of(cache.batch)
+        if step.rows is not None:
+            return None
+        new = NewTokens(
+            k=k[:, None],
+            v=v[:, None],
+            cos=cache.cos,
+            sin=cache.sin,
+            page_ids=cache.batch.pages[:, None],
+            offsets=cache.batch.offsets[:, None],
+            q_norm=norms.q.weight if norms else None,
+            k_norm=norms.k.weight if norms else None,
+            eps=norms.q.eps if norms else 0.0,
+        )
+        return self._decode(q, cache.pages.unbind(2), step, scale, new)
+
+    def append_latent(
+        self,
+        q: torch.Tensor,
+        cached: torch.Tensor,
+        key_up: torch.Tensor,
+        norm: RMSNorm,
+        cache: LayerCache,
+        *,
+        scale: float,
+        interleaved: bool,
+    ) -> torch.Tensor | None:
+        """See `AppendingAttention.append_latent`; for steps of one token a sequence."""
+        step = self._step_of(cache.batch)
+        _, width, rank = key_up.shape
+        if step.rows is not None or rank != RANK:
+            return None
+        folded = q.new_empty(*q.shape[:2], cached.shape[-1])
+        torch.bmm(q[..., :width].transpose(0, 1), key_up, out=folded[..., :rank].transpose(0, 1))
+        new = NewLatents(
+            q_rope=q[:, None, :, width:],
+            latents=cached[:, None],
+            norm=norm.weight,
+            cos=cache.cos,
+            sin=cache.sin,
+            page_ids=cache.batch.pages[:, None],
+            offsets=cache.batch.offsets[:, None],
+            eps=norm.eps,
+            interleaved=interleaved,
+        )
+        return self._decode(folded, (cache.pages,), step, scale, new)
 
     @property
     def refuses(self) -> bool:
@@ -141,18 +201,20 @@ class KernelAttention:
     def _decode(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor | None,
+        pages: Sequence[torch.Tensor],
         step: DecodeStep,
         scale: float,
+        append: New | None = None,
     ) -> torch.Tensor | None:
         """(n, heads, dim of the values) of the new tokens; None where there are none, or no kernel
-        for them."""
+        for them. pages: of keys and values, or of latents. append: what is to be written first."""
+        k, *values = pages
         form = (q.shape[1:], q.dtype, k.shape[1:], k.dtype, scale)
         if not len(step.lengths) or form in self._refused:
             return None
         assert self._workspace is not None
         new = q if step.rows is None else q[step.rows]
+        v = values[0] if values else None
         arguments = (new[:, None], k, v, step.table, step.lengths, self._workspace)
         rules = Rules(scale=scale)
         if form not in self._taken:
@@ -161,5 +223,5 @@ class KernelAttention:
             except KernelArgumentError:
                 choice = None
             (self._taken if choice and choice.kernel in _READY else self._refused).add(form)
-            return self._decode(q, k, v, step, scale)
-        return decode_attention(*arguments, rules=rules)[:, 0]
+            return self._decode(q, pages, step, scale, append)
+        return decode_attention(*arguments, rules=rules, append=append)[:, 0]

@@ -1,8 +1,13 @@
 """`Ops` on a GPU: each group of neighbouring operations is one launch."""
 
-import torch
+from collections.abc import Sequence
 
-from kvstore_engines.ops import HeadNorms, Joint, LayerCache, Linear, RMSNorm
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
+
+from kvstore_engines.ops import Expert, Experts, HeadNorms, Joint, LayerCache, Linear, RMSNorm
+from kvstore_engines.routing import Router
+from kvstore_kernels.experts import RouteForm, route, routed_experts
 from kvstore_kernels.step import add_rmsnorm, rmsnorm, rope_append, rope_append_latent, silu_mul
 
 
@@ -27,6 +32,20 @@ class KernelOps:
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """See `Ops.silu_mul`."""
         return silu_mul(gate, up)
+
+    def experts(self, router: Router, experts: Sequence[Expert], first: int) -> Experts:
+        """See `Ops.experts`; nothing waits for the GPU. On a copy of the weights."""
+        if not experts:
+            return torch.zeros_like
+        form, wide = _route_form(router), router.weight.float()
+        merged = [torch.cat((expert.gate.weight, expert.up.weight)) for expert in experts]
+        gate_up, down = torch.stack(merged), torch.stack([e.down.weight for e in experts])
+
+        def routed(x: torch.Tensor) -> torch.Tensor:
+            weights, chosen = route(form, F.linear(x.float(), wide), router.correction)
+            return routed_experts(x, gate_up, down, weights, chosen, first=first)
+
+        return routed
 
     def append_grouped(
         self,
@@ -82,6 +101,21 @@ class KernelOps:
             out=out[..., rank:],
         )
         return out
+
+
+def _route_form(router: Router) -> RouteForm:
+    config = router.config
+    grouped = config.method != "greedy"
+    return RouteForm(
+        experts=config.experts,
+        top_k=config.top_k,
+        groups=config.groups if grouped else 1,
+        top_groups=config.top_groups if grouped else 1,
+        ranked_by=router.ranked_by if grouped else 1,
+        sigmoid=router.correction is not None,
+        normalize=config.normalize,
+        scaling=config.scaling,
+    )
 
 
 def _merged(linears: tuple[Linear, ...]) -> Linear:

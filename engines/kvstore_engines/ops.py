@@ -9,8 +9,10 @@ import torch.nn.functional as F  # noqa: N812 - the name every torch program use
 
 from kvstore_engines.attention import Batch
 from kvstore_engines.rope import rotate
+from kvstore_engines.routing import Router
 
 Joint = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+Experts = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """One routed expert, a gated feed-forward network: down(silu(gate(x)) * up(x))."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """One layer's pages, and the batch whose tokens are written to them."""
 
@@ -73,6 +84,13 @@ class Ops(Protocol):
 
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up, all (tokens, dim)."""
+
+    def experts(self, router: Router, experts: Sequence[Expert], first: int) -> Experts:
+        """The weighed sum of those experts that the router chooses for a token, of x's shape.
+
+        first: the router's number of the first of these experts, which are neighbours; the others
+        are elsewhere and add nothing. x (tokens, hidden).
+        """
 
     def append_grouped(
         self,
@@ -135,6 +153,22 @@ class TorchOps:
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """See `Ops.silu_mul`."""
         return F.silu(gate) * up
+
+    def experts(self, router: Router, experts: Sequence[Expert], first: int) -> Experts:
+        """See `Ops.experts`; the host reads what was chosen."""
+
+        def routed(x: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros_like(x)
+            weights, chosen = router(x)
+            here = range(first, first + len(experts))
+            for index in sorted(set(here) & set(chosen.flatten().tolist())):
+                rows, slot = torch.where(chosen == index)
+                expert, taken = experts[index - first], x[rows]
+                made = expert.down(self.silu_mul(expert.gate(taken), expert.up(taken)))
+                out.index_add_(0, rows, (made * weights[rows, slot, None]).to(out.dtype))
+            return out
+
+        return routed
 
     def append_grouped(
         self,

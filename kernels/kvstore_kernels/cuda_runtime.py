@@ -26,6 +26,7 @@ _PORTABLE_AND_MAPPED, _READ_ONLY = 3, 8  # cudaHostRegister...
 _ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell
 _IN_STREAM_ORDER, _OVERLAPS_COMPUTE = 1, 1  # cudaMemcpySrcAccessOrderStream, cudaMemcpyFlag...
 _OF_THIS_THREAD = 1  # cudaStreamCaptureModeThreadLocal
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
 _COPY_NODE = 1  # cudaGraphNodeTypeMemcpy
 _FIRST_WITH_BATCHES, _WITHOUT_FAILED_INDEX = 12_080, 13_000  # versions
 
@@ -147,6 +148,12 @@ class CudaRuntime:
             *(() if self._version >= _WITHOUT_FAILED_INDEX else (ctypes.byref(failed),)),
             ctypes.c_void_p(stream),
         )
+
+    def create_stream(self) -> int:
+        """A stream of the current device that waits for no other, the default one included."""
+        stream = ctypes.c_void_p()
+        self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
+        return stream.value or 0
 
     def begin_capture(self, stream: int) -> None:
         """What this thread gives the stream from now on is written into a graph; other threads are

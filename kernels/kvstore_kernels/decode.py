@@ -21,6 +21,7 @@ import torch
 
 from kvstore_kernels.checks import require
 from kvstore_kernels.decode_choice import Choice, Request, choose
+from kvstore_kernels.fused import New, NewLatents, NewTokens, rotate_first
 
 Tensor = torch.Tensor
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -69,6 +70,7 @@ class _Call:
     lengths: Tensor
     rules: Rules
     scales: Scales
+    append: New | None
     out: Tensor | None
     check: bool
 
@@ -114,6 +116,7 @@ class _GqaRunner:
         from kvstore_kernels.gqa_decode import gqa_decode
 
         assert call.v_pages is not None
+        assert not isinstance(call.append, NewLatents)
         return gqa_decode(
             call.q,
             call.k_pages,
@@ -123,6 +126,7 @@ class _GqaRunner:
             self._workspace,
             k_scale=call.scales.k,
             v_scale=call.scales.v,
+            append=call.append,
             out=call.out,
             check=call.check,
         )
@@ -191,6 +195,7 @@ class _MlaRunner:
     def run(self, call: _Call) -> Tensor:
         from kvstore_kernels.mla_decode import mla_decode
 
+        assert not isinstance(call.append, NewTokens)
         return mla_decode(
             call.q,
             call.k_pages,
@@ -198,6 +203,7 @@ class _MlaRunner:
             call.lengths,
             self._workspace,
             page_scales=call.scales.pages,
+            append=call.append,
             out=call.out,
             check=call.check,
         )
@@ -267,7 +273,7 @@ class DecodeWorkspace:
         self.device = torch.device(device)
         self.graphs = graphs
         self._lengths: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        self._runners: dict[Request, _Runner] = {}
+        self._runners: dict[Request, tuple[_Runner, Choice]] = {}
 
     def step(self, lengths: npt.ArrayLike) -> None:
         """Plans for sequences of these lengths, new tokens included, as the calls' `lengths` are.
@@ -282,16 +288,16 @@ class DecodeWorkspace:
             f"must be of at most {self.max_sequences} sequences",
         )
         self._lengths = counts
-        for runner in self._runners.values():
+        for runner, _ in self._runners.values():
             runner.load(counts)
 
-    def runner(self, request: Request) -> _Runner:
-        """The one for such requests, with the step's plan loaded."""
+    def runner(self, request: Request) -> tuple[_Runner, Choice]:
+        """The one for such requests, with the step's plan loaded, and why it is that one."""
         if request not in self._runners:
-            kernel = choose(request).kernel
-            runner = RUNNERS[kernel](request, self.device, self.graphs)
+            choice = choose(request)
+            runner = RUNNERS[choice.kernel](request, self.device, self.graphs)
             runner.load(self._lengths)
-            self._runners[request] = runner
+            self._runners[request] = runner, choice
         return self._runners[request]
 
 
@@ -306,6 +312,7 @@ def decode_attention(
     *,
     rules: Rules = PLAIN,
     scales: Scales = UNSCALED,
+    append: New | None = None,
     out: Tensor | None = None,
     check: bool = False,
     explain: Literal[False] = False,
@@ -323,6 +330,7 @@ def decode_attention(
     *,
     rules: Rules = PLAIN,
     scales: Scales = UNSCALED,
+    append: New | None = None,
     out: Tensor | None = None,
     check: bool = False,
     explain: Literal[True],
@@ -339,6 +347,7 @@ def decode_attention(
     *,
     rules: Rules = PLAIN,
     scales: Scales = UNSCALED,
+    append: New | None = None,
     out: Tensor | None = None,
     check: bool = False,
     explain: bool = False,
@@ -350,14 +359,24 @@ def decode_attention(
     v_pages None. page_table: (batch, max_pages) int32. lengths: (batch,) int32, tokens of each
     sequence, the new ones included: those that `workspace.step` was told.
 
+    append: the new tokens, if they are not in the pages yet. They are rotated and written there, in
+    the same launch where the Choice says so, and else by one of its own before. q then is not
+    rotated either; for latent attention its rope part is not read, and may be overwritten.
+
     Returns (batch, q_tokens, heads, dim of the values): `out`, or a new tensor. With `explain` the
     Choice, and nothing is launched. `check` also checks page numbers and lengths, which waits for
-    the GPU. Modifies the workspace. Raises KernelArgumentError for what the chosen kernel does not
-    take, and where no kernel can.
+    the GPU. Modifies the workspace, and the pages with `append`. Raises KernelArgumentError for
+    what the chosen kernel does not take, and where no kernel can.
     """
     request = _request(q, k_pages, v_pages, workspace, rules, scales)
     if explain:
         return choose(request)
+    kind = NewLatents if v_pages is None else NewTokens
+    is_kind = append is None or isinstance(append, kind)
+    require(is_kind, "append", f"must be {kind.__name__} for such pages")
+    runner, choice = workspace.runner(request)
+    if append is not None and not choice.appends:
+        q, append = rotate_first(q, append, k_pages, v_pages), None
     call = _Call(
         q=q,
         k_pages=k_pages,
@@ -366,10 +385,11 @@ def decode_attention(
         lengths=lengths,
         rules=rules,
         scales=scales,
+        append=append,
         out=out,
         check=check,
     )
-    return workspace.runner(request).run(call)
+    return runner.run(call)
 
 
 def _request(

@@ -55,11 +55,13 @@ class Request:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """The answer. kernel: its name in the registry; reason: in words; refused: why not each of the
-    other kernels for that kind of attention, where they cannot."""
+    other kernels for that kind of attention, where they cannot; appends: whether that kernel is to
+    rotate and write new tokens too, in the one launch."""
 
     kernel: str
     reason: str
     refused: Mapping[str, str]
+    appends: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,30 @@ MEASURED = (
     Timing("mla", 128, 64, 16384, {"mla_gluon": 438, "mla_decode": 901}),
 )
 
+# Those that can append: with a launch that rotates and writes before, and in the one launch; by
+# `benchmarks.gpu.fused`.
+APPENDED: Mapping[str, tuple[Timing, ...]] = MappingProxyType(
+    {
+        "gqa_decode": (
+            Timing("gqa", 4, 1, 4096, {"one": 12.6, "two": 14.7}),
+            Timing("gqa", 4, 16, 4096, {"one": 69.0, "two": 71.1}),
+            Timing("gqa", 4, 32, 4096, {"one": 133.0, "two": 134.6}),
+            Timing("gqa", 4, 64, 4096, {"one": 258.7, "two": 257.0}),
+            Timing("gqa", 4, 256, 1024, {"one": 258.8, "two": 259.8}),
+            Timing("gqa", 8, 16, 4096, {"one": 69.2, "two": 71.9}),
+            Timing("gqa", 16, 16, 1024, {"one": 24.4, "two": 26.8}),
+        ),
+        "mla_decode": (
+            Timing("mla", 16, 1, 65_536, {"one": 37.6, "two": 39.3}),
+            Timing("mla", 16, 16, 4096, {"one": 34.9, "two": 37.3}),
+            Timing("mla", 16, 64, 4096, {"one": 89.3, "two": 91.7}),
+            Timing("mla", 32, 1, 65_536, {"one": 44.3, "two": 43.8}),
+            Timing("mla", 32, 16, 4096, {"one": 43.4, "two": 43.1}),
+            Timing("mla", 32, 64, 4096, {"one": 105.0, "two": 104.9}),
+        ),
+    }
+)
+
 
 def choose(request: Request) -> Choice:
     """The fastest kernel that can. Raises KernelArgumentError, with all reasons, if none can."""
@@ -93,7 +119,12 @@ def choose(request: Request) -> Choice:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise KernelArgumentError("q", f"must be what a kernel takes ({reasons})")
     kernel, reason = _fastest(able, request)
-    return Choice(kernel=kernel, reason=reason, refused=MappingProxyType(refused))
+    return Choice(
+        kernel=kernel,
+        reason=reason,
+        refused=MappingProxyType(refused),
+        appends=appends(kernel, request),
+    )
 
 
 def _fastest(able: list[str], request: Request) -> tuple[str, str]:
@@ -167,6 +198,16 @@ def _mla_gluon_refuses(request: Request) -> str:
 def _first_of(*reasons: tuple[bool, str]) -> str:
     """The first reason that holds, or none."""
     return next((reason for holds, reason in reasons if holds), "")
+
+
+def appends(kernel: str, request: Request) -> bool:
+    """Whether that kernel, which can do what is asked for, also writes the new tokens: where it can
+    and, at the nearest measured shape, one launch took no longer than two."""
+    timings = APPENDED.get(kernel, ())
+    if request.kv_dtype is not request.dtype or request.scaled or not timings:
+        return False
+    near = min(timings, key=lambda t: _distance(t, request))
+    return near.us["one"] <= near.us["two"]
 
 
 # By kind of attention: what each kernel says of a request that it cannot do, or nothing.

@@ -1,7 +1,8 @@
 """Decode attention over pages of keys and values: one launch, at the speed of reading them.
 
-Each sequence has 1 to 4 new tokens (the last of its `length` tokens, in the pages already), which
-attend to all of its tokens. Query heads are in groups that share a KV head.
+Each sequence has 1 to 4 new tokens (the last of its `length` tokens, in the pages already or put
+there by this launch), which attend to all of its tokens. Query heads are in groups that share a KV
+head.
 
 Roofline. Each KV byte is read once. In bfloat16 it takes part in as many FLOPs as there are rows
 (group * new tokens, 16 at least), far under the 170 FLOPs a byte at which an H200 turns from
@@ -19,6 +20,8 @@ How it gets there:
 - What lies past the end is not masked: its address is the last token's, in cache anyway, and its
   score is discarded. So the copies need no predicates, and stale bytes in a page, NaNs among them,
   are not touched.
+- New tokens that are not in the pages yet (`fused.NewTokens`) are rotated and written by the block
+  that reads them, before it reads: what it needs for that comes along with its queries.
 - Values in float8 are read as pairs of columns, which then are multiplied apart: the transposing
   loads from shared memory know 16-bit elements only.
 - The last part of a (sequence, head) to arrive, by an atomic counter at GPU scope, merges the
@@ -41,6 +44,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +54,14 @@ import triton.language as tl
 
 from kvstore_kernels.checks import check_tensor, require
 from kvstore_kernels.compiling import Variant
+from kvstore_kernels.fused import (
+    NewTokens,
+    check_places,
+    check_tokens,
+    power_of_two,
+    token_geometry,
+)
+from kvstore_kernels.fused_kernels import AppendGeometry
 from kvstore_kernels.gqa_kernel import Geometry, gqa_kernel
 from kvstore_kernels.worklist import COLUMNS, WorkList, most_items, plan
 
@@ -67,6 +79,10 @@ _MANY_HEADS = 1024  # sequences times KV heads: no longer cut into parts on any 
 # Of two dimensions that are equally far apart in memory, Triton 3.6 hands out the first to threads
 # first, later ones the second; it should be the rows.
 _PARTS_AXIS = 1 if triton.__version__.startswith("3.6.") else 0
+NEW = (  # the kernel's arguments that there are with new tokens
+    *("k_new_ptr", "v_new_ptr", "page_ids_ptr", "offsets_ptr"),
+    *("cos_ptr", "sin_ptr", "q_weight_ptr", "k_weight_ptr"),
+)
 STRIDES = (
     *("q_sequence", "q_token", "q_head", "k_page", "k_head", "k_token"),
     *("v_page", "v_head", "v_token", "out_sequence", "out_token", "out_head"),
@@ -79,11 +95,11 @@ class GqaForm:
 
     heads: query heads, a multiple of kv_heads and at most 16 times as many; neighbours share a KV
     head. head_dim: 64, 128 or 256. page_tokens: 16 to 128. q_tokens: new tokens of each sequence, 1
-    to 4, all of which are in the pages. dtype: of queries and output, bfloat16 or float16.
-    kv_dtype: the same, or float8_e4m3fn: then products are in float16, which has all its values,
-    and queries beyond float16's range (65504) are brought to its ends. scale: of the scores,
-    default head_dim ** -0.5. softcap: scores become softcap * tanh(score / softcap). window: how
-    many tokens a query sees, itself included; None for all.
+    to 4. dtype: of queries and output, bfloat16 or float16. kv_dtype: the same, or float8_e4m3fn:
+    then products are in float16, which has all its values, and queries beyond float16's range
+    (65504) are brought to its ends. scale: of the scores, default head_dim ** -0.5. softcap: scores
+    become softcap * tanh(score / softcap). window: how many tokens a query sees, itself included;
+    None for all.
     """
 
     heads: int
@@ -124,7 +140,7 @@ class GqaForm:
     @property
     def tile_rows(self) -> int:
         """Rows of the tile that they are in."""
-        return max(MIN_ROWS, _power_of_two(self.rows))
+        return max(MIN_ROWS, power_of_two(self.rows))
 
     @property
     def token_bytes(self) -> int:
@@ -284,6 +300,7 @@ def gqa_decode(
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    append: NewTokens | None = None,
     out: torch.Tensor | None = None,
     check: bool = False,
 ) -> torch.Tensor:
@@ -295,16 +312,19 @@ def gqa_decode(
     head_dim]. page_table: (batch, max_pages) int32, the pages of each sequence in order; entries
     past its length do not matter. lengths: (batch,) int32, tokens of each sequence, the new ones
     included; those that the workspace's plan was made of. k_scale, v_scale: (kv_heads,) float32,
-    by which stored keys and values are multiplied; default 1.
+    by which stored keys and values are multiplied; default 1. append: the new tokens, which are not
+    in the pages yet: they are written there, and q too is given before norm and rotation. Only for
+    pages of q's dtype, without scales.
 
     Returns (batch, q_tokens, heads, head_dim) of q's dtype: `out`, or a new tensor. Queries that
     see no token (length 0, or new tokens that do not exist) give zeros. Modifies the workspace's
-    partial results. Waits for nothing; may be captured in a graph.
+    partial results, and pages with `append`. Waits for nothing; may be captured in a graph.
 
     A page number outside of the pool never leads outside of it: the pool's last page is read in its
-    place, which makes the result of that sequence alone wrong. With `check`, and always for tensors
-    on the CPU, it raises KernelArgumentError, as do lengths that are not the plan's; for tensors on
-    a GPU that waits for it. Raises KernelArgumentError for wrong shapes, dtypes, devices, strides.
+    place, which makes the result of that sequence alone wrong, and nothing is written. With
+    `check`, and always for tensors on the CPU, it raises KernelArgumentError, as do lengths that
+    are not the plan's, and places of new tokens that are not the page table's; for tensors on a GPU
+    that waits for it. Raises KernelArgumentError for wrong shapes, dtypes, devices, strides.
     """
     form = workspace.form
     _check_tensors(q, k_pages, v_pages, page_table, lengths, workspace)
@@ -312,10 +332,14 @@ def gqa_decode(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     check_tensor("out", out, shape=q.shape, dtypes=(form.dtype,), device=q.device)
+    if append is not None:
+        _check_append(q, append, scales, form)
     if check or page_table.device.type == "cpu":
         _check_values(page_table, lengths, len(k_pages), workspace)
+        if append is not None:
+            check_places(append, page_table, workspace.lengths.astype(np.int64), form.page_tokens)
     if workspace.grid:
-        _launch(q, k_pages, v_pages, page_table, lengths, workspace, scales, out)
+        _launch(q, k_pages, v_pages, page_table, workspace, scales, append, out)
     return out
 
 
@@ -324,9 +348,9 @@ def _launch(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     page_table: torch.Tensor,
-    lengths: torch.Tensor,
     workspace: GqaWorkspace,
     scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
+    append: NewTokens | None,
     out: torch.Tensor,
 ) -> None:
     config, gpu = workspace.config, q.device.type == "cuda"
@@ -346,20 +370,27 @@ def _launch(
         v_pages,
         out,
         page_table,
-        lengths,
         *scales,
         workspace.items,
         workspace.partials,
         workspace.lse,
         workspace.counters,
+        *(_new_tensors(append) if append else [None] * len(NEW)),
         len(k_pages),
         page_table.shape[1],
         page_table.stride(0),
         geometry,
+        token_geometry(append) if append else None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **options,
     )
+
+
+def _new_tensors(new: NewTokens) -> list[torch.Tensor | None]:
+    """In the kernel's order."""
+    places = (new.page_ids, new.offsets)
+    return [new.k, new.v, *places, new.cos, new.sin, new.q_norm, new.k_norm]
 
 
 def _in_pairs(pages: torch.Tensor) -> bool:
@@ -389,7 +420,7 @@ def _geometry(
     fp8 = form.kv_dtype is torch.float8_e4m3fn
     half = tl.float16 if fp8 or form.dtype is torch.float16 else tl.bfloat16
     scale, softcap = _exponent(form)
-    merge_rows = min(_power_of_two(form.rows), MERGE_ROWS)
+    merge_rows = min(power_of_two(form.rows), MERGE_ROWS)
     return Geometry(
         group=form.group,
         rows=form.rows,
@@ -412,11 +443,6 @@ def _geometry(
         overlap=config.overlap and gpu,
         **dict(zip(STRIDES, itertools.chain(*strides), strict=True)),
     )
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not smaller."""
-    return 1 << (number - 1).bit_length()
 
 
 # --------------------------------------------------------------------------------- arguments
@@ -447,6 +473,17 @@ def _check_tensors(
     check_tensor("lengths", lengths, shape=(len(q),), dtypes=(torch.int32,), device=q.device)
     planned = len(workspace.lengths)
     require(planned == len(q), "q", f"must have the work list's {planned} sequences, not {len(q)}")
+
+
+def _check_append(
+    q: torch.Tensor,
+    append: NewTokens,
+    scales: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
+    form: GqaForm,
+) -> None:
+    require(form.kv_dtype is form.dtype, "append", "must be for pages of q's dtype")
+    require(scales[0] is None, "append", "must be without scales of stored values")
+    check_tokens(q, append, form.kv_heads)
 
 
 def _both_scales(
@@ -511,25 +548,39 @@ def variants() -> Iterator[Variant]:
     }
     for name, form in forms.items():
         yield _variant(f"gqa_{name}", form, config_for(form))
+    many = 1024 // llama.kv_heads
+    for name in ("llama", "drafts", "dim_64", "group_16_drafts"):
+        form = forms[name]
+        yield _variant(f"gqa_append_{name}", form, config_for(form, many), appends=True)
+    yield _variant("gqa_append_few", llama, config_for(llama), appends=True)
+    normed = _variant("gqa_append_normed", llama, config_for(llama, many), appends=True)
+    yield _with_norms(normed, llama)
 
 
-def _variant(name: str, form: GqaForm, config: GqaConfig) -> Variant:
+def _variant(name: str, form: GqaForm, config: GqaConfig, *, appends: bool = False) -> Variant:
     """As compiled for dense pools [pages, kv_heads, 2, page_tokens, head_dim]."""
     scaled = form.kv_dtype is torch.float8_e4m3fn
     scales = ("k_scale_ptr", "v_scale_ptr")
     pointers = {
         **dict.fromkeys(("q_ptr", "out_ptr"), _TYPES[form.dtype]),
         **dict.fromkeys(("k_ptr", "v_ptr"), _TYPES[form.kv_dtype]),
-        **dict.fromkeys(("table_ptr", "lengths_ptr", "items_ptr", "counter_ptr"), "*i32"),
+        **dict.fromkeys(("table_ptr", "items_ptr", "counter_ptr"), "*i32"),
         **dict.fromkeys(("partial_ptr", "lse_ptr", *(scales if scaled else ())), "*fp32"),
     }
+    new: dict[str, Any] = dict.fromkeys(NEW)
+    if appends:
+        kinds = (*[_TYPES[form.dtype]] * 2, *["*i64"] * 2, *[_TYPES[form.dtype]] * 2)
+        new |= zip(NEW, kinds, strict=False)
+    pointers |= {key: kind for key, kind in new.items() if kind}
     numbers = dict.fromkeys(("n_pages", "max_pages", "table_stride"), "i32")
     geometry = _geometry(form, config, _dense_strides(form), paired=scaled, scaled=scaled, gpu=True)
+    absent = [key for key in (*scales, *NEW) if key not in pointers]
     return Variant(
         name=name,
         kernel=gqa_kernel,
         signature=pointers | numbers,
-        constants={"g": geometry} | ({} if scaled else dict.fromkeys(scales)),
+        constants={"g": geometry, "n": _dense_new(form) if appends else None}
+        | dict.fromkeys(absent),
         aligned=tuple(pointers),
         options={
             "num_warps": config.num_warps,
@@ -540,6 +591,35 @@ def _variant(name: str, form: GqaForm, config: GqaConfig) -> Variant:
         # warps in units of 256, and 228 KiB of shared memory, 1 KiB of which is a block's own.
         max_registers=(65536 // (32 * config.num_warps * config.blocks_per_sm)) // 8 * 8,
         max_shared_bytes=(228 // config.blocks_per_sm - 1) << 10,
+    )
+
+
+def _with_norms(variant: Variant, form: GqaForm) -> Variant:
+    """With norms of heads."""
+    constants = dict(variant.constants)
+    signature = dict(variant.signature)
+    for key in NEW[-2:]:
+        del constants[key]
+        signature[key] = _TYPES[form.dtype]
+    constants["n"] = replace(constants["n"], normed=True)
+    aligned = (*variant.aligned, *NEW[-2:])
+    return replace(variant, signature=signature, constants=constants, aligned=aligned)
+
+
+def _dense_new(form: GqaForm) -> AppendGeometry:
+    """Queries, keys and values as parts of one merged projection."""
+    token = (form.heads + 2 * form.kv_heads) * form.head_dim
+    strides = dict.fromkeys(("k_sequence", "v_sequence"), form.q_tokens * token)
+    return AppendGeometry(
+        rows=power_of_two(form.q_tokens),
+        interleaved=False,
+        normed=False,
+        eps=1e-6,
+        angle_sequence=form.q_tokens * form.head_dim // 2,
+        angle_token=form.head_dim // 2,
+        **strides,
+        **dict.fromkeys(("k_token", "v_token"), token),
+        **dict.fromkeys(("k_head", "v_head"), form.head_dim),
     )
 
 

@@ -1,10 +1,10 @@
 """Decode attention over pages of latents (MLA) for few query rows: at the speed of reading them.
 
-Each sequence has 1 to 4 new tokens (the last of its `length` tokens, in the pages already), whose
-heads all attend to the same latents: a token is 512 elements, which are key and value at once, and
-64 of rope, which are key only. For up to 32 query rows (heads times new tokens) of a sequence,
-which is what a rank of a tensor-parallel model has; any number works, as groups of 32 that read the
-pages anew. From 64 rows on `mla_gluon` is the faster kernel.
+Each sequence has 1 to 4 new tokens (the last of its `length` tokens, in the pages already or put
+there by this launch), whose heads all attend to the same latents: a token is 512 elements, which
+are key and value at once, and 64 of rope, which are key only. For up to 32 query rows (heads times
+new tokens) of a sequence, which is what a rank of a tensor-parallel model has; any number works, as
+groups of 32 that read the pages anew. From 64 rows on `mla_gluon` is the faster kernel.
 
 Roofline. A token costs 1,152 bytes in bfloat16 and 2 * rows * (576 + 512) FLOPs: 30 FLOPs a byte
 at 16 rows, 60 at 32, under the 170 at which an H200 turns from memory- to matrix-bound. So the
@@ -26,6 +26,8 @@ How it gets there:
 - A last tile of fewer than 64 tokens is a box that ends with the last token and begins before its
   page, where the hardware gives zeros. So stale bytes in a page, NaNs among them, are not touched,
   and a page number outside of the pool reads zeros.
+- New tokens that are not in the pages yet (`fused.NewLatents`) are normed, rotated and written by
+  the block that reads them, before it reads; a fence orders that before the copy engine's reads.
 - Pages of other sizes than 64 and 128 tokens are read by plain loads, which is slower; and so are
   pages in float8_e4m3fn, which pass through registers on their way to the products.
 - The parts of a sequence leave partial results in float32 and meet at a counter (atomics of release
@@ -59,6 +61,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvstore_kernels.checks import check_tensor, require
 from kvstore_kernels.compiling import Variant
+from kvstore_kernels.fused import (
+    NewLatents,
+    check_latents,
+    check_places,
+    latent_geometry,
+    power_of_two,
+)
+from kvstore_kernels.fused_kernels import AppendGeometry
 from kvstore_kernels.mla_kernel import MOST_PARTS, TILE_TOKENS, MlaGeometry, mla_kernel
 from kvstore_kernels.mla_reference import RANK, WIDTH
 from kvstore_kernels.worklist import COLUMNS, NOBODY, PARTS, WorkList, most_items, plan
@@ -70,6 +80,10 @@ PAGE_TOKENS = range(16, 129)
 BLOCK_ROWS = (16, 32, 64)
 FEW_ROWS, MORE_ROWS = 16, 32  # the least of a matrix product, the most of two blocks' registers
 ALIGNED_BYTES = 16  # as the copy engine and wide loads want addresses and strides
+NEW = (  # the kernel's arguments that there are with new tokens
+    *("q_rope_ptr", "latents_ptr", "norm_ptr", "cos_ptr", "sin_ptr"),
+    *("page_ids_ptr", "offsets_ptr"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +91,7 @@ class MlaForm:
     """What an attention layer's launches have in common. Raises KernelArgumentError.
 
     heads: query heads, of this rank. scale: of the scores. q_tokens: new tokens of each sequence, 1
-    to 4, all of which are in the pages. page_tokens: 16 to 128; multiples of 64 are the fast ones.
+    to 4. page_tokens: 16 to 128; multiples of 64 are the fast ones.
     kv_dtype: bfloat16, or float8_e4m3fn: then products are in float16, which has all its values,
     and queries beyond float16's range (65504) are brought to its ends.
     """
@@ -246,6 +260,7 @@ def mla_decode(
     workspace: MlaWorkspace,
     *,
     page_scales: torch.Tensor | None = None,
+    append: NewLatents | None = None,
     out: torch.Tensor | None = None,
     check: bool = False,
 ) -> torch.Tensor:
@@ -257,26 +272,35 @@ def mla_decode(
     of each sequence in order; entries past its length do not matter. lengths: (batch,) int32,
     tokens of each sequence, the new ones included; those that the workspace's plan was made of.
     page_scales: (pages,) float32, at least 2**-60, by which the elements of a page are multiplied;
-    for float8_e4m3fn only, default 1.
+    for float8_e4m3fn only, default 1. append: the new tokens, which are not in the pages yet: they
+    are written there, and q's rope part, which is there before rotation, is not read from q. For
+    bfloat16 only.
 
     Returns (batch, q_tokens, heads, 512) bfloat16: `out`, or a new tensor. Queries that see no
     token (length 0, or new tokens that do not exist) give zeros. Modifies the workspace's partial
-    results. Waits for nothing; may be captured in a graph.
+    results, and pages with `append`. Waits for nothing; may be captured in a graph.
 
     A page number outside of the pool never leads outside of it: zeros or the pool's last page are
-    read in its place, which makes the result of that sequence alone wrong. With `check`, and always
-    for tensors on the CPU, it raises KernelArgumentError, as do lengths that are not the plan's;
-    for tensors on a GPU that waits for it. Raises KernelArgumentError for wrong shapes, dtypes,
-    devices, strides.
+    read in its place, which makes the result of that sequence alone wrong, and nothing is written.
+    With `check`, and always for tensors on the CPU, it raises KernelArgumentError, as do lengths
+    that are not the plan's, and places of new tokens that are not the page table's; for tensors on
+    a GPU that waits for it. Raises KernelArgumentError for wrong shapes, dtypes, devices, strides.
     """
     _check_tensors(q, pages, page_table, lengths, page_scales, workspace)
     if out is None:
         out = torch.empty((*q.shape[:3], RANK), dtype=q.dtype, device=q.device)
     check_tensor("out", out, shape=(*q.shape[:3], RANK), dtypes=(q.dtype,), device=q.device)
+    if append is not None:
+        bf16 = workspace.form.kv_dtype is torch.bfloat16
+        require(bf16, "append", "must be for pages of bfloat16")
+        check_latents(q, append, RANK)
     if check or page_table.device.type == "cpu":
         _check_values(page_table, lengths, len(pages), workspace)
+        if append is not None:
+            counts = workspace.lengths.astype(np.int64)
+            check_places(append, page_table, counts, workspace.form.page_tokens)
     if workspace.grid:
-        _launch(q, pages, page_table, lengths, page_scales, workspace, out)
+        _launch(q, pages, page_table, page_scales, workspace, append, out)
     return out
 
 
@@ -284,9 +308,9 @@ def _launch(
     q: torch.Tensor,
     pages: torch.Tensor,
     page_table: torch.Tensor,
-    lengths: torch.Tensor,
     page_scales: torch.Tensor | None,
     workspace: MlaWorkspace,
+    append: NewLatents | None,
     out: torch.Tensor,
 ) -> None:
     config, gpu = workspace.config, q.device.type == "cuda"
@@ -300,19 +324,25 @@ def _launch(
         page_scales,
         out,
         page_table,
-        lengths,
         workspace.items,
         workspace.partials,
         workspace.moments,
         workspace.meetings,
+        *(_new_tensors(append) if append else [None] * len(NEW)),
         len(pages),
         page_table.shape[1],
         page_table.stride(0),
         geometry,
+        latent_geometry(append) if append else None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **overlap,
     )
+
+
+def _new_tensors(new: NewLatents) -> list[torch.Tensor]:
+    """In the kernel's order."""
+    return [new.q_rope, new.latents, new.norm, new.cos, new.sin, new.page_ids, new.offsets]
 
 
 def _boxes(pages: torch.Tensor) -> TensorDescriptor:
@@ -444,9 +474,11 @@ def variants() -> Iterator[Variant]:
     }
     for name, form in forms.items():
         yield _variant(f"mla_{name}", form, config_for(form))
+    for name in ("16_rows", "32_rows", "pages_of_16"):
+        yield _variant(f"mla_append_{name}", forms[name], config_for(forms[name]), appends=True)
 
 
-def _variant(name: str, form: MlaForm, config: MlaConfig) -> Variant:
+def _variant(name: str, form: MlaForm, config: MlaConfig, *, appends: bool = False) -> Variant:
     """As compiled for dense tensors."""
     kv, fp8 = _TYPES[form.kv_dtype], form.kv_dtype is torch.float8_e4m3fn
     q, out = (
@@ -458,22 +490,45 @@ def _variant(name: str, form: MlaForm, config: MlaConfig) -> Variant:
     pointers = {
         **dict.fromkeys(("q_ptr", "out_ptr"), "*bf16"),
         "pages_ptr": f"*{kv}",
-        **dict.fromkeys(("table_ptr", "lengths_ptr", "items_ptr", "meeting_ptr"), "*i32"),
+        **dict.fromkeys(("table_ptr", "items_ptr", "meeting_ptr"), "*i32"),
         **dict.fromkeys(("partial_ptr", "moment_ptr", *(["page_scale_ptr"] * fp8)), "*fp32"),
     }
+    new: dict[str, Any] = dict.fromkeys(NEW)
+    if appends:
+        new |= zip(NEW, (*["*bf16"] * 5, *["*i64"] * 2), strict=True)
+    pointers |= {key: kind for key, kind in new.items() if kind}
     boxes = {"boxes": f"tensordesc<{kv}[1,{TILE_TOKENS},{RANK}]>"} if geometry.boxes else {}
     numbers = dict.fromkeys(("n_pages", "max_pages", "table_stride"), "i32")
-    absent: dict[str, Any] = {"boxes": None, "page_scale_ptr": None}
+    absent: dict[str, Any] = {"boxes": None, "page_scale_ptr": None, **dict.fromkeys(NEW)}
     signature = pointers | boxes | numbers
     return Variant(
         name=name,
         kernel=mla_kernel,
         signature=signature,
-        constants={"g": geometry} | {k: v for k, v in absent.items() if k not in signature},
+        constants={"g": geometry, "n": _dense_new(form) if appends else None}
+        | {k: v for k, v in absent.items() if k not in signature},
         aligned=tuple(pointers),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         max_spills=0 if form.boxes and config.rows == FEW_ROWS else 640,
         # As many blocks as planned fit a multiprocessor, which has 228 KiB of shared memory, 1 KiB
         # of which is a block's own.
         max_shared_bytes=(228 // config.blocks_per_sm - 1) << 10,
+    )
+
+
+def _dense_new(form: MlaForm) -> AppendGeometry:
+    """Queries as DeepSeek-V3's projection gives them, 128 + 64 a head."""
+    head, half = 128 + WIDTH - RANK, (WIDTH - RANK) // 2
+    return AppendGeometry(
+        rows=power_of_two(form.q_tokens),
+        interleaved=True,
+        normed=False,
+        eps=1e-6,
+        angle_sequence=form.q_tokens * half,
+        angle_token=half,
+        k_sequence=form.q_tokens * WIDTH,
+        k_token=WIDTH,
+        q_sequence=form.rows * head,
+        q_token=form.heads * head,
+        q_head=head,
     )

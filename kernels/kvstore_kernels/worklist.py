@@ -26,8 +26,8 @@ from kvstore_kernels.errors import KernelArgumentError
 Ints = npt.NDArray[np.int64]
 
 # The columns of WorkList.items.
-SEQUENCE, GROUP, FIRST, END, PARTIAL, COUNTER, PARTS, PART = range(8)
-COLUMNS = 8
+SEQUENCE, GROUP, FIRST, END, PARTIAL, COUNTER, PARTS, PART, LENGTH = range(9)
+COLUMNS = 9
 NOBODY = -1  # in SEQUENCE: padding, which a kernel skips
 WHOLE = -1  # in PARTIAL and COUNTER: the item is all of its (sequence, group)
 
@@ -40,7 +40,7 @@ _GOOD_ENOUGH = 1.02  # times the mean load; finer parts would only cost more
 class WorkList:
     """What a launch has to do; made by `plan`.
 
-    items: (n_items, 8) int32, the longest first:
+    items: (n_items, 9) int32, the longest first:
         0 SEQUENCE   row of the page table
         1 GROUP      KV head, or tile of query heads
         2 FIRST      first token
@@ -51,6 +51,7 @@ class WorkList:
         5 COUNTER    the counter on which the parts of one (sequence, group) meet; -1 for a whole
         6 PARTS      how many parts the (sequence, group) has
         7 PART       which of them this is, ordered by tokens; PARTIAL - PART is the first's index
+        8 LENGTH     tokens of the sequence
     n_partials: partial results in all; their indices are 0 to n_partials - 1, each used once.
     n_counters: counters in all, likewise.
     """
@@ -66,7 +67,7 @@ class WorkList:
         """Tokens of each sequence, as planned."""
         sequence = self.items[:, SEQUENCE]
         ends = np.zeros(int(sequence.max(initial=-1)) + 1, np.int32)
-        np.maximum.at(ends, sequence, self.items[:, END])
+        ends[sequence] = self.items[:, LENGTH]
         return ends
 
     def padded(self, n_items: int) -> npt.NDArray[np.int32]:
@@ -263,6 +264,7 @@ def _build(batch: _Batch, parts: Ints) -> WorkList:
     items[..., COUNTER] = np.where(split[sequence], counter, WHOLE)
     items[..., PARTS] = parts[sequence]
     items[..., PART] = part
+    items[..., LENGTH] = batch.ends[sequence]
     n_partials, n_counters = int((parts * split).sum()), int(split.sum())
     return WorkList(
         items.reshape(-1, COLUMNS), batch.groups * n_partials, batch.groups * n_counters

@@ -1,6 +1,7 @@
 """A tiny model whose heads are as wide as the decode kernels take them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,15 +28,18 @@ def save_wide(folder: Path) -> Path:
     return folder
 
 
-def save_wide_latent(folder: Path) -> Path:
-    """A seeded random DeepSeek V3 without routed experts, with latents of the usual width."""
+def save_wide_latent(folder: Path, **changed: Any) -> Path:
+    """A seeded random DeepSeek V3 with latents of the usual width, without routed experts.
+
+    changed: other fields of its config.
+    """
     torch.manual_seed(5)
+    fields = {"first_k_dense_replace": 2, **changed}
     config = transformers.DeepseekV3Config(
         vocab_size=97,
         hidden_size=128,
         intermediate_size=64,
         num_hidden_layers=2,
-        first_k_dense_replace=2,
         num_attention_heads=16,
         num_key_value_heads=16,
         q_lora_rank=32,
@@ -47,6 +51,21 @@ def save_wide_latent(folder: Path) -> Path:
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=None,
+        **fields,
     )
     transformers.DeepseekV3ForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def save_wide_routed(folder: Path) -> Path:
+    """The same with routed experts in its second layer."""
+    return save_wide_latent(
+        folder,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        moe_intermediate_size=64,
+        n_group=4,
+        topk_group=2,
+    )

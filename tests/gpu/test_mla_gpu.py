@@ -14,7 +14,7 @@ import torch
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.mla_decode import MlaConfig, MlaForm, MlaWorkspace, config_for, mla_decode
 from kvstore_kernels.mla_reference import RANK, WIDTH, mla_reference
-from kvstore_kernels.worklist import END, FIRST, PARTS
+from kvstore_kernels.worklist import COLUMNS, END, FIRST, PARTS
 
 FP8 = torch.float8_e4m3fn
 RANK_OF_8 = MlaForm(heads=16, scale=192**-0.5)  # what one of eight ranks has of 128 heads
@@ -156,10 +156,11 @@ def with_parts(case: Case, parts: int, *, patient: bool) -> MlaWorkspace:
     number = np.arange(parts)
     cuts = np.minimum(np.arange(parts + 1) * 64, case.counts[0])
     rows = [0 * number, 0 * number, cuts[:-1], cuts[1:], number, 0 * number, parts + 0 * number]
-    items = np.stack([*rows, number], axis=1).astype(np.int32)
+    length = case.counts[0] + 0 * number
+    items = np.stack([*rows, number, length], axis=1).astype(np.int32)
     workspace.partials = torch.full((parts, 16, RANK), torch.nan, device="cuda")
     workspace.moments = torch.full((parts, 16, 2), torch.nan, device="cuda")
-    workspace.items = torch.zeros((1 + parts, 8), dtype=torch.int32, device="cuda")
+    workspace.items = torch.zeros((1 + parts, COLUMNS), dtype=torch.int32, device="cuda")
     workspace.max_items = parts
     worklist = workspace.plan(case.counts)
     workspace.load(replace(worklist, items=items, n_partials=parts, n_counters=1))

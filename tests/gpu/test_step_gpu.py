@@ -194,7 +194,7 @@ class NoAttention:
         return q[..., :rank]
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "deepseek", "deepseek, routed"])
 def test_a_models_step_has_few_launches_and_as_good_logits(name):
     pytest.importorskip("safetensors")
     from benchmarks.gpu.launches import (
@@ -225,7 +225,7 @@ def test_a_models_step_has_few_launches_and_as_good_logits(name):
     assert around[1] <= 0.3 * around[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "deepseek", "deepseek, routed"])
 @torch.inference_mode()
 def test_a_captured_step_gives_the_eager_steps_logits(name):
     pytest.importorskip("safetensors")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
+import threading
 from typing import Any
 
 import pytest
 import torch
-from engines.wide import save_wide
 
-from kvstore_engines.checkpoint import load_checkpoint
+from kvstore_engines.attention import TorchAttention
 from kvstore_engines.kernel_attention import KernelAttention
-from kvstore_engines.kernel_graphs import GraphedModel, graphed
+from kvstore_engines.kernel_graphs import MOST_GRAPHS, GraphedModel, graphed, rows_for
 from kvstore_engines.parallel import SingleRank
 from kvstore_kernels.capturing import uncollected
 
@@ -33,15 +32,49 @@ def test_nothing_is_collected_inside_and_all_is_as_before_behind_it() -> None:
         gc.enable()
 
 
-def test_what_cannot_be_captured_stays_as_it_is(tmp_path: Any) -> None:
-    config = load_checkpoint(save_wide(tmp_path), torch.float32, torch.device("cpu")).config
+def test_several_threads_keep_the_collector_out() -> None:
+    """Until the last of them is through."""
+    inside, out = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with uncollected():
+            inside.set()
+            out.wait(60)
+
+    thread = threading.Thread(target=other)
+    with uncollected():
+        thread.start()
+        assert inside.wait(60)
+    assert not gc.isenabled()
+    out.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert gc.isenabled()
+
+
+def test_what_cannot_be_captured_stays_as_it_is() -> None:
     model: Any = object()
     attention, alone = KernelAttention(), SingleRank()
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    routed = replace(config, moe=object())
     two: Any = type("Two", (), {"size": 2})()
-    assert graphed(model, attention, config, alone, cpu) is model
-    assert graphed(model, attention, routed, alone, gpu) is model
-    assert graphed(model, attention, config, two, gpu) is model
-    assert graphed(model, object(), config, alone, gpu) is model
-    assert isinstance(graphed(model, attention, config, alone, gpu), GraphedModel)
+    assert graphed(model, attention, alone, cpu) is model
+    assert graphed(model, attention, two, gpu) is model
+    assert graphed(model, TorchAttention(), alone, gpu) is model
+    assert isinstance(graphed(model, attention, alone, gpu), GraphedModel)
+
+
+def test_many_sequences_have_few_graphs() -> None:
+    assert [rows_for(n) for n in range(1, 9)] == list(range(1, 9))
+    assert [rows_for(n) for n in (9, 10, 16, 17, 20, 33, 64, 65)] == [
+        10,
+        10,
+        16,
+        20,
+        20,
+        40,
+        64,
+        80,
+    ]
+    sizes = {rows_for(n) for n in range(1, 257)}
+    assert len(sizes) <= MOST_GRAPHS
+    assert all(n <= rows_for(n) <= max(n, n * 5 // 4) for n in range(1, 1000))

@@ -99,9 +99,30 @@ def test_the_nearest_measurement_decides(monkeypatch):
     assert choose(GQA).reason == "not measured beside the others"
 
 
+@pytest.mark.parametrize(
+    ("request_", "appends"),
+    [
+        (replace(GQA, sequences=1), True),
+        (replace(GQA, sequences=16, q_tokens=4), True),
+        (replace(GQA, sequences=64), False),
+        (replace(GQA, sequences=1, kv_dtype=FP8), False),
+        (replace(GQA, sequences=1, scaled=True), False),
+        (replace(GQA, sequences=1, modified=True), False),
+        (MLA, False),
+        (replace(MLA, heads=16), True),
+        (replace(MLA, heads=16, sequences=1), True),
+        (replace(MLA, heads=32, sequences=1), False),
+        (replace(MLA, heads=16, kv_dtype=FP8, scaled=True), False),
+    ],
+)
+def test_new_tokens_are_appended_where_that_is_faster(request_, appends):
+    assert choose(request_).appends is appends
+
+
 def test_every_kernel_of_the_registry_can_be_run():
     names = {name for kernels in decode_choice.KERNELS.values() for name in kernels}
     assert names == decode.RUNNERS.keys()
+    assert names >= decode_choice.APPENDED.keys()
     assert names >= {name for timing in decode_choice.MEASURED for name in timing.us}
 
 

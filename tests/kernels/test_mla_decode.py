@@ -145,7 +145,8 @@ def parts_of(case: Case, parts: int, merge_elements: int) -> MlaWorkspace:
     cuts = np.minimum(np.arange(parts + 1) * 64, case.counts[0])
     number = np.arange(parts)
     rows = [0 * number, 0 * number, cuts[:-1], cuts[1:], number, 0 * number, parts + 0 * number]
-    items = np.stack([*rows, number], axis=1).astype(np.int32)
+    length = case.counts[0] + 0 * number
+    items = np.stack([*rows, number, length], axis=1).astype(np.int32)
     workspace.load(replace(worklist, items=items, n_partials=parts, n_counters=1))
     return workspace
 

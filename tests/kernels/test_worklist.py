@@ -14,6 +14,7 @@ from kvstore_kernels.worklist import (
     END,
     FIRST,
     GROUP,
+    LENGTH,
     NOBODY,
     PART,
     PARTIAL,
@@ -83,6 +84,7 @@ def test_every_token_of_every_sequence_and_group_exactly_once(batch):
             assert parts[0, FIRST] == 0
             assert (parts[1:, FIRST] == parts[:-1, END]).all()
             assert parts[-1, END] == length
+            assert (parts[:, LENGTH] == length).all()
     assert at == len(rows)
 
 
@@ -164,7 +166,7 @@ def test_a_giant_among_many_is_cut():
 def test_a_sequence_without_tokens_has_an_item_that_writes_zeros():
     worklist = plan([0, 5], groups=2, workers=264, **GQA)
     empty = worklist.items[worklist.items[:, SEQUENCE] == 0]
-    assert empty.tolist() == [[0, g, 0, 0, WHOLE, WHOLE, 1, 0] for g in range(2)]
+    assert empty.tolist() == [[0, g, 0, 0, WHOLE, WHOLE, 1, 0, 0] for g in range(2)]
 
 
 def test_a_window_starts_at_a_block():

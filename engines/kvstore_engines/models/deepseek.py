@@ -5,23 +5,25 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
 
+from kvstore_engines.appending import Appending
 from kvstore_engines.attention import AttentionBackend, Batch
 from kvstore_engines.checkpoint import Weights
-from kvstore_engines.config import MlaConfig, ModelConfig, MoeConfig
+from kvstore_engines.config import MlaConfig, ModelConfig
 from kvstore_engines.fields import CheckpointError
 from kvstore_engines.models.layers import (
     SummedLinear,
     SwiGlu,
+    expert,
     last_rows,
     linear,
     split_swiglu,
     summed_linear,
-    swiglu,
 )
-from kvstore_engines.ops import Joint, LayerCache, Linear, Ops, RMSNorm, ops_for
+from kvstore_engines.ops import Experts, Joint, LayerCache, Linear, Ops, RMSNorm, ops_for
 from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import Parallel, even_share
 from kvstore_engines.rope import inverse_frequencies, rope_tables
+from kvstore_engines.routing import Router
 
 LATENT_EPS = 1e-6  # the latent norms do not follow rms_norm_eps in the reference model
 
@@ -30,44 +32,13 @@ LATENT_EPS = 1e-6  # the latent norms do not follow rms_norm_eps in the referenc
 class _Moe:
     """Routed experts, of which a rank has its share, and the shared ones of every token."""
 
-    config: MoeConfig
-    parallel: Parallel
-    router: torch.Tensor  # (experts, hidden)
-    correction: torch.Tensor | None  # (experts,), V3 only
-    experts: dict[int, SwiGlu]  # this rank's
+    routed: Experts  # of this rank
     shared: SwiGlu
+    parallel: Parallel
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, hidden) -> the same shape."""
-        out = torch.zeros_like(x)
-        scores, chosen = self._route(x)
-        for index in sorted(self.experts.keys() & set(chosen.flatten().tolist())):
-            rows, slot = torch.where(chosen == index)
-            weighed = self.experts[index](x[rows]) * scores[rows, slot, None]
-            out.index_add_(0, rows, weighed.to(out.dtype))
-        return self.shared(x) + self.parallel.all_reduce(out)
-
-    def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The chosen experts' weights and indices, both (tokens, top_k), in float32 and int64."""
-        c = self.config
-        logits = F.linear(x.float(), self.router.float())
-        scores = logits.softmax(-1) if self.correction is None else logits.sigmoid()
-        choice = scores if self.correction is None else scores + self.correction.float()
-        if c.method != "greedy":
-            choice = self._keep_best_groups(choice)
-        chosen = choice.topk(c.top_k, dim=-1).indices
-        weight = scores.gather(1, chosen)
-        if c.normalize:
-            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-        return weight * c.scaling, chosen
-
-    def _keep_best_groups(self, choice: torch.Tensor) -> torch.Tensor:
-        """Rule out experts outside the best groups; V3 ranks a group by its two best experts."""
-        grouped = torch.unflatten(choice, -1, (self.config.groups, -1))
-        best = grouped.topk(2 if self.correction is not None else 1, dim=-1).values.sum(-1)
-        kept = best.topk(self.config.top_groups, dim=-1).indices
-        out = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
-        return grouped.masked_fill(out[..., None], float("-inf")).flatten(1)
+        return self.shared(x) + self.parallel.all_reduce(self.routed(x))
 
 
 @dataclass(frozen=True)
@@ -105,10 +76,10 @@ class DeepseekModel:
             raise CheckpointError("kv_lora_rank", "field is missing")
         self._config = config
         self._mla = config.mla
-        self._attention = attention
         shape = (config.vocab_size, config.hidden_size)
         self._embed = weights.shaped("model.embed_tokens.weight", shape)
         self._ops = ops or ops_for(self._embed.device)
+        self._appending = Appending(attention, self._ops)
         self._layers = [
             _layer(config, config.mla, weights, parallel, self._ops, index=i)
             for i in range(config.layers)
@@ -142,15 +113,15 @@ class DeepseekModel:
         """Write the batch's latents to the pages, then attend; x (tokens, hidden)."""
         m = self._mla
         narrow, cached = layer.down(x)
-        q = self._ops.append_latent(
+        mixed = self._appending.latent(
             torch.unflatten(self._query(layer, narrow), -1, (-1, m.key_dim)),
             cached,
             layer.key_up,
             layer.latent_norm,
             cache,
+            scale=self._scale,
             interleaved=m.rope_interleave,
         )
-        mixed = self._attention.latent(q, cache.pages, cache.batch, self._scale, m.kv_lora_rank)
         return layer.o(torch.einsum("thr,hvr->thv", mixed, layer.value_up).flatten(1))
 
     def _query(self, layer: _Layer, narrow: torch.Tensor) -> torch.Tensor:
@@ -221,12 +192,15 @@ def _mlp(
     if moe is None or index < moe.first_dense:
         return split_swiglu(ops, weights, name, parallel, config.mlp_bias)
     corrected = moe.method == "noaux_tc"
-    mine = even_share(moe.experts, parallel.rank, parallel.size)
-    return _Moe(
+    router = Router(
         config=moe,
-        parallel=parallel,
-        router=weights[f"{name}.gate.weight"],
+        weight=weights[f"{name}.gate.weight"],
         correction=weights[f"{name}.gate.e_score_correction_bias"] if corrected else None,
-        experts={i: swiglu(ops, weights, f"{name}.experts.{i}") for i in mine},
+    )
+    mine = even_share(moe.experts, parallel.rank, parallel.size)
+    experts = [expert(weights, f"{name}.experts.{i}") for i in mine]
+    return _Moe(
+        routed=ops.experts(router, experts, mine.start),
         shared=split_swiglu(ops, weights, f"{name}.shared_experts", parallel, config.mlp_bias),
+        parallel=parallel,
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - the name every torch program use
 
 from kvstore_engines.attention import Batch
 from kvstore_engines.checkpoint import Weights
-from kvstore_engines.ops import Joint, Linear, Ops
+from kvstore_engines.ops import Expert, Joint, Linear, Ops
 from kvstore_engines.parallel import Parallel, even_share
 
 
@@ -56,12 +56,10 @@ def summed_linear(
     return SummedLinear(weight, weights[f"{name}.bias"] if bias else None, parallel)
 
 
-def swiglu(ops: Ops, weights: Weights, name: str, bias: bool = False) -> SwiGlu:
-    """The feed-forward network called `name`."""
-    gate, up, down = (
-        linear(weights, f"{name}.{part}_proj", bias) for part in ("gate", "up", "down")
-    )
-    return SwiGlu(ops, ops.joint(gate, up), down)
+def expert(weights: Weights, name: str) -> Expert:
+    """The routed expert called `name`."""
+    gate, up, down = (linear(weights, f"{name}.{part}_proj") for part in ("gate", "up", "down"))
+    return Expert(gate, up, down)
 
 
 def split_swiglu(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
 
+from kvstore_engines.appending import Appending
 from kvstore_engines.attention import AttentionBackend, Batch
 from kvstore_engines.checkpoint import Weights
 from kvstore_engines.config import ModelConfig
@@ -70,12 +71,12 @@ class LlamaModel:
     ) -> None:
         """ops: those of the weights' device where there are none."""
         self._config = config
-        self._attention = attention
         share = _Share.of(config, parallel)
         self._kv_heads = share.kv_heads
         shape = (config.vocab_size, config.hidden_size)
         self._embed = weights.shaped("model.embed_tokens.weight", shape)
         self._ops = ops or ops_for(self._embed.device)
+        self._appending = Appending(attention, self._ops)
         self._layers = [_layer(config, weights, share, self._ops, i) for i in range(config.layers)]
         last = RMSNorm(weights["model.norm.weight"], config.rms_eps)
         self._norms_after = [*(layer.attention_norm for layer in self._layers[1:]), last]
@@ -106,8 +107,7 @@ class LlamaModel:
         """Write the batch's keys and values to the pages, then attend; x (tokens, hidden)."""
         dim = self._config.head_dim
         q, k, v = (torch.unflatten(part, -1, (-1, dim)) for part in layer.qkv(x))
-        q = self._ops.append_grouped(q, k, v, layer.head_norms, cache)
-        attended = self._attention.grouped(q, cache.pages, cache.batch, dim**-0.5)
+        attended = self._appending.grouped(q, k, v, layer.head_norms, cache, scale=dim**-0.5)
         return layer.o(attended.flatten(1))
 
 
