@@ -158,7 +158,7 @@ def _together(system: System, shape: Move, seed: str) -> dict[str, list[list[Spa
     job = {"nbytes": shape.nbytes, "batch": shape.batch, "repeats": shape.repeats, "meet": meet}
     for i, worker in enumerate(workers):
         worker.begin("move", seed=f"{seed}/{i}", **job)
-    for _ in range(2 * shape.repeats if meet else 0):
+    for _ in range(2 * (shape.repeats + 1) if meet else 0):
         for worker in workers:
             worker.finish()
         at = time.monotonic() + _HEAD_START_S
