@@ -32,6 +32,7 @@ class Stock:
     def __init__(self, shelf: Shelf, puts: Puts) -> None:
         self._shelf, self._puts = shelf, puts
         self._next = (0, 0)  # the size and the number of slots that were asked for ahead last
+        self._latest: IdArray = _NOTHING  # blocks that the last commit stored
         self.nbytes = 0
 
     def grant(self, who: Connection, command: c.Grant) -> c.Granted:
@@ -56,6 +57,7 @@ class Stock:
         that another put is writing, leave their slots in its stock."""
         namespace = self._shelf.namespaces.get(command.namespace)
         check_commit(command, namespace.layout.n_cells)
+        self._latest = _NOTHING
         if len(command.granules) == 1:
             status = np.array([self._store_one(who, namespace, command)], np.uint8)
         else:
@@ -64,12 +66,15 @@ class Stock:
         return c.Committed(status=status, granules=more)
 
     def make_room(self) -> None:
-        """Evicts now what the next commit like the last would else wait for."""
+        """Evicts now what the next commit like the last would else wait for, but nothing that the
+        last one stored: where all else is in use, who put that may soon want it."""
         (slot_bytes, n), self._next = self._next, (0, 0)
-        if n:
-            self._shelf.make_ids(n)
-            room = self._shelf.room
-            room.slabs.free(room.allocate(slot_bytes, n, evict=self._shelf.evict))
+        if not n:
+            return
+        shelf = self._shelf
+        with shelf.blocks.kept(self._latest):
+            shelf.make_ids(n)
+            shelf.room.slabs.free(shelf.room.allocate(slot_bytes, n, evict=shelf.evict))
 
     def give_back(self, who: Connection, command: c.GiveBack) -> c.Count:
         """The connection will not write to these slots of its stock."""
@@ -134,6 +139,7 @@ class Stock:
             return status
         del who.stock[granule]
         self._count(who, -namespace.slot_bytes)
+        self._latest = np.array([block], np.uint32)
         return _STORED
 
     def _look_again(self, namespace: Namespace, key: c.U8) -> int:
@@ -199,6 +205,7 @@ class Stock:
         )
         shown = publish(self._shelf, namespace, whole)
         status[ours[shown]] = _STORED
+        self._latest = whole.ids[shown]
         self._remove(who, whole.granules[shown].tolist())
 
     def _ahead(self, who: Connection, namespace: Namespace, n: int) -> c.U32:

@@ -202,6 +202,21 @@ def test_room_for_the_next_put_is_made_once_the_answer_is_out() -> None:
     assert rig.store.stats().evicted == 2
 
 
+def test_room_is_not_made_by_what_was_just_put() -> None:
+    """Where all else is leased, nothing goes."""
+    rig = Rig()
+    slots = granted(rig, 2)
+    others = keys(*range(10, 10 + BLOCKS_PER_MIB - 4))
+    for i in range(len(others)):
+        rig.put(others[i : i + 1])
+    assert isinstance(rig.do(c.Lease(namespace=rig.ns, hashes=others)), c.Leased)
+    assert len(committed(rig, keys(0, 1), slots, more=2).granules) == 2
+    rig.store.make_room()
+    rig.store.check()
+    assert rig.stored(keys(0, 1)) == [True, True]
+    assert rig.store.stats().evicted == 0
+
+
 def test_no_more_is_granted_than_one_connection_may_hold() -> None:
     rig = Rig()
     most = int((1 << 20) * limits.MAX_GRANTED_SHARE) // SLOT_BYTES
