@@ -12,6 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from llvmlite.binding import ffi
+
+# llvmlite's library makes a function of whatever attribute it is asked for. vLLM, for one, looks
+# through all that modules hold, asks it for its `__dict__`, and fails on the function.
+ffi.lib._fntab.setdefault("__dict__", {})
 
 
 def compiled(

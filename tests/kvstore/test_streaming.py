@@ -59,6 +59,15 @@ def test_no_rows_are_nothing_to_do() -> None:
     assert copy_and_hash_rows(none, none, 4096).shape == hash_rows(none, 4096).shape == (0,)
 
 
+def test_who_looks_through_all_modules_finds_nothing_that_breaks_it() -> None:
+    """As vLLM does when it registers kernels."""
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith(("kvstore", "llvmlite", "numba")):
+            for value in list(vars(module).values()):
+                if hasattr(value, "__dict__"):
+                    vars(value).get("kernel")
+
+
 def test_a_process_that_may_not_compile_is_told_so() -> None:
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     ran = subprocess.run(
