@@ -16,7 +16,7 @@ from llvmlite.binding import ffi
 
 # llvmlite's library makes a function of whatever attribute it is asked for. vLLM, for one, looks
 # through all that modules hold, asks it for its `__dict__`, and fails on the function.
-ffi.lib._fntab.setdefault("__dict__", {})
+getattr(ffi.lib, "_fntab", {}).setdefault("__dict__", {})
 
 
 def compiled(
