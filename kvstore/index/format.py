@@ -2,13 +2,12 @@
 
     page 0      header, u64 words: 0 = magic "KVIX" + version u32 << 32, 1 = instance id,
                 2 = capacity, 3 = flags, 4 = namespace epoch, 5 = entries
-    page 1..    versions u32[capacity]; odd while the row is being written
-    next page   rows u64[capacity, 8]
+    page 1..    rows u64[capacity, 8]
 
 A row's words: 0-3 key hash; 4 = namespace u32 << 32 | length u32 (payload bytes);
 5 = granule u32 << 32 | block id u32; 6 = tier u8 << 56 | generation u56; 7 = check.
-A check of 0 marks an empty row. The check also guards against damage, and on machines that reorder
-stores, where the versions alone would not do, against torn rows.
+A check of 0 marks an empty row. The check, over all other words, guards against damage and against
+rows that were read while they were written.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Buffer = memoryview | bytearray | NDArray[np.uint8]
 Words = NDArray[np.uint64]
 
 MAGIC = int.from_bytes(b"KVIX", "little")
-VERSION = 3
+VERSION = 4
 PAGE_BYTES = 4096
 ROW_WORDS = 8
 ROW_BYTES = 8 * ROW_WORDS
@@ -42,29 +41,28 @@ MASK56 = (1 << 56) - 1
 NAMESPACE_FACTOR = 0x9E3779B97F4A7C15
 HOME_SHIFT = 20
 CHECK_FACTOR = 0xD6E8FEB86659FD93
-# Odd weights: a change of any one word always changes the sum. Key words 1 to 3 have no part in it,
-# because a search compares all of them anyway.
-CHECK_WEIGHTS = {
-    0: 0xA0761D6478BD642F,
-    W_SPACE: 0xEB44ACCAB455D165,
-    W_PLACE: 0xC2B2AE3D27D4EB4F,
-    W_STAMP: 0x1D8E4E27C47D124F,
-}
+# Odd weights, of words 0 to 6: a change of any one word always changes the sum, and one of several
+# does unless it was made for it.
+CHECK_WEIGHTS = (
+    0xA0761D6478BD642F,
+    0xE7037ED1A0B428DB,
+    0x8EBC6AF09C88C6E3,
+    0x589965CC75374CC3,
+    0xEB44ACCAB455D165,
+    0xC2B2AE3D27D4EB4F,
+    0x1D8E4E27C47D124F,
+)
 
 
 def _pages(size: int) -> int:
     return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
-def _rows_offset(capacity: int) -> int:
-    return PAGE_BYTES + _pages(4 * capacity)
-
-
 def index_bytes(capacity: int) -> int:
     """Total bytes of a table of `capacity` rows; `InvalidArgument` if it is no legal capacity."""
     if not MIN_CAPACITY <= capacity <= MAX_CAPACITY or capacity & (capacity - 1):
         raise InvalidArgument("capacity", f"{capacity} is no power of two in range")
-    return _rows_offset(capacity) + _pages(ROW_BYTES * capacity)
+    return PAGE_BYTES + _pages(ROW_BYTES * capacity)
 
 
 def capacity_for(max_blocks: int) -> int:
@@ -97,7 +95,7 @@ def check_namespace(namespace: int) -> None:
 def checks_of(rows: Words) -> Words:
     """The check words of rows (n, 8), from their other words; never 0."""
     total: Words = np.zeros(len(rows), np.uint64)
-    for word, weight in CHECK_WEIGHTS.items():
+    for word, weight in enumerate(CHECK_WEIGHTS):
         total += rows[:, word] * np.uint64(weight)
     total = (total ^ (total >> np.uint64(32))) * np.uint64(CHECK_FACTOR)
     result: Words = (total ^ (total >> np.uint64(29))) | np.uint64(1)
@@ -108,11 +106,10 @@ def checks_of(rows: Words) -> Words:
 class IndexView:
     """A table's arrays over one buffer; read-only arrays where the buffer is read-only.
 
-    `header` uint64 (512,), `versions` uint32 (capacity,), `rows` uint64 (capacity, 8).
+    `header` uint64 (512,), `rows` uint64 (capacity, 8).
     """
 
     header: NDArray[np.uint64]
-    versions: NDArray[np.uint32]
     rows: NDArray[np.uint64]
 
     @classmethod
@@ -156,15 +153,13 @@ class IndexView:
 
     @classmethod
     def _over(cls, raw: NDArray[np.uint8], capacity: int) -> IndexView:
-        start = _rows_offset(capacity)
-        versions = raw[PAGE_BYTES : PAGE_BYTES + 4 * capacity].view(np.uint32)
-        rows = raw[start : start + ROW_BYTES * capacity].view(np.uint64)
-        return cls(raw[:PAGE_BYTES].view(np.uint64), versions, rows.reshape(capacity, ROW_WORDS))
+        rows = raw[PAGE_BYTES : PAGE_BYTES + ROW_BYTES * capacity].view(np.uint64)
+        return cls(raw[:PAGE_BYTES].view(np.uint64), rows.reshape(capacity, ROW_WORDS))
 
     @property
     def capacity(self) -> int:
         """Number of rows."""
-        return len(self.versions)
+        return len(self.rows)
 
     @property
     def instance_id(self) -> bytes:

@@ -1,11 +1,11 @@
 """What touches the index's rows one by one, compiled by Numba: searches, insertions, deletions.
 
-Rows are written between two steps of their version, and read between two looks at it; fences keep
-the processor and the compiler to that order. On x86 they cost nothing.
+A reader copies a row of its key out of the shared table and takes the copy if its check fits all of
+its other words: what was written meanwhile does not, in whatever order a processor showed it. A
+search touches one line of memory for most keys, which is what it takes time for in a large table.
 
-All arrays are contiguous: `rows` uint64 (capacity, 8), `versions` uint32 (capacity,), `position`
-int64 (blocks,), the row of each block id or -1, keys uint64 (n, 4). Nothing here looks at shapes,
-ranges or dtypes.
+All arrays are contiguous: `rows` uint64 (capacity, 8), `position` int64 (blocks,), the row of each
+block id or -1, keys uint64 (n, 4). Nothing here looks at shapes, ranges or dtypes.
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ from kvstore.index.format import (
     W_CHECK,
     W_PLACE,
     W_SPACE,
-    W_STAMP,
 )
 
 Words = npt.NDArray[np.uint64]
 MAX_RETRIES = 64  # reads of a row that is being written each time
-_AHEAD = 16  # keys whose rows are called from memory before the first of them is looked at
+# Keys whose rows are called from memory together, two such groups ahead of the key looked at: fewer
+# together wait for each other's page walks, more at a time than the processor keeps are lost.
+_GROUP = 8
 
 _U = np.uint64  # Numba makes floats of unsigned and plain numbers together
 _I = np.int64
 _SALT, _SHIFT, _HALF, _LOW = _U(NAMESPACE_FACTOR), _U(HOME_SHIFT), _U(32), _U(MASK32)
 _FACTOR, _MORE, _ONE, _NONE = _U(CHECK_FACTOR), _U(29), _U(1), _U(0)
-_KEY_WEIGHT, _SPACE_WEIGHT = _U(CHECK_WEIGHTS[0]), _U(CHECK_WEIGHTS[W_SPACE])
-_PLACE_WEIGHT, _STAMP_WEIGHT = _U(CHECK_WEIGHTS[W_PLACE]), _U(CHECK_WEIGHTS[W_STAMP])
-_ODD, _STEP = np.uint32(1), np.uint32(1)
+_WEIGHT0, _WEIGHT1, _WEIGHT2, _WEIGHT3, _WEIGHT4, _WEIGHT5, _WEIGHT6 = map(_U, CHECK_WEIGHTS)
 
 
 @intrinsic
@@ -84,59 +83,62 @@ def _home(word, namespace, mask):  # type: ignore[no-untyped-def] # uint64, uint
 
 
 @numba.njit(inline="always")
-def _check(key, space, place, stamp):  # type: ignore[no-untyped-def] # four uint64 to uint64
-    total = key * _KEY_WEIGHT + space * _SPACE_WEIGHT
-    total += place * _PLACE_WEIGHT + stamp * _STAMP_WEIGHT
+def _check(row, at):  # type: ignore[no-untyped-def] # uint64 (n, 8), which of them, to uint64
+    total = row[at, 0] * _WEIGHT0 + row[at, 1] * _WEIGHT1 + row[at, 2] * _WEIGHT2
+    total += row[at, 3] * _WEIGHT3 + row[at, 4] * _WEIGHT4 + row[at, 5] * _WEIGHT5
+    total += row[at, 6] * _WEIGHT6
     total = (total ^ (total >> _HALF)) * _FACTOR
     return (total ^ (total >> _MORE)) | _ONE
 
 
+@numba.njit(inline="always")
+def _copy(to, at, rows, slot):  # type: ignore[no-untyped-def] # to[at] = rows[slot]
+    for word in range(ROW_WORDS):
+        to[at, word] = rows[slot, word]
+
+
+@numba.njit(inline="always")
+def _same_key(keys, i, rows, slot):  # type: ignore[no-untyped-def] # of one row, to bool
+    same = rows[slot, 0] == keys[i, 0] and rows[slot, 1] == keys[i, 1]
+    return same and rows[slot, 2] == keys[i, 2] and rows[slot, 3] == keys[i, 3]
+
+
+@numba.njit(inline="always")
+def _take(rows, slot, keys, i, namespace, found):  # type: ignore[no-untyped-def] # to bool
+    """Copies a row to `found[i]`; whether it is the i-th key's, and whole."""
+    for _ in range(MAX_RETRIES):
+        _copy(found, i, rows, slot)
+        _in_order()  # what is looked at is the copy
+        if not _same_key(keys, i, found, i) or found[i, W_SPACE] >> _HALF != namespace:
+            return False
+        if _check(found, i) == found[i, W_CHECK]:
+            return True
+    return False
+
+
 def _search(
-    rows: Words,
-    versions: npt.NDArray[np.uint32],
-    keys: Words,
-    namespace: int,
-    bound: int,
-    leading: bool,
-    found: Words,
+    rows: Words, keys: Words, namespace: int, bound: int, leading: bool, found: Words
 ) -> int:
     """Copies the keys' rows to `found` (n, 8), zeros where missing; returns how many lead.
 
-    leading: whether to stop at the first that is missing; what is behind it is not written then.
+    leading: whether to stop at the first that is missing; what is behind it means nothing then.
     """
-    mask, n, led = _I(len(versions) - 1), len(keys), -1
+    mask, n, led = _I(len(rows) - 1), len(keys), -1
     for i in range(n):
-        if i % _AHEAD == 0:
-            for ahead in range(i, min(i + _AHEAD, n)):
+        if i % _GROUP == 0:
+            for ahead in range(i + _GROUP if i else 0, min(i + 2 * _GROUP, n)):
                 home = _home(keys[ahead, 0], namespace, mask)
                 _call_ahead(rows, home)
-                _call_ahead(versions, home)
+                _call_ahead(rows, home + 1)  # where a third to a half of all searches go on
         slot, there = _home(keys[i, 0], namespace, mask), False
         for _ in range(bound):
-            stable = False
-            for _ in range(MAX_RETRIES):
-                before = versions[slot]
-                _in_order()
-                word0, word1 = rows[slot, 0], rows[slot, 1]
-                word2, word3 = rows[slot, 2], rows[slot, 3]
-                space, place, stamp = rows[slot, W_SPACE], rows[slot, W_PLACE], rows[slot, W_STAMP]
-                check = rows[slot, W_CHECK]
-                _in_order()
-                stable = before & _ODD == 0 and versions[slot] == before
-                if stable:
-                    break
-            if not stable or check == _NONE:
+            if rows[slot, W_CHECK] == _NONE:
                 break
-            same = word0 == keys[i, 0] and word1 == keys[i, 1] and word2 == keys[i, 2]
-            if same and word3 == keys[i, 3] and space >> _HALF == namespace:
-                there = _check(word0, space, place, stamp) == check
+            if rows[slot, 0] == keys[i, 0] and _take(rows, slot, keys, i, namespace, found):
+                there = True
                 break
             slot = (slot + 1) & mask
-        if there:
-            found[i, 0], found[i, 1], found[i, 2], found[i, 3] = word0, word1, word2, word3
-            found[i, W_SPACE], found[i, W_PLACE], found[i, W_STAMP] = space, place, stamp
-            found[i, W_CHECK] = check
-        else:
+        if not there:
             if led < 0:
                 led = i
             if leading:
@@ -145,19 +147,8 @@ def _search(
     return n if led < 0 else led
 
 
-@numba.njit(inline="always")
-def _write(rows, versions, slot, row, at):  # type: ignore[no-untyped-def] # rows[slot] = row[at]
-    versions[slot] += _STEP
-    _in_order()
-    for word in range(ROW_WORDS):
-        rows[slot, word] = row[at, word]
-    _in_order()
-    versions[slot] += _STEP
-
-
 def _insert(
     rows: Words,
-    versions: npt.NDArray[np.uint32],
     position: npt.NDArray[np.int64],
     new: Words,
     bound: int,
@@ -169,27 +160,25 @@ def _insert(
     Not those whose key is there, nor those that find no empty row within the bound. Their check
     words are made here.
     """
-    mask, added = _I(len(versions) - 1), 0
+    mask, added = _I(len(rows) - 1), 0
     for i in range(len(new)):
-        if i % _AHEAD == 0:
-            for ahead in range(i, min(i + _AHEAD, len(new))):
+        if i % _GROUP == 0:
+            for ahead in range(i, min(i + _GROUP, len(new))):
                 _call_ahead(rows, _home(new[ahead, 0], new[ahead, W_SPACE] >> _HALF, mask))
         done[i] = False
         if added >= room:
             continue
-        new[i, W_CHECK] = _check(new[i, 0], new[i, W_SPACE], new[i, W_PLACE], new[i, W_STAMP])
+        new[i, W_CHECK] = _check(new, i)
         space = new[i, W_SPACE] >> _HALF
         slot = _home(new[i, 0], space, mask)
         for _ in range(bound):
             if rows[slot, W_CHECK] == _NONE:
-                _write(rows, versions, slot, new, i)
+                _copy(rows, slot, new, i)
                 position[_I(new[i, W_PLACE] & _LOW)] = slot
                 added += 1
                 done[i] = True
                 break
-            same = rows[slot, 0] == new[i, 0] and rows[slot, 1] == new[i, 1]
-            same = same and rows[slot, 2] == new[i, 2] and rows[slot, 3] == new[i, 3]
-            if same and rows[slot, W_SPACE] >> _HALF == space:
+            if _same_key(new, i, rows, slot) and rows[slot, W_SPACE] >> _HALF == space:
                 break
             slot = (slot + 1) & mask
     return added
@@ -197,7 +186,6 @@ def _insert(
 
 def _delete(
     rows: Words,
-    versions: npt.NDArray[np.uint32],
     position: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int64],
     bound: int,
@@ -209,7 +197,7 @@ def _delete(
     further from the hole than the probe bound has its home behind the hole, so a run, however long,
     is not walked to its end.
     """
-    mask, removed = _I(len(versions) - 1), 0
+    mask, removed = _I(len(rows) - 1), 0
     empty = np.zeros((1, ROW_WORDS), np.uint64)
     for block in ids:
         hole = position[block]
@@ -224,11 +212,11 @@ def _delete(
                 break
             home = _home(rows[slot, 0], rows[slot, W_SPACE] >> _HALF, mask)
             if (slot - home) & mask >= gap:
-                _write(rows, versions, hole, rows, slot)
+                _copy(rows, hole, rows, slot)
                 position[_I(rows[slot, W_PLACE] & _LOW)] = hole
                 hole = slot
             slot = (slot + 1) & mask
-        _write(rows, versions, hole, empty, 0)
+        _copy(rows, hole, empty, 0)
     return removed
 
 
@@ -236,27 +224,18 @@ def _array(dtype: Any, ndim: int, *, writable: bool = True) -> Any:
     return types.Array(dtype, ndim, "C", readonly=not writable)
 
 
-_ROWS, _VERSIONS = _array(types.uint64, 2), _array(types.uint32, 1)
-_POSITION = _array(types.int64, 1)
+_ROWS, _POSITION = _array(types.uint64, 2), _array(types.int64, 1)
 _READ_ROWS = _array(types.uint64, 2, writable=False)
-_READ_VERSIONS = _array(types.uint32, 1, writable=False)
 
-search: Callable[[Words, npt.NDArray[np.uint32], Words, int, int, bool, Words], int] = compiled(
-    types.int64(
-        *(_READ_ROWS, _READ_VERSIONS, _READ_ROWS),
-        *(types.uint64, types.int64, types.boolean, _ROWS),
-    ),
-    _search,
+search: Callable[[Words, Words, int, int, bool, Words], int] = compiled(
+    types.int64(_READ_ROWS, _READ_ROWS, types.uint64, types.int64, types.boolean, _ROWS), _search
 )
 insert: Callable[..., int] = compiled(
-    types.int64(
-        *(_ROWS, _VERSIONS, _POSITION, _ROWS),
-        *(types.int64, types.int64, _array(types.boolean, 1)),
-    ),
+    types.int64(_ROWS, _POSITION, _ROWS, types.int64, types.int64, _array(types.boolean, 1)),
     _insert,
 )
 delete: Callable[..., int] = compiled(
-    types.int64(_ROWS, _VERSIONS, _POSITION, _array(types.int64, 1), types.int64), _delete
+    types.int64(_ROWS, _POSITION, _array(types.int64, 1), types.int64), _delete
 )
 
 

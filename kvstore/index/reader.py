@@ -1,8 +1,7 @@
 """The readers' side of the shared index: lock-free, never blocks and never writes.
 
-A row counts only if its version was even and the same before and after it was read, and if its
-check fits, which guards against damage. A row moved while a search passes it may be missed: a false
-miss is legal, a wrong row is not.
+A row counts only if the check in the copy of it fits: else it was being written, or is damaged. A
+row moved while a search passes it may be missed: a false miss is legal, a wrong row is not.
 """
 
 from __future__ import annotations
@@ -128,4 +127,4 @@ class IndexReader:
         check_namespace(namespace)
         words, view = key_words(hashes), self.view
         rows = np.empty((len(words), ROW_WORDS), np.uint64)
-        return rows, search(view.rows, view.versions, words, namespace, self._bound, leading, rows)
+        return rows, search(view.rows, words, namespace, self._bound, leading, rows)

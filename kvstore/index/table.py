@@ -135,7 +135,7 @@ class IndexTable:
         array = np.asarray(block_ids)
         ids = _column("block_ids", array, array.size, len(self._position) - 1).astype(np.int64)
         view = self.view
-        self._entries -= delete(view.rows, view.versions, self._position, ids, self._bound)
+        self._entries -= delete(view.rows, self._position, ids, self._bound)
         view.header[H_ENTRIES] = self._entries
 
     def move(
@@ -159,17 +159,14 @@ class IndexTable:
         rows[:, W_PLACE] = (_column("granules", granules, n, MASK32) << np.uint64(32)) | ids
         rows[:, W_STAMP] = np.uint64(tier << 56) | _column("generations", generations, n, MASK56)
         rows[:, W_CHECK] = checks_of(rows)
-        versions = self.view.versions
-        versions[slots] += np.uint32(1)
         self.view.rows[slots] = rows
-        versions[slots] += np.uint32(1)
 
     def find(self, namespace: int, hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Block ids int64 (n,) of keys (n, 32) uint8; -1 where missing. Changes nothing."""
         words = key_words(hashes)
         check_namespace(namespace)
         rows = np.empty((len(words), ROW_WORDS), np.uint64)
-        search(self.view.rows, self.view.versions, words, namespace, self._bound, False, rows)
+        search(self.view.rows, words, namespace, self._bound, False, rows)
         ids = (rows[:, W_PLACE] & np.uint64(MASK32)).astype(np.int64)
         return np.where(rows[:, W_CHECK] != 0, ids, -1)
 
@@ -203,7 +200,6 @@ class IndexTable:
         """Walk all rows; `Corrupted` at the first broken invariant. For tests and debugging."""
         rows = self.view.rows
         live = np.flatnonzero(rows[:, W_CHECK])
-        _require(not (self.view.versions & np.uint32(1)).any(), "a version is odd")
         _require(not rows[rows[:, W_CHECK] == 0].any(), "an empty row is not zero")
         _require(bool((checks_of(rows[live]) == rows[live, W_CHECK]).all()), "a check is wrong")
         counts = (len(live), int(self.view.header[H_ENTRIES]), int((self._position >= 0).sum()))
@@ -229,9 +225,7 @@ class IndexTable:
         """Adds rows (n, 8), making their checks, as far as they fit; (n,) says which went in."""
         done, view = np.empty(len(rows), np.bool_), self.view
         room = self._limit - self._entries
-        self._entries += insert(
-            view.rows, view.versions, self._position, rows, self._bound, room, done
-        )
+        self._entries += insert(view.rows, self._position, rows, self._bound, room, done)
         view.header[H_ENTRIES] = self._entries
         return done
 
