@@ -123,9 +123,9 @@ class _StoreLink:
                 wait_ms = limits.TICK_MS if due_ms is None else max(due_ms - now_ms, 1)
                 self._changed.wait(min(wait_ms, limits.TICK_MS) / 1e3)
 
-    def cast(self, command: c.Command) -> None:
+    def cast(self, command: c.Command, timeout_s: float) -> None:
         """See `Link.cast`."""
-        self.call(command, 0.0)
+        self.call(command, timeout_s)
 
     def memory(self, timeout_s: float) -> Memory:
         """See `Link.memory`."""

@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 import time
-from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from kvstore import commands, limits
@@ -29,7 +29,7 @@ class ChannelPort:
         self._waking = threading.RLock()  # around the pipe's numbers: closed ones are given anew
         self._over = False
         self.fds: list[int] = []
-        self._casts: deque[bytes] = deque(maxlen=limits.MAX_CASTS)  # the oldest are lost
+        self._owed = 0  # answers to come that nobody waits for
         self.interrupted = False  # whether it is over because a call was broken off here
         self._inbox = b""  # what has arrived of the record after the last
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -67,9 +67,19 @@ class ChannelPort:
         result: commands.Result = self._exchange(command, timeout_s)
         return result
 
-    def cast(self, command: commands.Command) -> None:
-        """A command whose answer nobody waits for: it goes with the next call."""
-        self._casts.append(wire.encode(command))
+    def cast(self, command: commands.Command, timeout_s: float) -> None:
+        """Sends a command whose answer nobody waits for; errors as those of `call`."""
+        self._turn(wire.encode(command), timeout_s, cast=True)
+
+    def say_last(self, command: commands.Command) -> None:
+        """Sends a command before the end, unless another thread is in a call or the socket is
+        full."""
+        if self._lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(OSError):
+                    self._sock.send(wire.encode(command))
+            finally:
+                self._lock.release()
 
     def seal_staged(self, record: wire.SealStaged, timeout_s: float) -> commands.Sealed:
         """A seal of blocks in staging memory."""
@@ -114,7 +124,6 @@ class ChannelPort:
 
     def shut(self) -> None:
         """Ends the connection; a call or wait in another thread ends at once. `close` follows."""
-        self._say_last()
         self._over = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -127,16 +136,6 @@ class ChannelPort:
         if self._lock.acquire(blocking=False):
             try:
                 self._sock.close()
-            finally:
-                self._lock.release()
-
-    def _say_last(self) -> None:
-        """Sends what was cast, unless another thread is in a call or the socket is full."""
-        if self._casts and self._lock.acquire(blocking=False):
-            try:
-                with contextlib.suppress(OSError):
-                    self._sock.send(b"".join(self._casts))
-                self._casts.clear()
             finally:
                 self._lock.release()
 
@@ -170,6 +169,20 @@ class ChannelPort:
     ) -> Any:
         """Sends a record (None: nothing) and receives one."""
         frame = wire.encode(record) if record is not None else b""
+        return wire.raise_if_failed(
+            self._turn(frame, timeout_s, fds_wanted=fds_wanted, send_fd=send_fd)
+        )
+
+    def _turn(
+        self,
+        frame: bytes,
+        timeout_s: float,
+        *,
+        cast: bool = False,
+        fds_wanted: int = 0,
+        send_fd: int | None = None,
+    ) -> Any:
+        """Sends a frame and receives the answer, unless it is `cast`."""
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=max(0.0, timeout_s)):
             raise DeadlineExceeded(f"another call held the connection for {timeout_s} s")
@@ -179,23 +192,25 @@ class ChannelPort:
             if frame and time.monotonic() >= deadline:
                 # Nothing was sent, so the connection is as good as before.
                 raise DeadlineExceeded("no time was left for the call")
-            result = self._guarded(frame, deadline, fds_wanted, send_fd, timeout_s)
+            with self._unbroken(timeout_s):
+                self._send(frame, deadline, send_fd)
+                if cast and self._owed < limits.MAX_CASTS:
+                    self._owed += 1
+                    return None
+                while self._owed:
+                    self._receive(deadline, fds_wanted)
+                    self._owed -= 1
+                return self._receive(deadline, fds_wanted)
         finally:
             self._lock.release()
             if self._over:
                 self._close_unless_called()
-        return wire.raise_if_failed(result)
 
-    def _guarded(
-        self, frame: bytes, deadline: float, fds_wanted: int, send_fd: int | None, timeout_s: float
-    ) -> Any:
+    @contextlib.contextmanager
+    def _unbroken(self, timeout_s: float) -> Iterator[None]:
         """After a failure in the middle of a call the stream has no meaning: it is shut."""
-        casts = [self._casts.popleft() for _ in range(len(self._casts))]
         try:
-            self._send(b"".join([*casts, frame]), deadline, send_fd)
-            for _ in casts:
-                self._receive(deadline, fds_wanted)
-            return self._receive(deadline, fds_wanted)
+            yield
         except TimeoutError:
             self.shut()
             raise DeadlineExceeded(f"no answer within {timeout_s} s") from None

@@ -73,10 +73,14 @@ class ChannelLink:
         self._guard.check()
         return self._port.call(command, timeout_s)
 
-    def cast(self, command: c.Command) -> None:
+    def cast(self, command: c.Command, timeout_s: float) -> None:
         """See `Link.cast`."""
         self._guard.check()
-        self._port.cast(command)
+        self._port.cast(command, timeout_s)
+
+    def say_last(self, command: c.Command) -> None:
+        """Sends a command before the end, if that can be done at once."""
+        self._port.say_last(command)
 
     def memory(self, timeout_s: float) -> Memory:
         """See `Link.memory`; makes a call only where the index moved."""
@@ -242,7 +246,7 @@ class _ChannelConnection(LocalSession):
         """Ends the connection, and with it `watch`; slots that nobody writes go back."""
         stock = self._writer.stock.take_all()
         if stock:
-            self._channel.cast(c.GiveBack(granules=np.array(stock, np.uint32)))
+            self._channel.say_last(c.GiveBack(granules=np.array(stock, np.uint32)))
         self._channel.shut()
 
     def _pause_s(self) -> float | None:

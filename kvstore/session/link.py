@@ -76,8 +76,9 @@ class Link(Protocol):
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """One command; a `KVStoreError` (never a `Failed`) where the store refused."""
 
-    def cast(self, command: c.Command) -> None:
-        """A command whose outcome nobody waits for; before the next call at the latest."""
+    def cast(self, command: c.Command, timeout_s: float) -> None:
+        """A command whose outcome nobody waits for: the store works on it meanwhile, and has done
+        it before it begins with the next call."""
 
     def memory(self, timeout_s: float) -> Memory:
         """The memory now, with an index in use; `Unavailable` once the store is gone."""

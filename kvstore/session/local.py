@@ -447,10 +447,9 @@ class LocalSession(ControlSession):
 
     def _report_before_eviction(self, deadline: Deadline) -> None:
         """What was read must not be what a put evicts because nobody told."""
-        del deadline
         touch = self._touches.take()
         if touch is not None:
-            self._link.cast(touch)
+            self._link.cast(touch, deadline.left_s)
 
 
 def _leading(holds: npt.NDArray[np.bool_]) -> int:

@@ -93,8 +93,8 @@ class Writer:
         note: Callable[[Lookup], None],
     ) -> PutResult:
         """Stores whole blocks in the namespace `number`; one call, and one more where the stock is
-        too small. before: called before what may make the store evict. note: is told of blocks
-        that are stored already.
+        too small. before: called before anything else where the store may have to evict for this,
+        or for the next put. note: is told of blocks that are stored already.
 
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
@@ -107,10 +107,12 @@ class Writer:
             if not absent:
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = slot_granules(put.namespace.layout)
-        slots = self._slots(size, number, len(absent), deadline, before)
+        if self.stock.count(size) < len(absent) * (2 if self._ahead else 1):
+            before()
+        slots = self._slots(size, number, len(absent), deadline)
         try:
             committed = self._commit(
-                put, number, memory, absent=absent, slots=slots, deadline=deadline, before=before
+                put, number, memory, absent=absent, slots=slots, deadline=deadline
             )
         except BaseException as error:
             if not isinstance(error, KVStoreError) or isinstance(error, _UNCHANGED):
@@ -130,14 +132,11 @@ class Writer:
             retry_after_ms=limits.RETRY_AFTER_MS if c.CommitStatus.NO_SPACE in status else 0,
         )
 
-    def _slots(
-        self, size: int, number: int, n: int, deadline: Deadline, before: Callable[[], None]
-    ) -> list[int]:
+    def _slots(self, size: int, number: int, n: int, deadline: Deadline) -> list[int]:
         """Slots for n blocks, fewer where the pool is full; `ResourceExhausted` for none."""
         slots = self.stock.take(size, n)
         if len(slots) == n:
             return slots
-        before()
         try:
             asked = c.Grant(namespace=number, blocks=n - len(slots))
             granted = self._link.call(asked, deadline.left_s)
@@ -161,7 +160,6 @@ class Writer:
         absent: Sequence[int],
         slots: list[int],
         deadline: Deadline,
-        before: Callable[[], None],
     ) -> c.Committed:
         """Writes the first of the absent blocks, as many as there are slots, and has them shown.
 
@@ -181,8 +179,6 @@ class Writer:
         if len(slots) < len(hashes):
             granules, sums = _spread([i - first for i in written], len(hashes), granules, sums)
         more = self._wanted(slot_granules(layout), len(slots))
-        if more:
-            before()
         commit = c.Commit(
             namespace=number,
             put_id=put.put_id,
