@@ -26,9 +26,12 @@ import struct
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from numba import types
 
 from kvstore import limits
+from kvstore.compiled import compiled
 from kvstore.errors import Corrupted, InvalidArgument, LayoutMismatch, ProtocolError
+from kvstore.streaming import hash_rows
 
 MAGIC = b"KVB1"
 VERSION = 1
@@ -50,6 +53,12 @@ _FIXED_FIELDS = np.dtype(
         ("position", "<i4"),
     ]
 )
+# Where they begin, in steps of 32 bits.
+_KEY_AT, _PUT_AT, _PARENT_AT, _POSITION_AT = (
+    _FIXED_FIELDS.fields[name][1] // 4  # type: ignore[index]
+    for name in ("key", "put_id", "parent", "position")
+)
+_SUMS_AT = _FIXED.size // 4
 _NO_PARENT = bytes(limits.KEY_BYTES)
 _NO_POSITION = -1
 _SUM_BYTES = 8
@@ -155,19 +164,68 @@ def pack_many(
     the store's own.
     """
     n, n_cells = checksums.shape
+    fixed = _FIXED.pack(
+        *(MAGIC, VERSION, 0, n_cells, length, namespace),
+        *(bytes(limits.KEY_BYTES), bytes(PUT_ID_BYTES), _NO_PARENT, 0),
+    )
     packed = np.zeros((n, header_bytes(n_cells)), np.uint8)
-    fixed = packed[:, : _FIXED.size].view(_FIXED_FIELDS)[:, 0]
-    fixed["magic"], fixed["version"] = MAGIC, VERSION
-    fixed["n_cells"], fixed["length"], fixed["namespace"] = n_cells, length, namespace
-    fixed["key"], fixed["parent"], fixed["position"] = keys, parents, positions
-    fixed["put_id"] = np.frombuffer(put_ids, np.uint8).reshape(n, PUT_ID_BYTES)
+    _fill_headers(
+        packed.view(np.uint32),
+        np.frombuffer(fixed, np.uint32),
+        _halves(keys),
+        np.frombuffer(put_ids, np.uint32).reshape(n, -1),
+        _halves(parents),
+        np.ascontiguousarray(positions, np.int32).view(np.uint32),
+        _halves(checksums),
+    )
     end = _FIXED.size + n_cells * _SUM_BYTES
-    packed[:, _FIXED.size : end] = checksums.astype("<u8").view(np.uint8).reshape(n, -1)
-    summed = memoryview(np.ascontiguousarray(packed[:, :end]).reshape(-1))  # type: ignore[arg-type]
-    digest = xxhash.xxh3_64_intdigest
-    own = np.array([digest(summed[at : at + end]) for at in range(0, n * end, end)], "<u8")
-    packed[:, end : end + _SUM_BYTES] = own.view(np.uint8).reshape(n, _SUM_BYTES)
+    rows = (
+        np.uint64(packed.__array_interface__["data"][0])
+        + np.arange(n, dtype=np.uint64) * packed.shape[1]
+    )
+    packed[:, end : end + _SUM_BYTES] = hash_rows(rows, end).view(np.uint8).reshape(n, _SUM_BYTES)
     return packed
+
+
+def _halves(words: npt.NDArray[np.uint8] | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """Rows of bytes or words (n, any) as rows of 32 bits each."""
+    return np.ascontiguousarray(words).view(np.uint32)
+
+
+def _fill(
+    headers: npt.NDArray[np.uint32],
+    fixed: npt.NDArray[np.uint32],
+    keys: npt.NDArray[np.uint32],
+    put_ids: npt.NDArray[np.uint32],
+    parents: npt.NDArray[np.uint32],
+    positions: npt.NDArray[np.uint32],
+    checksums: npt.NDArray[np.uint32],
+) -> None:
+    for i in range(len(headers)):
+        for at in range(_KEY_AT):
+            headers[i, at] = fixed[at]
+        for at in range(_PUT_AT - _KEY_AT):
+            headers[i, _KEY_AT + at] = keys[i, at]
+        for at in range(_PARENT_AT - _PUT_AT):
+            headers[i, _PUT_AT + at] = put_ids[i, at]
+        for at in range(_POSITION_AT - _PARENT_AT):
+            headers[i, _PARENT_AT + at] = parents[i, at]
+        headers[i, _POSITION_AT] = positions[i]
+        for at in range(checksums.shape[1]):
+            headers[i, _SUMS_AT + at] = checksums[i, at]
+
+
+def _array(ndim: int, *, writable: bool = False) -> types.Array:
+    return types.Array(types.uint32, ndim, "C", readonly=not writable)
+
+
+_fill_headers = compiled(
+    types.void(
+        *(_array(2, writable=True), _array(1), _array(2), _array(2)),
+        *(_array(2), _array(1), _array(2)),
+    ),
+    _fill,
+)
 
 
 def fixed_fields(headers: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:

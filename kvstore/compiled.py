@@ -12,11 +12,25 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from llvmlite import ir
 from llvmlite.binding import ffi
+from numba import types
+from numba.extending import intrinsic
 
 # llvmlite's library makes a function of whatever attribute it is asked for. vLLM, for one, looks
 # through all that modules hold, asks it for its `__dict__`, and fails on the function.
 getattr(ffi.lib, "_fntab", {}).setdefault("__dict__", {})
+
+
+@intrinsic
+def word_at(_typing: Any, _address: Any) -> Any:
+    """The 8 bytes at an address, uint64, in a compiled function."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load(pointer, align=1)
+
+    return types.uint64(types.uintp), generate
 
 
 def compiled(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,7 +136,7 @@ class _StoreLink:
             raise Unavailable("the store is closed")
         return memory
 
-    def fill(self, granted: Granted, sources: Sequence[int], timeout_s: float) -> c.U8:
+    def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """See `Link.fill`."""
         return fill_directly(self, self.memory(timeout_s), granted, sources, timeout_s)
 

@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
 from kvstore import limits
+from kvstore.compiled import compiled
 
 IdArray = npt.NDArray[np.uint32]
 BoolArray = npt.NDArray[np.bool_]
@@ -29,6 +31,21 @@ _EACH_WAY = np.arange(_WAYS, dtype=np.uint32)
 def scan_budget(n: int) -> int:
     """Most entries a call for `n` victims may look at."""
     return 8 * n + limits.MIN_SCAN
+
+
+def _push(ids: IdArray, log: IdArray, stamp: IdArray, tail: int) -> int:
+    added = 0
+    for i in range(len(ids)):
+        added += stamp[ids[i]] == 0
+        log[tail + i] = ids[i]
+        stamp[ids[i]] = tail + i
+    return added
+
+
+_IDS = types.uint32[::1]
+_append = compiled(
+    types.int64(types.Array(types.uint32, 1, "A", readonly=True), _IDS, _IDS, types.int64), _push
+)
 
 
 class LazyOrder:
@@ -67,12 +84,7 @@ class LazyOrder:
             ids = _keep_last(ids)
         if self._tail + ids.size > self._log.size:
             self._compact()
-        at = np.arange(self._tail, self._tail + ids.size, dtype=np.uint32)
-        was_in = self._stamp[ids] > 0
-        self._log[self._tail : self._tail + ids.size] = ids
-        self._stamp[ids] = at
-        # Of duplicates one entry alone matches its stamp, so each new id is counted once.
-        self._count += int(((self._stamp[ids] == at) & ~was_in).sum())
+        self._count += _append(ids, self._log, self._stamp, self._tail)
         self._tail += ids.size
 
     def _push_one(self, block: int) -> None:

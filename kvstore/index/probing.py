@@ -31,6 +31,7 @@ from kvstore.index.format import (
     W_CHECK,
     W_PLACE,
     W_SPACE,
+    W_STAMP,
 )
 
 Words = npt.NDArray[np.uint64]
@@ -43,6 +44,7 @@ _U = np.uint64  # Numba makes floats of unsigned and plain numbers together
 _I = np.int64
 _SALT, _SHIFT, _HALF, _LOW = _U(NAMESPACE_FACTOR), _U(HOME_SHIFT), _U(32), _U(MASK32)
 _FACTOR, _MORE, _ONE, _NONE = _U(CHECK_FACTOR), _U(29), _U(1), _U(0)
+_AWAY, _MARKED = _I(-1), _I(-2)  # of a block without a row, and while one is made
 _WEIGHT0, _WEIGHT1, _WEIGHT2, _WEIGHT3, _WEIGHT4, _WEIGHT5, _WEIGHT6 = map(_U, CHECK_WEIGHTS)
 
 
@@ -147,6 +149,37 @@ def _search(
     return n if led < 0 else led
 
 
+def _fill(
+    words: Words,
+    namespace: int,
+    lengths: Words,
+    granules: Words,
+    ids: Words,
+    stamps: Words,
+    position: npt.NDArray[np.int64],
+    rows: Words,
+) -> bool:
+    """Makes rows (n, 8) without their checks of words (n, 4) and columns (n,).
+
+    False where a block id is in the table already or comes twice.
+    """
+    fresh = 0
+    for i in range(len(words)):
+        block = _I(ids[i])
+        if position[block] != _AWAY:
+            break
+        position[block] = _MARKED
+        fresh += 1
+        for word in range(4):
+            rows[i, word] = words[i, word]
+        rows[i, W_SPACE] = namespace << _HALF | lengths[i]
+        rows[i, W_PLACE] = granules[i] << _HALF | ids[i]
+        rows[i, W_STAMP] = stamps[i]
+    for i in range(fresh):
+        position[_I(ids[i])] = _AWAY
+    return fresh == len(words)
+
+
 def _insert(
     rows: Words,
     position: npt.NDArray[np.int64],
@@ -203,7 +236,7 @@ def _delete(
         hole = position[block]
         if hole < 0:
             continue
-        position[block] = -1
+        position[block] = _AWAY
         removed += 1
         slot = (hole + 1) & mask
         while rows[slot, W_CHECK] != _NONE:
@@ -229,6 +262,13 @@ _READ_ROWS = _array(types.uint64, 2, writable=False)
 
 search: Callable[[Words, Words, int, int, bool, Words], int] = compiled(
     types.int64(_READ_ROWS, _READ_ROWS, types.uint64, types.int64, types.boolean, _ROWS), _search
+)
+_COLUMN = _array(types.uint64, 1, writable=False)
+fill: Callable[..., bool] = compiled(
+    types.boolean(
+        *(_READ_ROWS, types.uint64, _COLUMN, _COLUMN, _COLUMN, _COLUMN, _POSITION, _ROWS)
+    ),
+    _fill,
 )
 insert: Callable[..., int] = compiled(
     types.int64(_ROWS, _POSITION, _ROWS, types.int64, types.int64, _array(types.boolean, 1)),

@@ -28,7 +28,7 @@ from kvstore.index.format import (
     key_words,
     probe_bound,
 )
-from kvstore.index.probing import delete, home_rows, insert, search
+from kvstore.index.probing import delete, fill, home_rows, insert, search
 
 _ROW = struct.Struct("<32s4Q")
 
@@ -101,13 +101,16 @@ class IndexTable:
         if not 0 <= tier <= 255:
             raise InvalidArgument("tier", f"{tier} does not fit 8 bits")
         n = len(words)
-        rows = np.empty((n, ROW_WORDS), np.uint64)
-        rows[:, :4] = words
-        rows[:, W_SPACE] = np.uint64(namespace << 32) | _column("lengths", lengths, n, MASK32)
         ids = _column("block_ids", block_ids, n, len(self._position) - 1)
-        rows[:, W_PLACE] = (_column("granules", granules, n, MASK32) << np.uint64(32)) | ids
-        rows[:, W_STAMP] = np.uint64(tier << 56) | _column("generations", generations, n, MASK56)
-        self._check_new(ids)
+        columns = (
+            _column("lengths", lengths, n, MASK32),
+            _column("granules", granules, n, MASK32),
+            ids,
+            _column("generations", generations, n, MASK56) | np.uint64(tier << 56),
+        )
+        rows = np.empty((n, ROW_WORDS), np.uint64)
+        if not fill(words, namespace, *columns, self._position, rows):
+            raise InvalidArgument("block_ids", "a block id is in the table already, or comes twice")
         return self._insert(rows)
 
     def insert_one(
@@ -215,12 +218,6 @@ class IndexTable:
             _require(bool((rows[between, W_CHECK] != 0).all()), f"gap before {slot}")
         _require(len(seen) == len(live), "a key is in the table twice")
 
-    def _check_new(self, ids: Words) -> None:
-        if (self._position[ids.astype(np.int64)] >= 0).any():
-            raise InvalidArgument("block_ids", "a block id is in the table already")
-        if len(ids) > 1 and not np.diff(np.sort(ids)).all():
-            raise InvalidArgument("block_ids", "a block id comes twice")
-
     def _insert(self, rows: Words) -> NDArray[np.bool_]:
         """Adds rows (n, 8), making their checks, as far as they fit; (n,) says which went in."""
         done, view = np.empty(len(rows), np.bool_), self.view
@@ -238,12 +235,12 @@ def _column(field: str, values: NDArray[np.integer], n: int, most: int) -> Words
     if not n:
         return np.empty(0, np.uint64)
     if array.dtype.kind == "u" and (most + 1) >> (8 * array.itemsize):
-        return array.astype(np.uint64, copy=False)  # nothing of this type is out of range
+        return np.ascontiguousarray(array, np.uint64)  # nothing of this type is out of range
     if array.dtype.kind not in "iu":
         raise InvalidArgument(field, f"dtype {array.dtype} is no integer type")
     if int(array.min()) < 0 or int(array.max()) > most:
         raise InvalidArgument(field, f"a value is outside 0..{most}")
-    return array.astype(np.uint64)
+    return np.ascontiguousarray(array, np.uint64)
 
 
 def _require(truth: bool, message: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -90,7 +90,7 @@ class ChannelLink:
             raise Unavailable("the daemon is gone")
         return self._map_index(timeout_s) if memory.index.retired else memory
 
-    def fill(self, granted: Granted, sources: Sequence[int], timeout_s: float) -> c.U8:
+    def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """See `Link.fill`."""
         deadline = Deadline(max(timeout_s, 1e-3))
         if self.writes_pool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,7 +82,7 @@ class Link(Protocol):
     def memory(self, timeout_s: float) -> Memory:
         """The memory now, with an index in use; `Unavailable` once the store is gone."""
 
-    def fill(self, granted: Granted, sources: Sequence[int], timeout_s: float) -> c.U8:
+    def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """Moves the parts at these addresses into the slots and seals them.
 
         Returns the `SealStatus` of each (uint8).
@@ -94,7 +93,7 @@ class Link(Protocol):
 
 
 def fill_directly(
-    link: Link, memory: Memory, granted: Granted, sources: Sequence[int], timeout_s: float
+    link: Link, memory: Memory, granted: Granted, sources: c.U64, timeout_s: float
 ) -> c.U8:
     """`Link.fill` for a writer that may write the pool itself."""
     end_s = time.monotonic() + timeout_s
@@ -121,7 +120,7 @@ def copy_all_in(
     layout: Layout,
     part: Part,
     *,
-    sources: Sequence[int],
+    sources: c.U64,
     slots: npt.NDArray[np.integer],
     end_s: float,
 ) -> c.U64:
@@ -132,11 +131,11 @@ def copy_all_in(
     `DeadlineExceeded` where that is not done by `end_s` of `time.monotonic`.
     """
     n = len(sources)
-    targets, theirs = memory.payload_addresses(layout, slots), np.array(sources, np.uint64)
+    targets = memory.payload_addresses(layout, slots)
     sums = np.empty((n, len(part.cell_runs)), np.uint64)
 
     def copy(first: int, end: int) -> None:
-        sums[first:end] = part.copy_in(theirs[first:end], targets[first:end])
+        sums[first:end] = part.copy_in(sources[first:end], targets[first:end])
 
     groups = groups_of(n, part.nbytes)
     done = in_parallel(copy, groups, part.nbytes * n, end_s)

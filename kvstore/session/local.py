@@ -394,7 +394,7 @@ class LocalSession(ControlSession):
             granules=reserved.granules[chosen],
             part=put.part,
         )
-        sources = [put.addresses[i] for i in chosen.tolist()]
+        sources = put.addresses[chosen]
         try:
             return self._link.fill(granted, sources, deadline.left_s)
         except BaseException as error:
@@ -464,7 +464,7 @@ def _copy(
     starts = memory.payload_addresses(request.namespace.layout, granules)
     if not len(starts):
         return 0
-    targets = np.array(request.targets[: len(starts)], np.uint64)
+    targets = request.targets[: len(starts)]
     runs = [(own, at, nbytes) for at, own, nbytes in request.part.runs]
     return copy_in_parallel(targets, starts, runs, end_s)
 

@@ -1,9 +1,9 @@
-"""The part of a block that one put or get moves, and the callers' buffers for it."""
+"""The part of a block that one put or get moves."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.block import header_bytes
-from kvstore.errors import InvalidArgument, LayoutMismatch
+from kvstore.errors import LayoutMismatch
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
 from kvstore.session.copies import pieces_of
@@ -118,33 +118,6 @@ def checked_cells(layout: Layout, cells: Iterable[int]) -> c.U32:
     if len(set(wanted)) != len(wanted) or wanted[0] < 0 or wanted[-1] >= layout.n_cells:
         raise LayoutMismatch("cells", f"expected distinct cells below {layout.n_cells}")
     return np.array(wanted, np.uint32)
-
-
-def addresses_of(
-    name: str, buffers: Sequence[Bytes1D], n: int, nbytes: int, *, writable: bool
-) -> list[int]:
-    """Where the buffers lie: n arrays, or one (n, nbytes) array, of contiguous uint8.
-
-    name: the argument's, for the error: `InvalidArgument`, or `LayoutMismatch` where it is the
-    layout that does not fit. writable: whether they must take bytes.
-    """
-    if len(buffers) != n:
-        raise InvalidArgument(name, f"{len(buffers)} buffers for {n} keys")
-    return [_address_of(f"{name}[{i}]", b, nbytes, writable) for i, b in enumerate(buffers)]
-
-
-def _address_of(name: str, buffer: Bytes1D, nbytes: int, writable: bool) -> int:
-    try:
-        # One look at an array for all that is asked of it, of which there may be thousands.
-        face = buffer.__array_interface__
-    except AttributeError:
-        raise InvalidArgument(name, "must be a numpy array of uint8") from None
-    if face["shape"] != (nbytes,) or face["typestr"] != "|u1":
-        raise LayoutMismatch(name, f"expected {nbytes} uint8, 1-D")
-    address, read_only = face["data"]
-    if face["strides"] is not None or (writable and read_only):
-        raise InvalidArgument(name, "must be contiguous, and writable in a get")
-    return int(address)
 
 
 @functools.lru_cache(maxsize=1024)

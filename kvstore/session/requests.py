@@ -13,8 +13,9 @@ from kvstore import limits
 from kvstore.errors import InvalidArgument
 from kvstore.keys import as_hashes
 from kvstore.layout import Layout
+from kvstore.session.addresses import addresses_of
 from kvstore.session.base import Bytes1D, Hashes, Hint, NamespaceHandle
-from kvstore.session.parts import Part, addresses_of, checked_cells, part_of
+from kvstore.session.parts import Part, checked_cells, part_of
 
 PUT_ID_BYTES = 16
 
@@ -27,7 +28,7 @@ class GetRequest:
     chain: c.U8
     part: Part
     destinations: Sequence[Bytes1D]
-    targets: list[int]
+    targets: c.U64
 
     def behind(self, n: int) -> GetRequest:
         """What is left of it when the first `n` blocks are there."""
@@ -49,7 +50,7 @@ class PutRequest:
     chain: c.U8
     part: Part
     sources: Sequence[Bytes1D]
-    addresses: list[int]
+    addresses: c.U64
     put_id: bytes
     parent: bytes
     position: int

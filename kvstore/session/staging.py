@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,9 +28,7 @@ class Staging:
         """The descriptor to hand over."""
         return self._arena.fd
 
-    def fill(
-        self, port: ChannelPort, granted: Granted, sources: Sequence[int], deadline: Deadline
-    ) -> c.U8:
+    def fill(self, port: ChannelPort, granted: Granted, sources: c.U64, deadline: Deadline) -> c.U8:
         """See `Link.fill`: as many blocks at a time as the memory holds."""
         statuses = [
             self._fill_slice(port, granted, part, sources, deadline)
@@ -51,7 +49,7 @@ class Staging:
         port: ChannelPort,
         granted: Granted,
         part: slice,
-        sources: Sequence[int],
+        sources: c.U64,
         deadline: Deadline,
     ) -> c.U8:
         nbytes = granted.part.nbytes
@@ -59,8 +57,7 @@ class Staging:
         area = self._arena.array  # held, so that it stays mapped whoever closes the connection
         targets = offsets + np.uint64(area.__array_interface__["data"][0])
         runs = [(own, own, size) for own, size in pieces_of(nbytes)]
-        theirs = np.array(sources[part], np.uint64)
-        if copy_in_parallel(targets, theirs, runs, deadline.end_s) < len(offsets):
+        if copy_in_parallel(targets, sources[part], runs, deadline.end_s) < len(offsets):
             raise DeadlineExceeded("the blocks were not staged in time")
         record = wire.SealStaged(
             namespace=granted.namespace,

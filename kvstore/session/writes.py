@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
@@ -100,11 +101,11 @@ class Writer:
         """
         memory, n = self._link.memory(deadline.left_s), len(put.chain)
         there = memory.index.lookup(number, put.chain)
-        absent: Sequence[int] = range(n)
-        if there.found.any():
+        found = there.found
+        absent = np.arange(n) if not found.any() else np.flatnonzero(~found)
+        if len(absent) < n:
             note(there.only_found())
-            absent = np.flatnonzero(~there.found).tolist()
-            if not absent:
+            if not len(absent):
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = slot_granules(put.namespace.layout)
         if self.stock.count(size) < len(absent) * (2 if self._ahead else 1):
@@ -118,18 +119,20 @@ class Writer:
             if not isinstance(error, KVStoreError) or isinstance(error, _UNCHANGED):
                 self.stock.put(size, slots)
             raise
-        status = committed.status.tolist()
-        rows = zip(slots, absent, strict=False)
-        left = [slot for slot, i in rows if status[i - absent[0]] != c.CommitStatus.STORED]
+        status = committed.status
+        shown = status[absent[: len(slots)] - absent[0]] == c.CommitStatus.STORED
+        left = [slots[i] for i in np.flatnonzero(~shown).tolist()]
         self.stock.put(size, left + committed.granules.tolist())
         stored = len(slots) - len(left)
-        existed = n - len(status) + status.count(c.CommitStatus.EXISTS)
+        existed = n - len(status) + int(np.count_nonzero(status == c.CommitStatus.EXISTS))
         return PutResult(
             stored=stored,
             existed=existed,
             waiting=0,
             not_stored=n - stored - existed,
-            retry_after_ms=limits.RETRY_AFTER_MS if c.CommitStatus.NO_SPACE in status else 0,
+            retry_after_ms=limits.RETRY_AFTER_MS
+            if (status == c.CommitStatus.NO_SPACE).any()
+            else 0,
         )
 
     def _slots(self, size: int, number: int, n: int, deadline: Deadline) -> list[int]:
@@ -157,7 +160,7 @@ class Writer:
         number: int,
         memory: Memory,
         *,
-        absent: Sequence[int],
+        absent: npt.NDArray[np.intp],
         slots: list[int],
         deadline: Deadline,
     ) -> c.Committed:
@@ -165,19 +168,19 @@ class Writer:
 
         The answer is about the blocks from the first absent one on.
         """
-        layout, first = put.namespace.layout, absent[0]
+        layout, first = put.namespace.layout, int(absent[0])
         hashes, written = put.chain[first:], absent[: len(slots)]
         granules = np.array(slots, np.uint32)
         sums = copy_all_in(
             memory,
             layout,
             put.part,
-            sources=[put.addresses[i] for i in written],
+            sources=put.addresses[written],
             slots=granules,
             end_s=deadline.end_s,
         )
         if len(slots) < len(hashes):
-            granules, sums = _spread([i - first for i in written], len(hashes), granules, sums)
+            granules, sums = _spread(written - first, len(hashes), granules, sums)
         more = self._wanted(slot_granules(layout), len(slots))
         commit = c.Commit(
             namespace=number,
@@ -203,7 +206,7 @@ class Writer:
         return max(0, min(max(n, _FEWEST_AHEAD), most) - left) if left < n else 0
 
 
-def _spread(rows: list[int], n: int, slots: c.U32, sums: c.U64) -> tuple[c.U32, c.U64]:
+def _spread(rows: npt.NDArray[np.intp], n: int, slots: c.U32, sums: c.U64) -> tuple[c.U32, c.U64]:
     """The written blocks' slots and checksums at their rows of n; the others have no slot."""
     all_slots = np.full(n, c.NO_SLOT, np.uint32)
     all_sums = np.zeros((n, sums.shape[1]), np.uint64)

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from numba import types
+
+from kvstore.compiled import compiled
 
 IdArray = npt.NDArray[np.uint32]
 Granules = npt.NDArray[np.uint32]
@@ -27,7 +30,48 @@ class BlockState(enum.IntEnum):
     COMING = 5  # as COLD, and a slot is being filled from there
 
 
+_LIVE = int(BlockState.LIVE)
 _IN_INDEX = (BlockState.LIVE, BlockState.COLD, BlockState.COMING)
+
+
+def _show(
+    ids: IdArray,
+    namespace: int,
+    state: npt.NDArray[np.uint8],
+    namespaces: npt.NDArray[np.uint32],
+    children: npt.NDArray[np.uint32],
+    parents: IdArray,
+    granule: Granules,
+    at_granule: IdArray,
+) -> None:
+    for block in ids:
+        state[block] = _LIVE
+        namespaces[block] = namespace
+        children[block] = 0
+        parents[block] = NO_BLOCK
+        if granule[block] != NO_GRANULE:
+            at_granule[granule[block]] = block
+
+
+def _join(
+    ids: IdArray,
+    theirs: IdArray,
+    parents: IdArray,
+    births: npt.NDArray[np.uint32],
+    birth: npt.NDArray[np.uint32],
+    children: npt.NDArray[np.uint32],
+) -> None:
+    for i in range(len(ids)):
+        parents[ids[i]] = theirs[i]
+        births[ids[i]] = birth[theirs[i]]
+        children[theirs[i]] += np.uint32(1)
+
+
+_IDS, _READ_IDS = types.uint32[::1], types.Array(types.uint32, 1, "C", readonly=True)
+_appear = compiled(
+    types.void(_READ_IDS, types.uint32, types.uint8[::1], _IDS, _IDS, _IDS, _READ_IDS, _IDS), _show
+)
+_link = compiled(types.void(_READ_IDS, _READ_IDS, _IDS, _IDS, _READ_IDS, _IDS), _join)
 
 
 class Blocks:
@@ -71,12 +115,16 @@ class Blocks:
 
     def appear(self, ids: IdArray, namespace: int) -> None:
         """Pending blocks are in the index, under a namespace, from now on."""
-        self.state[ids] = BlockState.LIVE
-        self.namespace[ids] = namespace
-        self.children[ids] = 0
-        self._parent[ids] = NO_BLOCK
-        with_slot = ids[self.granule[ids] != NO_GRANULE]
-        self._at_granule[self.granule[with_slot]] = with_slot
+        _appear(
+            ids,
+            namespace,
+            self.state,
+            self.namespace,
+            self.children,
+            self._parent,
+            self.granule,
+            self._at_granule,
+        )
 
     def appear_one(self, block: int, namespace: int, parent: int) -> None:
         """`appear`, and `link` unless the parent is -1, of one block."""
@@ -92,8 +140,7 @@ class Blocks:
 
     def link(self, children: IdArray, parents: IdArray) -> None:
         """Says which block comes before which live one in a chain."""
-        self.link_cold(children, parents)
-        np.add.at(self.children, parents, 1)
+        _link(children, parents, self._parent, self._parent_birth, self.birth, self.children)
 
     def link_cold(self, children: IdArray, parents: IdArray) -> None:
         """Says which block comes before which cold one in a chain."""

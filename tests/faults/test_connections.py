@@ -23,9 +23,10 @@ from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, ProtocolError, StaleNamespace, Unavailable
 from kvstore.memory import Arena
 from kvstore.session import writes
+from kvstore.session.addresses import addresses_of
 from kvstore.session.channel import ChannelLink, ChannelSession, _ChannelConnection
 from kvstore.session.link import Granted, Memory, copy_all_in
-from kvstore.session.parts import addresses_of, part_of
+from kvstore.session.parts import part_of
 from kvstore.streaming import U64, copy_rows
 
 BLOCK_BYTES = 3840
@@ -355,7 +356,7 @@ def test_the_end_of_a_connection_in_mid_put_is_unavailable(copy_in: Daemon) -> N
                 return sources
 
         with pytest.raises(Unavailable):
-            link.fill(granted, Sources(sources), WAIT_S)
+            link.fill(granted, cast("Any", Sources(sources.tolist())), WAIT_S)
         closing.join()
 
 
