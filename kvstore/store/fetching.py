@@ -58,7 +58,7 @@ class Fetcher:
         if n <= 0:
             return 0
         with shelf.blocks.kept(keep):
-            granules = shelf.room.allocate(size, n, evict=shelf.evict, ids=False)
+            granules = shelf.make_slots(size, n, ids=False)
         ids = ids[: len(granules)]
         # Making room may have cost some of these their place.
         cold = (shelf.blocks.state[ids] == BlockState.COLD) & shelf.places.there(ids)

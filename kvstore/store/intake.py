@@ -104,10 +104,7 @@ class Intake:
         )
         if n <= 0:
             return []
-        self._shelf.make_ids(n)
-        granules = self._shelf.room.allocate(namespace.slot_bytes, n, evict=self._shelf.evict)
-        ids = self._shelf.blocks.take(granules)
-        self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written
+        slots = self._shelf.take_slots(namespace.slot_bytes, n)
         everything = (1 << namespace.layout.n_cells) - 1
         begun = [
             Pending(
@@ -122,7 +119,9 @@ class Intake:
                 ttl_ms=command.ttl_ms,
                 missing=everything,
             )
-            for i, block, granule in zip(fresh, ids.tolist(), granules.tolist(), strict=False)
+            for i, block, granule in zip(
+                fresh, slots.ids.tolist(), slots.granules.tolist(), strict=False
+            )
         ]
         self.puts.begin(begun)
         return list(zip(fresh, begun, strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,25 @@ class Counters:
     corrupted: int = 0
 
 
+class Slots(NamedTuple):
+    """Slots that are nobody's to read, and block ids for them: both uint32 (n,)."""
+
+    granules: npt.NDArray[np.uint32]
+    ids: IdArray
+
+    def cut(self, n: int) -> tuple[Slots, Slots]:
+        """The first n, and the others."""
+        first, others = self.granules[:n], self.granules[n:]
+        return Slots(first, self.ids[:n]), Slots(others, self.ids[n:])
+
+    def __add__(self, more: Slots) -> Slots:  # type: ignore[override] # not as a tuple
+        both = np.concatenate((self.granules, more.granules))
+        return Slots(both, np.concatenate((self.ids, more.ids)))
+
+
+_NO_SLOTS = Slots(np.empty(0, np.uint32), np.empty(0, np.uint32))
+
+
 class Shelf:
     """The parts that blocks are kept by, and what is done to several of them at once.
 
@@ -78,6 +98,7 @@ class Shelf:
         self.namespaces = Namespaces(secret)
         self.counters = Counters()
         self.pinned_bytes = 0
+        self.ready, self._ready_size = _NO_SLOTS, 0  # taken for who asks next, and their bytes
 
     def evict(self, ids: IdArray) -> None:
         """Live blocks, which the policy has given up, make room for others: they go on from NVMe
@@ -156,6 +177,42 @@ class Shelf:
         slotless = self.blocks.granule[gone] == NO_GRANULE
         self.blocks.give_back(gone[slotless])
         self.free(gone[~slotless])
+
+    @property
+    def ready_bytes(self) -> int:
+        """Of the slots that were got ready."""
+        return self._ready_size * len(self.ready.ids)
+
+    def get_ready(self, slot_bytes: int, n: int) -> None:
+        """Evicts for up to n slots, and takes them, for whoever asks for such next."""
+        slots = self.take_slots(slot_bytes, n)
+        self.let_ready_go()
+        self.ready, self._ready_size = slots, slot_bytes
+
+    def let_ready_go(self) -> None:
+        """Others need room."""
+        slots, self.ready = self.ready, _NO_SLOTS
+        self.free(slots.ids)
+
+    def take_slots(self, slot_bytes: int, n: int) -> Slots:
+        """Up to n slots that are about to be written, with ids of pending blocks."""
+        taken = _NO_SLOTS
+        if slot_bytes == self._ready_size:
+            taken, self.ready = self.ready.cut(n)
+        missing = n - len(taken.ids)
+        if not missing:
+            return taken
+        granules = self.make_slots(slot_bytes, missing)
+        self.memory.generations[granules] += np.uint64(1)  # odd: being written
+        return taken + Slots(granules, self.blocks.take(granules))
+
+    def make_slots(self, slot_bytes: int, n: int, *, ids: bool = True) -> npt.NDArray[np.uint32]:
+        """Up to n slots, and as many free ids unless none are needed, for which blocks go that may;
+        but first what was got ready for others."""
+        self.let_ready_go()
+        if ids:
+            self.make_ids(n)
+        return self.room.allocate(slot_bytes, n, evict=self.evict, ids=ids)
 
     def free(self, ids: IdArray) -> None:
         """Nobody writes these slots, and no lease is on them."""

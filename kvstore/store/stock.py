@@ -66,15 +66,13 @@ class Stock:
         return c.Committed(status=status, granules=more)
 
     def make_room(self) -> None:
-        """Evicts now what the next commit like the last would else wait for, but nothing that the
-        last one stored: where all else is in use, who put that may soon want it."""
+        """Evicts and takes now what the next commit like the last would else wait for, but nothing
+        that the last one stored: where all else is in use, who put that may soon want it."""
         (slot_bytes, n), self._next = self._next, (0, 0)
         if not n:
             return
-        shelf = self._shelf
-        with shelf.blocks.kept(self._latest):
-            shelf.make_ids(n)
-            shelf.room.slabs.free(shelf.room.allocate(slot_bytes, n, evict=shelf.evict))
+        with self._shelf.blocks.kept(self._latest):
+            self._shelf.get_ready(slot_bytes, n)
 
     def give_back(self, who: Connection, command: c.GiveBack) -> c.Count:
         """The connection will not write to these slots of its stock."""
@@ -221,14 +219,10 @@ class Stock:
         """Up to n more slots of the pool for the connection's stock."""
         if n <= 0:
             return _NOTHING
-        nbytes = namespace.slot_bytes
-        self._shelf.make_ids(n)
-        granules = self._shelf.room.allocate(nbytes, n, evict=self._shelf.evict)
-        ids = self._shelf.blocks.take(granules)
-        self._shelf.memory.generations[granules] += np.uint64(1)  # odd: being written
-        who.stock.update(zip(granules.tolist(), ids.tolist(), strict=True))
-        self._count(who, nbytes * len(ids))
-        return granules
+        slots = self._shelf.take_slots(namespace.slot_bytes, n)
+        who.stock.update(zip(slots.granules.tolist(), slots.ids.tolist(), strict=True))
+        self._count(who, namespace.slot_bytes * len(slots.ids))
+        return slots.granules
 
     def _count(self, who: Connection, more: int) -> None:
         who.stock_bytes += more

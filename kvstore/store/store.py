@@ -174,7 +174,9 @@ class Store:
             quarantined_blocks=self._intake.puts.quarantined,
             leased_blocks=int(np.count_nonzero(self._shelf.blocks.leases)),
             pinned_blocks=int(np.count_nonzero(self._shelf.deadlines.times[Due.PIN])),
-            used_bytes=self._shelf.room.slabs.used_bytes - self._stock.nbytes,
+            used_bytes=self._shelf.room.slabs.used_bytes
+            - self._stock.nbytes
+            - self._shelf.ready_bytes,
             ahead_bytes=self._stock.nbytes,
             total_bytes=self._shelf.room.slabs.total_bytes,
             lookups=self._shelf.counters.lookups,
@@ -399,6 +401,8 @@ class Store:
         held |= set(self._intake.puts)
         assert len(held) - len(self._intake.puts) == self._intake.puts.quarantined
         stock = [slot for who in self._connections.values() for slot in who.stock.items()]
+        ready = self._shelf.ready
+        stock += zip(ready.granules.tolist(), ready.ids.tolist(), strict=True)
         assert blocks.count(BlockState.PENDING) == len(held) + len(stock)
         assert all(blocks.granule[block] == granule for granule, block in stock)
         assert self._stock.nbytes == sum(who.stock_bytes for who in self._connections.values())

@@ -202,6 +202,33 @@ def test_room_for_the_next_put_is_made_once_the_answer_is_out() -> None:
     assert rig.store.stats().evicted == 2
 
 
+def all_there_is(rig: Rig, layout: Layout) -> int:
+    """Slots for blocks of a layout that connections get until there are no more."""
+    count = 0
+    while True:
+        who = rig.store.connect()
+        opened = rig.do(c.OpenNamespace(name="all", layout=layout.encode()), who)
+        assert isinstance(opened, c.NamespaceOpened)
+        try:
+            count += len(granted(rig, 64, connection=who, namespace=opened.namespace))
+        except ResourceExhausted:
+            return count
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, BIG], ids=["the same size", "another size"])
+def test_what_was_got_ready_for_one_is_room_for_all(layout: Layout) -> None:
+    rig = Rig()
+    ahead = committed(rig, keys(0, 1), granted(rig, 2), more=2).granules
+    rig.do(c.GiveBack(granules=ahead))
+    rig.do(c.Drop(namespace=rig.ns, hashes=keys(0, 1)))
+    rig.store.make_room()
+    rig.store.check()
+    assert rig.store.stats().used_bytes == 0
+    assert len(rig.store._shelf.ready.ids) == 2
+    assert all_there_is(rig, layout) == all_there_is(Rig(), layout) > 8
+    rig.store.check()
+
+
 def test_room_is_not_made_by_what_was_just_put() -> None:
     """Where all else is leased, nothing goes."""
     rig = Rig()
