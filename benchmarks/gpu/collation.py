@@ -8,6 +8,7 @@ byte, on memory that was poisoned before.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -23,19 +24,27 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from benchmarks.gpu.timing import eager_us, graph_us
 from kvstore_kernels.collate import Collator
+from kvstore_kernels.collate_kernels import pull_kernel
 from kvstore_kernels.collate_plan import Tuning
 from kvstore_kernels.collate_reference import collate_reference, scatter_reference
 from kvstore_kernels.cuda_runtime import cuda_runtime
 from kvstore_kernels.page_table import CellForm, PageTable, runs_of
-from kvstore_kernels.transfer import Transfer, Transfers
-from kvstore_kernels.transfer_graph import GraphForm
+from kvstore_kernels.transfer import PULLS, Transfer, Transfers
+from kvstore_kernels.transfer_graph import GraphForm, PullForm
 
 DEVICE = torch.device("cuda", 0)
 MOVED_BYTES = 512 << 20  # by one gather or scatter
 LINK_BYTES = 256 << 20  # by one transfer
+AGAIN_BYTES = 4 << 20
+PIECE_BYTES = 4 << 10  # of what is written to places of its own
+BURSTS = (4, 16, 64)  # MiB
+LINK_RATE, CLOCK = 54e9, 1.98e9  # bytes and cycles a second, about
+PULLED_ROW = 256 << 10
 MOST_PIECES = 16_384  # that are copied one by one
 POISON = 0xA5
 ROUNDS = 7
@@ -45,6 +54,11 @@ SWEPT = [
         (2, 64, ""), (2, 32, "evict_first"), (4, 32, ""), (4, 64, ""), (8, 32, ""), (8, 128, ""),
         (16, 128, ""), (32, 128, ""),
     )
+]  # fmt: skip
+SWEPT_PULLS = [
+    (28, 4, 132, 4), (20, 4, 132, 4), (40, 4, 132, 4), (66, 2, 132, 4), (24, 8, 132, 4),
+    (32, 8, 132, 4), (28, 4, 66, 4), (28, 4, 264, 4), (28, 4, 4096, 4), (28, 4, 132, 2),
+    (28, 4, 132, 6),
 ]  # fmt: skip
 SWEPT_KEPT = [
     Tuning(kept_elements=kept << 10, thread_bytes=thread)
@@ -295,6 +309,11 @@ class LinkRig:
         self.pool = self.rig.poisoned()
         self.back = Collator(PageTable.of(self.pool, work.dims), self.rig.form)
 
+    @property
+    def nbytes(self) -> int:
+        """That a transfer moves."""
+        return int(self.host.numel())
+
     def check(self, out: Transfers, back: Transfers) -> None:
         """Raises AssertionError unless all bytes arrive both ways, on poisoned memory."""
         self.host.fill_(POISON)
@@ -311,6 +330,12 @@ class LinkRig:
         assert same, "other bytes in the pages"
         self.other.copy_(self.host)
 
+    def pulled(self, form: PullForm) -> Callable[[], Transfer]:
+        """Rows to pages by kernels that pull; checked."""
+        back = Transfers(self.back, pulls=form)
+        self.check(Transfers(self.rig.collator), back)
+        return partial(back.to_pages, self.runs, self.other)
+
     def rate(self, *moves: Callable[[], Transfer]) -> float:
         """GB/s of transfers that are begun together, until the last has arrived."""
 
@@ -321,8 +346,8 @@ class LinkRig:
         return float(len(moves) * self.host.numel() / seconds_of(call) / 1e9)
 
 
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def _stream(priority: int = 0) -> torch.cuda.Stream:
+    return torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
 
 
 def seconds_of(call: Callable[[], object], rounds: int = ROUNDS) -> float:
@@ -374,6 +399,7 @@ def measure_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
     link.check(out, back)
     found["turn by turn D2H"] = link.rate(partial(out.to_host, link.runs, link.host))
     found["turn by turn H2D"] = link.rate(partial(back.to_pages, link.runs, link.other))
+    found["pulled H2D"] = link.rate(link.pulled(PULLS))
     if work in (PIECES[0], PIECES[3]):
         out, back = Transfers(link.rig.collator, direct=True), Transfers(link.back, direct=True)
         link.check(out, back)
@@ -462,7 +488,7 @@ def measure_slowdown(work: Work, host: torch.Tensor) -> dict[str, Any]:
     link = LinkRig(work, host)
     found: dict[str, Any] = {f"{name} alone, us": eager_us(graph.replay) / 16}
     for direction, copy in _copies_alone(link).items():
-        found[f"one copy {direction}"] = _slowed(link, copy, graph)
+        found[f"one copy {direction}"] = _slowed(link.nbytes, copy, graph)
     ways: dict[str, dict[str, Any]] = {
         "pipeline": {},
         "turn by turn": {"graphs": None},
@@ -476,12 +502,97 @@ def measure_slowdown(work: Work, host: torch.Tensor) -> dict[str, Any]:
             "H2D": partial(back.to_pages, link.runs, link.other),
         }
         for direction, move in moves.items():
-            found[f"{way} {direction}"] = _slowed(link, move, graph)
+            found[f"{way} {direction}"] = _slowed(link.nbytes, move, graph)
+    found["pulled H2D"] = _slowed(link.nbytes, link.pulled(PULLS), graph)
     return found
 
 
-def _slowed(link: LinkRig, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph) -> str:
-    slow, rate = _meanwhile(link, move, graph)
+@triton.jit  # type: ignore[untyped-decorator]
+def write_kernel(  # type: ignore[no-untyped-def]
+    target_ptr,  # int32
+    order_ptr,
+    pieces,
+    WORDS: tl.constexpr,  # noqa: N803
+):
+    """Writes pieces of so many words to the places of that order."""
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        place = tl.load(order_ptr + piece).to(tl.int64) * WORDS
+        words = tl.arange(0, WORDS)
+        tl.store(target_ptr + place + words, words + piece)
+
+
+class Writes:
+    """Writes of as many bytes as the link brings, at about its rate, without it; and what a kernel
+    brings across it into the L2."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        self._host = host
+        self._target = torch.empty(2 * LINK_BYTES // 4, dtype=torch.int32, device=DEVICE)
+        self._order = torch.randperm(2 * LINK_BYTES // PIECE_BYTES, device=DEVICE).int()
+
+    def ways(self) -> dict[str, Callable[[], Copied]]:
+        """Each moves LINK_BYTES."""
+        found = {"by one program": self._replays(partial(self._write, 0, LINK_BYTES, 1))}
+        for size in BURSTS:
+            found[f"{size} MiB at once"] = self._replays(partial(self._bursts, size << 20))
+        found["pulled into 4 MiB of the L2"] = self._replays(self._pulls)
+        return found
+
+    def _replays(self, work: Callable[[], None]) -> Callable[[], Copied]:
+        graph = _graph_of(work, 1, priority=-1)  # as transfers have
+
+        def call() -> Copied:
+            graph.replay()
+            return Copied()
+
+        return call
+
+    def _write(self, first: int, size: int, programs: int) -> None:
+        pieces = size // PIECE_BYTES
+        order = self._order[first // PIECE_BYTES :]
+        write_kernel[(programs,)](self._target, order, pieces, PIECE_BYTES // 4, num_warps=4)
+
+    def _bursts(self, size: int) -> None:
+        for first in range(0, LINK_BYTES, size):
+            torch.cuda._sleep(int(size / LINK_RATE * CLOCK))  # type: ignore[no-untyped-call]
+            self._write(first, size, size // PIECE_BYTES)
+
+    def _pulls(self) -> None:
+        for first in range(0, LINK_BYTES, AGAIN_BYTES):
+            rows = AGAIN_BYTES // PULLED_ROW
+            starts = self._starts[first // PULLED_ROW :]
+            words = (PULLED_ROW // 4, PULLS.tile_bytes // 4)
+            pull_kernel[(PULLS.programs,)](starts, self._target, rows, *words, num_stages=1)
+
+    @functools.cached_property
+    def _starts(self) -> torch.Tensor:
+        at = torch.arange(0, LINK_BYTES, PULLED_ROW, dtype=torch.int64)
+        return (self._host.data_ptr() + at).to(DEVICE)
+
+
+def measure_writes(host: torch.Tensor) -> dict[str, Any]:
+    """How much longer a memory-bound kernel takes while memory is written, in per cent."""
+    _, call = reader()
+    graph = _graph_of(call, 16)
+    return {name: _slowed(LINK_BYTES, move, graph) for name, move in Writes(host).ways().items()}
+
+
+def sweep_pulls(work: Work, host: torch.Tensor) -> dict[str, Any]:
+    """What pulls cost a decode, at which rate, by what they have under way and scatter with."""
+    _, call = reader()
+    graph, link = _graph_of(call, 16), LinkRig(work, host)
+    found = {}
+    for programs, tile, scattering, size in SWEPT_PULLS:
+        form = PullForm(
+            buffer_bytes=size << 20, programs=programs, tile_bytes=tile << 10, scattering=scattering
+        )
+        name = f"{programs} x {tile} KiB, scattered by {scattering}, of {size} MiB"
+        found[name] = _slowed(link.nbytes, link.pulled(form), graph)
+    return found
+
+
+def _slowed(nbytes: int, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph) -> str:
+    slow, rate = _meanwhile(nbytes, move, graph)
     alone = eager_us(graph.replay)
     return f"{100 * (slow / alone - 1):.1f} % at {rate:.1f} GB/s"
 
@@ -497,24 +608,35 @@ class Copied:
 
 
 def _copies_alone(link: LinkRig) -> dict[str, Callable[[], Copied]]:
-    """One large copy of as many bytes, without a kernel: the least that a transfer costs."""
+    """One large copy of as many bytes, without a kernel: the least that copies cost. And many to
+    one place, which the L2 could hold."""
     here = torch.empty_like(link.host, device=DEVICE)
 
     def copy(target: torch.Tensor, source: torch.Tensor) -> Copied:
         target.copy_(source, non_blocking=True)
         return Copied()
 
-    return {"D2H": partial(copy, link.host, here), "H2D": partial(copy, here, link.host)}
+    def copy_again() -> Copied:
+        for chunk in link.host.view(-1).split(AGAIN_BYTES):
+            here.view(-1)[: len(chunk)].copy_(chunk, non_blocking=True)
+        return Copied()
+
+    return {
+        "D2H": partial(copy, link.host, here),
+        "H2D": partial(copy, here, link.host),
+        "H2D to the same 4 MiB": copy_again,
+    }
 
 
-def _graph_of(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
-    stream = _stream()
+def _graph_of(call: Callable[[], object], times: int, *, priority: int = 0) -> torch.cuda.CUDAGraph:
+    """priority: of its kernels."""
+    stream = _stream(priority)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(times):
             call()
     return graph
@@ -564,10 +686,10 @@ class Mover(threading.Thread):
 
 
 def _meanwhile(
-    link: LinkRig, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph
+    nbytes: int, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph
 ) -> tuple[float, float]:
     """us of one replay while another thread moves pages, and at how many GB/s it does."""
-    mover = Mover(move, link.host.numel())
+    mover = Mover(move, nbytes)
     mover.start()
     mover.started.wait()
     start, before = time.perf_counter(), mover.moved
@@ -586,6 +708,7 @@ def rows_of(report: Report, host: torch.Tensor, *, sweep: bool) -> None:
             report.row(f"sweep, {work.name}", partial(sweep_form, work, SWEPT))
         report.row("sweep, kept", partial(sweep_form, QUANTISED_LATENT, SWEPT_KEPT))
         report.row("sweep, link, GB/s", partial(sweep_link, PIECES[2], host))
+        report.row("sweep, pulls", partial(sweep_pulls, PIECES[2], host))
         return
     for work in (*PIECES, *FORMS):
         kind = "pieces" if work in PIECES else "form"
@@ -593,6 +716,7 @@ def rows_of(report: Report, host: torch.Tensor, *, sweep: bool) -> None:
     for work in LINKED:
         report.row(f"link: {work.name}, GB/s", partial(measure_link, work, host))
     report.row("slowdown of a reader", partial(measure_slowdown, PIECES[2], host))
+    report.row("slowdown by writing alone", partial(measure_writes, host))
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 32 query heads, 8 KV heads of 128, bfloat16, pages of 16 tokens scattered at random over one pool.
 Each call is timed in a graph of several that use other pages each, together eleven times as large
-as the L2. The floor is a kernel that reads as many bytes and does nothing else, in the same run.
+as the L2. The floor is a kernel that reads as many bytes that lie densely, and does nothing else,
+in the same run; beside it is one that reads the same pages.
 FlashInfer is timed beside it where it is installed. Every row of both is checked against float64
 before it counts. `--sweep` times several configurations.
 """
@@ -33,6 +34,7 @@ FORM = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=16)
 LARGEST_TOKENS = 256 * 8192
 MAX_ERROR = 5e-3
 READ_BLOCK = 8192  # int32 that one program reads
+READ_PAGES = 4  # pages, as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """The table, and two forms that are its neighbours."""
+    """The table, and forms that are its neighbours."""
     ragged = np.random.default_rng(63).integers(256, 16385, 64).tolist()  # 8190 on average
+    skewed = np.random.default_rng(5).pareto(1.2, 30) * 1000
     return [
         Row("1 x 4096", [4096], 12.6, 11.7),
         Row("1 x 32768", [32768], 42.7, 39.2),
@@ -63,8 +66,14 @@ def rows() -> list[Row]:
         Row("256 x 1024", [1024] * 256, 260, 246),
         Row("256 x 8192", [8192] * 256, 1931, 1921),
         Row("64 of 256..16384", ragged, 562),
+        Row("4 ragged", [4641, 45118, 1730, 1696]),
+        Row("9 x 8192", [8192] * 9),
+        Row("20 x 3000", [3000] * 20),
+        Row("30 of a Pareto", np.clip(skewed.astype(int) + 64, 64, 60_000).tolist()),
+        Row("1 x 65536", [65_536]),
         Row("64 x 8192, float8", [8192] * 64, form=replace(FORM, kv_dtype=torch.float8_e4m3fn)),
         Row("16 x 4096, 4 new", [4096] * 16, form=replace(FORM, q_tokens=4)),
+        Row("4 ragged, 4 new", [4641, 45118, 1730, 1696], form=replace(FORM, q_tokens=4)),
     ]
 
 
@@ -77,7 +86,9 @@ def configurations(form: GqaForm) -> dict[str, GqaConfig]:
         "no overlap": replace(ours, overlap=False),
         "parts >= 128": replace(ours, min_tokens=128),
         "parts >= 256": replace(ours, min_tokens=256),
-        "item costs 256": replace(ours, item_tokens=256),
+        "item costs 64": replace(ours, item_tokens=64, cut_tokens=64),
+        "item costs 256": replace(ours, item_tokens=256, cut_tokens=256),
+        "equal parts, item costs 64": replace(ours, item_tokens=64, cut_tokens=None),
         "1 block": replace(ours, blocks_per_sm=1),
         "3 blocks, 3 stages": replace(
             ours, blocks_per_sm=3, num_stages=3, merge_elements=ours.merge_elements // 2
@@ -172,6 +183,21 @@ class Bench:
 
         return graph_us([call(part) for part in parts])
 
+    def pages_us(self, row: Row) -> float:
+        """Time to read the pages of as many sequences, scattered as for the others."""
+        form, pool = row.form, self.pool(row.form).view(torch.int8).view(torch.int32)
+        words = pool.stride(1)  # of a page and head
+        sink = self.sink
+
+        def call(table: torch.Tensor) -> Callable[[], object]:
+            columns = triton.cdiv(table.shape[1], READ_PAGES)
+            grid = (form.kv_heads, columns, len(table))
+            return lambda: read_pages_kernel[grid](
+                pool, table, sink, table.shape[1], form.kv_heads, READ_PAGES, words, num_warps=4
+            )
+
+        return graph_us([call(table) for table in self.inputs(row)])
+
     def dense_us(self, row: Row, backend: SDPBackend) -> float:
         """torch's attention over KV that lies densely, one token of each sequence."""
         form, batch, context = row.form, len(row.lengths), row.lengths[0]
@@ -215,6 +241,27 @@ def read_kernel(words_ptr, sink_ptr, count, BLOCK: tl.constexpr):  # type: ignor
         tl.store(sink_ptr, total)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def read_pages_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917
+    pool_ptr,
+    table_ptr,
+    sink_ptr,
+    columns,
+    HEADS: tl.constexpr,  # noqa: N803
+    PAGES: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
+):
+    """`read_kernel` of one head's words of some pages of a sequence."""
+    column = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
+    at = table_ptr + tl.program_id(2) * columns + column
+    page = tl.load(at, mask=column < columns, other=-1).to(tl.int64)[:, None]
+    place = (page * HEADS + tl.program_id(0)) * WORDS + tl.arange(0, WORDS)[None, :]
+    words = tl.load(pool_ptr + place, mask=page >= 0, other=0)
+    total = tl.sum(tl.sum(words, 1), 0)
+    if total == 0x5EED5EED:
+        tl.store(sink_ptr, total)
+
+
 def attempt(measure: Callable[[], float]) -> float | None:
     """None where there is no such competitor, or it fails."""
     try:
@@ -231,7 +278,7 @@ def attempt(measure: Callable[[], float]) -> float | None:
 def table(bench: Bench) -> list[str]:
     """Prints a line for each row; gives the names of those that failed."""
     print(
-        f"{'us per call':22}{'ours':>8}{'GB/s':>7}{'floor':>8}{'of it':>7}{'error':>9}"
+        f"{'us per call':22}{'ours':>8}{'GB/s':>7}{'floor':>8}{'of it':>7}{'pages':>8}{'error':>9}"
         f"{'cuDNN':>8}{'flash':>8}{'FlashInfer':>11}{'(recorded)':>11}{'cuDNN (recorded)':>17}"
         f"  FlashInfer's back-ends"
     )
@@ -265,7 +312,7 @@ def line(bench: Bench, row: Row) -> str:
     )
     return (
         f"{row.name:22}{micros:8.1f}{row.nbytes / micros / 1e3:7.0f}{floor:8.1f}"
-        f"{floor / micros:7.0%}{error:9.1e}"
+        f"{floor / micros:7.1%}{bench.pages_us(row):8.1f}{error:9.1e}"
         + "".join(f"{'-' if us is None else f'{us:.1f}':>{width}}" for us, width in others)
         + "".join(f"  {name} {us:.1f}" for name, us in tried.items())
     )

@@ -1,9 +1,10 @@
-"""Latent attention (MLA) over pages on a GPU: both of our kernels, checked, beside the floor.
+"""Latent attention (MLA) over pages on a GPU: all of our kernels, checked, beside the floor.
 
 `python -m benchmarks.gpu.mla` prints a table. A time is that of one launch in a graph which has
 many, over page tables of its own each, together several times as large as the L2. The floor is the
-larger of bytes over the GPU's read rate and FLOPs over its matrix rate, both measured in this run.
-What FlashMLA, FlashInfer and ThunderMLA take was recorded on an H200 before; they are not run.
+larger of bytes over the GPU's read rate and FLOPs over its matrix rate; beside it is the time of a
+kernel that only reads the pages. All of that, and FlashInfer where it is installed, in this run.
+What FlashMLA, FlashInfer and ThunderMLA took was recorded on an H200 before.
 
 `--sweep` times several configurations of `mla_decode` and says which was best. `--rows NAME` takes
 only the rows whose names contain NAME. `--json FILE` also writes what was measured.
@@ -26,24 +27,37 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
+from benchmarks.gpu.flashinfer_mla import BACKENDS, Latents, Run, backends
 from benchmarks.gpu.timing import Ceilings, ceilings, graph_us, rotations
 from kvstore_kernels.mla_decode import MlaConfig, MlaForm, MlaWorkspace, config_for, mla_decode
 from kvstore_kernels.mla_reference import RANK, WIDTH, mla_reference
 
-SECONDS = {"decode": 50, "tiles": 40, "sweep": 85}  # that a kernel's process has
+SECONDS = {
+    "decode": 50,
+    "tiles": 40,
+    "ring": 40,
+    "flashinfer": 240,
+    "sweep": 85,
+}  # that a kernel's process has
 PAGE_TOKENS = 64
 POOL_PAGES = 32_768 + 64  # 2.4 GB, enough for the largest row
 SCALE = 192**-0.5
 REPEATS = 20  # of which every result must have the same bits
 CHECKED = 4  # sequences of a row
 MOST_ERROR = 6e-3
-TILE_ROWS = 64  # from which on the other kernel is made for it
+TILE_ROWS = 64  # from which on `mla_gluon` is made for it
+RING_ROWS = 16  # up to which `mla_ring` is
+PIECES, PIECE_WORDS = 18, 1024  # of a page, by which it is only read
 
 RANDOM = tuple(int(n) for n in np.random.default_rng(0).integers(256, 16_385, 64))
 
@@ -194,6 +208,56 @@ def tiles_launch(batch: Batch) -> Launch:
     return lambda table: mla_decode_tiles(batch.q, batch.pages, table, workspace, out=batch.out)
 
 
+def ring_launch(batch: Batch) -> Launch:
+    """Of `mla_ring`."""
+    from kvstore_kernels.mla_ring import MlaRingForm, MlaRingWorkspace, mla_decode_ring
+
+    row = batch.row
+    form = MlaRingForm(heads=row.heads, q_tokens=row.q_tokens, scale=SCALE)
+    workspace = MlaRingWorkspace(form, max_sequences=len(row.lengths), device="cuda")
+    workspace.load(workspace.plan(row.lengths))
+    return lambda table: mla_decode_ring(batch.q, batch.pages, table, workspace, out=batch.out)
+
+
+def flashinfer_launch(batch: Batch, make: Callable[[Latents], Run]) -> Launch:
+    """Of FlashInfer, planned for each table."""
+    lengths, scale, out = batch.row.lengths, SCALE, batch.out
+    runs = {
+        table.data_ptr(): make(
+            Latents(
+                q=batch.q, pages=batch.pages, table=table, lengths=lengths, scale=scale, out=out
+            )
+        )
+        for table in batch.tables
+    }
+    return lambda table: runs[table.data_ptr()]()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def read_kernel(pages_ptr, numbers_ptr, sink_ptr, PIECES: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """Reads all words of some pages; stores only what keeps the loads from being left out."""
+    at = tl.program_id(0)
+    page = tl.load(numbers_ptr + at // PIECES).to(tl.int64)
+    place = (page * PIECES + at % PIECES) * WORDS + tl.arange(0, WORDS)
+    total = tl.sum(tl.load(pages_ptr + place))
+    if total == 0x5EED5EED:
+        tl.store(sink_ptr, total)
+
+
+def read_us(batch: Batch) -> float:
+    """Time to read the row's pages, whole, and do nothing else."""
+    used = [-(-length // PAGE_TOKENS) for length in batch.row.lengths]
+    words = batch.pages.view(-1).view(torch.int32)
+    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def call(table: torch.Tensor) -> Callable[[], object]:
+        numbers = torch.cat([line[:n] for line, n in zip(table, used, strict=True)])
+        grid = (len(numbers) * PIECES,)
+        return lambda: read_kernel[grid](words, numbers, sink, PIECES, PIECE_WORDS, num_warps=4)
+
+    return graph_us([call(table) for table in batch.tables])
+
+
 @dataclass(frozen=True)
 class Result:
     """Of one row, kernel and configuration. us: of a launch. error: against float64, relative."""
@@ -237,6 +301,8 @@ def attempt(batch: Batch, make: Callable[[], Launch], kernel: str, config: str =
 
 def work(part: str, wanted: str) -> None:
     """A process's whole work: prints a line of JSON for each result, the ceilings before."""
+    if part == "flashinfer" and find_spec("flashinfer") is None:
+        return
     if part == "decode":
         print(json.dumps({"ceilings": dataclasses.asdict(ceilings())}), flush=True)
     pool = Pool()
@@ -249,7 +315,13 @@ def results(part: str, batch: Batch) -> Iterator[Result]:
     """Of one row."""
     row = batch.row
     if part == "decode":
+        yield Result(row.name, "read", us=read_us(batch), error=0.0, same_bits=True)
         yield attempt(batch, lambda: decode_launch(batch), kernel=part)
+    elif part == "ring" and row.rows <= RING_ROWS:
+        yield attempt(batch, lambda: ring_launch(batch), kernel=part)
+    elif part == "flashinfer":
+        for name, plan in backends().items():
+            yield attempt(batch, partial(flashinfer_launch, batch, plan), kernel=part, config=name)
     elif part == "tiles" and row.rows >= TILE_ROWS:
         yield attempt(batch, lambda: tiles_launch(batch), kernel=part)
     elif part == "sweep" and row.heads == 16:
@@ -306,9 +378,10 @@ class Report:
             else:
                 self.results.append(Result(**found))
 
-    def of(self, row: Row, part: str) -> Result:
-        """Its first result; one of a failure where there is none."""
-        made = (r for r in self.results if (r.row, r.kernel) == (row.name, part))
+    def of(self, row: Row, part: str, config: str = "") -> Result:
+        """That configuration's result; one of a failure where there is none."""
+        wanted = (row.name, part, config)
+        made = (r for r in self.results if (r.row, r.kernel, r.config) == wanted)
         return next(made, Result(row.name, part, failure="was not run"))
 
     def table(self, wanted: str) -> list[str]:
@@ -316,32 +389,43 @@ class Report:
         if self.limits:
             read, flops = self.limits.read_bytes / 1e12, self.limits.matmul_flops / 1e12
             print(f"this GPU reads {read:.2f} TB/s and multiplies {flops:.0f} TFLOP/s in bfloat16")
-        print(f"{'':24}{'mla_decode':^32}{'mla_gluon':^25}{'recorded on an H200':^42}")
         print(
-            f"{'us per call':24}{'floor':>8}{'us':>8}{'GB/s':>7}{'error':>9}"
-            f"{'us':>8}{'TFLOP/s':>8}{'error':>9}"
-            f"{'FlashMLA':>10}{'FlashInfer':>11}{'Thunder':>8}{'drafts':>7}{'target':>7}"
+            f"{'':40}{'mla_decode':^24}{'mla_ring':^24}{'mla_gluon':^25}{'FlashInfer':^16}"
+            f"{'recorded on an H200':^42}"
+        )
+        print(
+            f"{'us per call':24}{'floor':>8}{'read':>8}"
+            + f"{'us':>8}{'GB/s':>7}{'error':>9}" * 2
+            + f"{'us':>8}{'TFLOP/s':>8}{'error':>9}"
+            + "".join(f"{name:>8}" for name in BACKENDS)
+            + f"{'FlashMLA':>10}{'FlashInfer':>11}{'Thunder':>8}{'drafts':>7}{'target':>7}"
         )
         failed = []
         for row in (row for row in ROWS if wanted in row.name):
-            parts = ["decode", "tiles"] if row.rows >= TILE_ROWS else ["decode"]
+            parts = ["decode"]
+            parts += ["tiles"] * (row.rows >= TILE_ROWS) + ["ring"] * (row.rows <= RING_ROWS)
             wrong = [part for part in parts if not self.of(row, part).right]
             failed += [f"{row.name} ({part})" for part in wrong]
             print(self._line(row) + "".join(f"  {part} FAILED" for part in wrong), flush=True)
         return failed
 
     def _line(self, row: Row) -> str:
-        decode, tiles = self.of(row, "decode"), self.of(row, "tiles")
+        tiles = self.of(row, "tiles")
         floor = row.floor_us(self.limits) if self.limits else math.nan
+        reading = "".join(
+            f"{_fixed(found.us, 8)}{_fixed(row.nbytes / found.us / 1e3, 7, 0)}{found.error:9.1e}"
+            for found in (self.of(row, "decode"), self.of(row, "ring"))
+        )
+        theirs = [self.of(row, "flashinfer", name) for name in BACKENDS]
         recorded = zip(
             (row.flashmla, row.flashinfer, row.thundermla, row.draft, row.target),
             (10, 11, 8, 7, 7),
             strict=True,
         )
         return (
-            f"{row.name:24}{_fixed(floor, 8)}{_fixed(decode.us, 8)}"
-            f"{_fixed(row.nbytes / decode.us / 1e3, 7, 0)}{decode.error:9.1e}"
+            f"{row.name:24}{_fixed(floor, 8)}{_fixed(self.of(row, 'read').us, 8)}{reading}"
             f"{_fixed(tiles.us, 8)}{_fixed(row.flops / tiles.us / 1e6, 8, 0)}{tiles.error:9.1e}"
+            + "".join(_fixed(their.us if their.right else math.nan, 8) for their in theirs)
             + "".join(f"{'-' if us is None else us:>{width}}" for us, width in recorded)
         )
 
@@ -370,7 +454,7 @@ def main() -> None:
         return
     begun = time.monotonic()
     report = Report()
-    for part in ("sweep",) if arguments.sweep else ("decode", "tiles"):
+    for part in ("sweep",) if arguments.sweep else ("decode", "ring", "tiles", "flashinfer"):
         report.gather(part, arguments.rows)
     failed = report.bests() if arguments.sweep else report.table(arguments.rows)
     print(f"{torch.cuda.get_device_name()}, {time.monotonic() - begun:.0f} s")

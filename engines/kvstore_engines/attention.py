@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every torch program uses
 
 CPU = torch.device("cpu")
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,37 @@ class Batch:
 
 
 def make_batch(
-    sequences: Sequence[tuple[Sequence[int], int, int]],
+    sequences: Sequence[tuple[Sequence[int] | Numbers, int, int]],
     block_tokens: int,
     device: torch.device = CPU,
 ) -> Batch:
-    """A batch from (page table, first position, end position) of each sequence."""
-    positions, pages, spans, start = [], [], [], 0
-    for table, first, end in sequences:
-        where = torch.arange(first, end)
-        used = torch.tensor(table[: -(-end // block_tokens)], dtype=torch.int64)
-        positions.append(where)
-        pages.append(used[where // block_tokens])
-        spans.append(Span(start, end - first, used.to(device), end))
-        start += end - first
-    flat = torch.cat(positions).to(device)
-    return Batch(flat, torch.cat(pages).to(device), flat % block_tokens, tuple(spans))
+    """A batch from (page table, first position, end position) of each sequence, at least one.
+
+    Page tables that are int64 arrays already cost no conversion. All numbers go to the device in
+    one copy. Raises IndexError for a table that is shorter than its sequence.
+    """
+    firsts, ends = np.array([span[1:] for span in sequences], np.int64).T
+    tokens, used = ends - firsts, -(-ends // block_tokens)
+    tables = [
+        np.asarray(table[:count], np.int64)
+        for (table, _, _), count in zip(sequences, used.tolist(), strict=True)
+    ]
+    numbers = np.concatenate(tables)
+    if len(numbers) != used.sum():
+        raise IndexError("a page table must have a page for each of its sequence's blocks")
+    starts, origins = np.cumsum(tokens) - tokens, np.cumsum(used) - used
+    total = int(tokens.sum())
+    positions = np.arange(total) + np.repeat(firsts - starts, tokens)
+    # Each at a multiple of 16 bytes: kernels are compiled anew for other addresses.
+    places = np.zeros((3, total + total % 2), np.int64)
+    places[0, :total] = positions
+    places[1, :total] = numbers[np.repeat(origins, tokens) + positions // block_tokens]
+    places[2, :total] = positions % block_tokens
+    together = torch.from_numpy(np.concatenate([places.ravel(), numbers])).to(device)
+    flat, *page_tables = torch.split(together, [places.size, *used.tolist()])
+    where, pages, offsets = flat.view(3, -1)[:, :total].unbind()
+    spans = map(Span, starts.tolist(), tokens.tolist(), page_tables, ends.tolist())
+    return Batch(where, pages, offsets, tuple(spans))
 
 
 class AttentionBackend(Protocol):

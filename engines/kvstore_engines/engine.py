@@ -136,6 +136,7 @@ class Engine:
     @span(PREFILL)
     def _prefill(self, sequence: Sequence) -> None:
         sequence.pages = self.pool.allocate(sequence.pages_needed)
+        sequence.page_table = np.array(sequence.pages, np.int64)
         self._running.append(sequence)
         sequence.match = self._prefixes.fetch(sequence)
         sequence.computed = sequence.match.n_hit * self.block_tokens
@@ -146,7 +147,7 @@ class Engine:
     def _forward(self, sequences: list[Sequence]) -> None:
         """Compute what each sequence has not computed, append its next token, offer its blocks."""
         batch = make_batch(
-            [(s.pages, s.computed, len(s.token_ids)) for s in sequences],
+            [(s.page_table, s.computed, len(s.token_ids)) for s in sequences],
             self.block_tokens,
             self._device,
         )

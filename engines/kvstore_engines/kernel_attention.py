@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,16 @@ from kvstore_kernels.fused import New, NewLatents, NewTokens
 from kvstore_kernels.mla_reference import RANK
 
 _Form = tuple[object, ...]
-_READY = ("gqa_decode", "mla_decode", "mla_gluon")  # flex would be compiled for minutes
+# Flex would be compiled for minutes.
+_READY = ("gqa_decode", "mla_decode", "mla_gluon", "mla_ring")
+MOST_WORKSPACES = 4  # of sizes of a batch; of more the one that was used longest ago goes
+
+
+def rows_for(sequences: int) -> int:
+    """Rows that a step of so many sequences is planned for: as many up to 8, then one of four sizes
+    to each doubling."""
+    step = 1 << max((sequences - 1).bit_length() - 3, 0)
+    return -(-sequences // step) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,7 @@ class KernelAttention:
         self._torch = TorchAttention()
         self._step: DecodeStep | None = None
         self._workspace: DecodeWorkspace | None = None
+        self._workspaces: OrderedDict[int, DecodeWorkspace] = OrderedDict()
         self._fixed = False
         self._taken = set[_Form]()
         self._refused = set[_Form]()
@@ -187,16 +198,21 @@ class KernelAttention:
             self._step = DecodeStep.of(batch)
             n = len(self._step.lengths)
             if n:
-                workspace = self._room_for(n, batch.positions.device)
-                workspace.step(_lengths([s for s in batch.spans if s.tokens == 1]))
+                self._workspace = self._workspace_for(n, batch.positions.device)
+                self._workspace.step(_lengths([s for s in batch.spans if s.tokens == 1]))
         return self._step
 
-    def _room_for(self, sequences: int, device: torch.device) -> DecodeWorkspace:
-        """A workspace for at least so many; twice as many as the last one, so that few are made."""
-        if self._workspace is None or self._workspace.max_sequences < sequences:
-            most = 1 << max(sequences - 1, 7).bit_length()
-            self._workspace = DecodeWorkspace(max_sequences=most, device=device)
-        return self._workspace
+    def _workspace_for(self, sequences: int, device: torch.device) -> DecodeWorkspace:
+        """One that plans as a graph's does, so that sequences are cut in the same parts, and sums
+        have the same bits, with graphs and without."""
+        rows = rows_for(sequences)
+        workspace = self._workspaces.pop(rows, None)
+        if workspace is None:
+            workspace = DecodeWorkspace(max_sequences=rows, device=device, graphs=True)
+        self._workspaces[rows] = workspace
+        if len(self._workspaces) > MOST_WORKSPACES:
+            self._workspaces.popitem(last=False)
+        return workspace
 
     def _decode(
         self,

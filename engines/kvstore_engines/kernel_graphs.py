@@ -14,7 +14,7 @@ from collections import OrderedDict
 import torch
 
 from kvstore_engines.attention import AttentionBackend, Batch, Span
-from kvstore_engines.kernel_attention import DecodeStep, KernelAttention
+from kvstore_engines.kernel_attention import DecodeStep, KernelAttention, rows_for
 from kvstore_engines.models import Model
 from kvstore_engines.paged import PagePool
 from kvstore_engines.parallel import Parallel
@@ -35,12 +35,6 @@ def graphed(
     if device.type != "cuda" or parallel.size > 1 or not isinstance(attention, KernelAttention):
         return model
     return GraphedModel(model, attention)
-
-
-def rows_for(sequences: int) -> int:
-    """Rows of the graph for so many sequences: as many up to 8, then one of four a doubling."""
-    step = 1 << max((sequences - 1).bit_length() - 3, 0)
-    return -(-sequences // step) * step
 
 
 class GraphedModel:

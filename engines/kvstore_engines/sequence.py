@@ -17,7 +17,8 @@ from kvstore_engines.store_port import MISS, GetResult
 class Sequence:
     """A request in flight; `computed` leading tokens have their KV in the pages.
 
-    pages_needed: how many it will fill; they are taken when it is admitted.
+    pages_needed: how many it will fill; they are taken when it is admitted. page_table: these pages
+    once more, (pages,) int64, as a batch takes them.
     chain: (n, 32) uint8, the hashes of its leading blocks so far; it only ever grows.
     """
 
@@ -29,6 +30,7 @@ class Sequence:
     submitted_s: float
     session_ends: bool = False
     pages: list[int] = field(default_factory=list)
+    page_table: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     computed: int = 0
     chain: NDArray[np.uint8] = field(
         default_factory=lambda: np.empty((0, limits.KEY_BYTES), np.uint8)

@@ -32,7 +32,12 @@ import torch
 import triton
 
 from kvstore_kernels.checks import check_tensor, require
-from kvstore_kernels.collate_kernels import collate_kernel, quantise_kernel, scatter_kernel
+from kvstore_kernels.collate_kernels import (
+    collate_kernel,
+    pull_kernel,
+    quantise_kernel,
+    scatter_kernel,
+)
 from kvstore_kernels.collate_plan import (
     QUANTISE_TUNING,
     ZERO_COPY_TUNING,
@@ -287,6 +292,15 @@ def variants() -> Iterator[Variant]:
         quantise = plan_quantise(fp8, 16, QUANTISE_TUNING)
         yield _variant(f"quantise_{name}", quantise_kernel, quantise, max_registers=128)
         yield _variant(f"dequantise_{name}", scatter_kernel, plan_copy(fp8, 16, Tuning()))
+    yield Variant(
+        name="pull",
+        kernel=pull_kernel,
+        signature={"starts_ptr": "*i64", "buffer_ptr": "*i32", "n_rows": "i32"},
+        constants={"ROW_WORDS": 64 * 8192 // 4, "TILE_WORDS": 2048},
+        aligned=("buffer_ptr",),
+        options={"num_warps": 4, "num_stages": 1},
+        max_registers=64,
+    )
 
 
 def _dense(

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-MODULES = ("collate", "experts", "gqa_decode", "mla_decode", "mla_gluon", "step")
+MODULES = ("collate", "experts", "gqa_decode", "mla_decode", "mla_gluon", "mla_ring", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Literal, Protocol, overload
 
@@ -237,6 +238,36 @@ class _MlaTilesRunner:
         )
 
 
+class _MlaRingRunner:
+    def __init__(self, request: Request, device: torch.device, _fixed: bool) -> None:
+        from kvstore_kernels.mla_ring import MlaRingForm, MlaRingWorkspace
+
+        form = MlaRingForm(
+            heads=request.heads,
+            scale=_mla_scale(request),
+            q_tokens=request.q_tokens,
+            page_tokens=request.page_tokens,
+        )
+        self._workspace = MlaRingWorkspace(form, max_sequences=request.sequences, device=device)
+
+    def load(self, lengths: npt.NDArray[np.int64]) -> None:
+        self._workspace.load(self._workspace.plan(lengths))
+
+    def run(self, call: _Call) -> Tensor:
+        from kvstore_kernels.mla_ring import mla_decode_ring
+
+        assert not isinstance(call.append, NewTokens)
+        return mla_decode_ring(
+            call.q,
+            call.k_pages,
+            call.page_table,
+            self._workspace,
+            append=call.append,
+            out=call.out,
+            check=call.check,
+        )
+
+
 def _mla_scale(request: Request) -> float:
     # Of a latent alone the model's scale cannot be told: it is that of the heads before absorption.
     require(request.scale is not None, "scale", "must be given for latent attention")
@@ -250,6 +281,7 @@ RUNNERS: Mapping[str, Callable[[Request, torch.device, bool], _Runner]] = Mappin
         "flex": _FlexRunner,
         "mla_decode": _MlaRunner,
         "mla_gluon": _MlaTilesRunner,
+        "mla_ring": _MlaRingRunner,
     }
 )
 
@@ -422,8 +454,13 @@ def _request(
         window=rules.window,
         modified=rules.score_mod is not None or rules.mask_mod is not None,
         scaled=per_head or scales.pages is not None,
-        device=q.device.type,
+        hopper=_is_hopper(q.device),
     )
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _kv_heads(q: Tensor, k_pages: Tensor, v_pages: Tensor | None) -> int:

@@ -27,7 +27,8 @@ class Request:
 
     attention: "gqa" or "mla". heads, kv_heads: query and KV heads; kv_heads is 1 for mla. dim: of
     a key. sequences: of the largest batch. modified: whether there is a score_mod or mask_mod.
-    scaled: whether there are scales of stored values. device: its type.
+    scaled: whether there are scales of stored values. hopper: whether the tensors are on a GPU of
+    compute capability 9.0.
     """
 
     attention: Literal["gqa", "mla"]
@@ -44,7 +45,7 @@ class Request:
     window: int | None = None
     modified: bool = False
     scaled: bool = False
-    device: str = "cuda"
+    hopper: bool = True
 
     @property
     def rows(self) -> int:
@@ -80,6 +81,8 @@ MEASURED = (
     Timing("gqa", 4, 1, 4096, {"gqa_decode": 10.5, "flex": 12.5}),
     Timing("gqa", 4, 16, 4096, {"gqa_decode": 66.0, "flex": 71.6}),
     Timing("gqa", 4, 64, 8192, {"gqa_decode": 476.5, "flex": 484.4}),
+    Timing("mla", 16, 1, 65_536, {"mla_ring": 29.1, "mla_decode": 34.0}),
+    Timing("mla", 16, 64, 4096, {"mla_ring": 82.0, "mla_decode": 86.3}),
     Timing("mla", 64, 4, 13_296, {"mla_gluon": 34.1, "mla_decode": 45.5}),
     Timing("mla", 128, 1, 4096, {"mla_gluon": 13.6, "mla_decode": 19.2}),
     Timing("mla", 128, 64, 16384, {"mla_gluon": 438, "mla_decode": 901}),
@@ -105,6 +108,11 @@ APPENDED: Mapping[str, tuple[Timing, ...]] = MappingProxyType(
             Timing("mla", 32, 1, 65_536, {"one": 44.3, "two": 43.8}),
             Timing("mla", 32, 16, 4096, {"one": 43.4, "two": 43.1}),
             Timing("mla", 32, 64, 4096, {"one": 105.0, "two": 104.9}),
+        ),
+        "mla_ring": (
+            Timing("mla", 16, 1, 65_536, {"one": 32.7, "two": 34.4}),
+            Timing("mla", 16, 16, 4096, {"one": 32.2, "two": 34.4}),
+            Timing("mla", 16, 64, 4096, {"one": 85.9, "two": 88.5}),
         ),
     }
 )
@@ -187,11 +195,21 @@ def _mla_decode_refuses(request: Request) -> str:
 
 def _mla_gluon_refuses(request: Request) -> str:
     return _mla_refuses(request) or _first_of(
-        (request.device != "cuda", "runs on a GPU only"),
+        (not request.hopper, "runs on GPUs of compute capability 9.0 only"),
         (request.kv_dtype is not torch.bfloat16, "takes pages of bfloat16"),
         (request.scaled, "takes no scales of stored values"),
         (request.page_tokens % 64 != 0, "takes pages of a multiple of 64 tokens"),
         (request.rows <= 32, "is for more than 32 query rows"),
+    )
+
+
+def _mla_ring_refuses(request: Request) -> str:
+    return _mla_refuses(request) or _first_of(
+        (not request.hopper, "runs on GPUs of compute capability 9.0 only"),
+        (request.kv_dtype is not torch.bfloat16, "takes pages of bfloat16"),
+        (request.scaled, "takes no scales of stored values"),
+        (request.page_tokens % 64 != 0, "takes pages of a multiple of 64 tokens"),
+        (request.rows > 16, "is for at most 16 query rows"),
     )
 
 
@@ -214,6 +232,10 @@ def appends(kernel: str, request: Request) -> bool:
 KERNELS: Mapping[str, Mapping[str, Callable[[Request], str]]] = MappingProxyType(
     {
         "gqa": {"gqa_decode": _gqa_decode_refuses, "flex": _flex_refuses},
-        "mla": {"mla_gluon": _mla_gluon_refuses, "mla_decode": _mla_decode_refuses},
+        "mla": {
+            "mla_gluon": _mla_gluon_refuses,
+            "mla_ring": _mla_ring_refuses,
+            "mla_decode": _mla_decode_refuses,
+        },
     }
 )

@@ -169,8 +169,8 @@ class GqaConfig:
 
     tile_tokens: read and multiplied at a time. num_stages: tiles in flight, plus one.
     blocks_per_sm: blocks of threads that a multiprocessor holds, by their registers and shared
-    memory. min_tokens, item_tokens, extra_waves: see `worklist.plan`. merge_elements: of partial
-    results held in a block's registers at a time. overlap: consecutive launches overlap.
+    memory. min_tokens, item_tokens, cut_tokens, extra_waves: see `worklist.plan`. merge_elements:
+    of partial results held in a block's registers at a time. overlap: consecutive launches overlap.
     """
 
     tile_tokens: int = 64
@@ -179,6 +179,7 @@ class GqaConfig:
     blocks_per_sm: int = 2
     min_tokens: int = 64
     item_tokens: int = 64
+    cut_tokens: int | None = 64
     extra_waves: int = 7
     merge_elements: int = 8192
     overlap: bool = True
@@ -195,7 +196,14 @@ def config_for(form: GqaForm, max_sequences: int = 1) -> GqaConfig:
         )
     if form.tile_rows == 16 and max_sequences * form.kv_heads < _MANY_HEADS:
         # Where there is little to read, half as many blocks have half as many results to merge.
-        return GqaConfig(tile_tokens=2 * tile, num_stages=3, num_warps=8, blocks_per_sm=1)
+        return GqaConfig(
+            tile_tokens=2 * tile,
+            num_stages=3,
+            num_warps=8,
+            blocks_per_sm=1,
+            item_tokens=256,
+            cut_tokens=256,
+        )
     if form.tile_rows <= 32:
         return GqaConfig(tile_tokens=tile, num_stages=3 if wide and form.tile_rows == 32 else 4)
     if wide:
@@ -279,6 +287,7 @@ def plan_gqa(form: GqaForm, config: GqaConfig, lengths: npt.ArrayLike, workers: 
         token_bytes=form.token_bytes,
         min_tokens=config.min_tokens,
         item_tokens=config.item_tokens,
+        cut_tokens=config.cut_tokens,
         extra_waves=config.extra_waves,
         starts=starts,
     )

@@ -4,7 +4,8 @@ Each sequence has 1 to 4 new tokens (the last of its `length` tokens, in the pag
 there by this launch), whose heads all attend to the same latents: a token is 512 elements, which
 are key and value at once, and 64 of rope, which are key only. For up to 32 query rows (heads times
 new tokens) of a sequence, which is what a rank of a tensor-parallel model has; any number works, as
-groups of 32 that read the pages anew. From 64 rows on `mla_gluon` is the faster kernel.
+groups of 32 that read the pages anew. On Hopper `mla_ring` is faster up to 16 rows, and `mla_gluon`
+from 64 on.
 
 Roofline. A token costs 1,152 bytes in bfloat16 and 2 * rows * (576 + 512) FLOPs: 30 FLOPs a byte
 at 16 rows, 60 at 32, under the 170 at which an H200 turns from memory- to matrix-bound. So the
@@ -505,7 +506,7 @@ def _variant(name: str, form: MlaForm, config: MlaConfig, *, appends: bool = Fal
         name=name,
         kernel=mla_kernel,
         signature=signature,
-        constants={"g": geometry, "n": _dense_new(form) if appends else None}
+        constants={"g": geometry, "n": dense_new(form.heads, form.q_tokens) if appends else None}
         | {k: v for k, v in absent.items() if k not in signature},
         aligned=tuple(pointers),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -516,19 +517,19 @@ def _variant(name: str, form: MlaForm, config: MlaConfig, *, appends: bool = Fal
     )
 
 
-def _dense_new(form: MlaForm) -> AppendGeometry:
-    """Queries as DeepSeek-V3's projection gives them, 128 + 64 a head."""
+def dense_new(heads: int, q_tokens: int = 1) -> AppendGeometry:
+    """Of queries as DeepSeek-V3's projection gives them, 128 + 64 a head."""
     head, half = 128 + WIDTH - RANK, (WIDTH - RANK) // 2
     return AppendGeometry(
-        rows=power_of_two(form.q_tokens),
+        rows=power_of_two(q_tokens),
         interleaved=True,
         normed=False,
         eps=1e-6,
-        angle_sequence=form.q_tokens * half,
+        angle_sequence=q_tokens * half,
         angle_token=half,
-        k_sequence=form.q_tokens * WIDTH,
+        k_sequence=q_tokens * WIDTH,
         k_token=WIDTH,
-        q_sequence=form.rows * head,
-        q_token=form.heads * head,
+        q_sequence=heads * q_tokens * head,
+        q_token=heads * head,
         q_head=head,
     )

@@ -441,7 +441,8 @@ def _meet(
     arrived = (met & _LOW) + 1
     if (arrived == parts) | (patient & (met // _HIGH == parts)):
         claim = tl.atomic_add(claims_ptr, 1, sem="relaxed", scope="gpu")
-        while arrived < parts:
+        # Not after a claim in vain: others may have made the words zero by then.
+        while (arrived < parts) & ((claim & _LOW) < pieces):
             arrived = tl.atomic_add(meeting_ptr, 0, sem="acquire", scope="gpu") & _LOW
         pointers = (out_ptr, partial_ptr, moment_ptr, claims_ptr)
         where = (sequence, group, leader, parts, claim)

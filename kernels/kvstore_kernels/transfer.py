@@ -11,7 +11,8 @@ so what can be lost is the time until the first copy begins. The host needs abou
 millisecond for each turn, so that buffers of 4 MiB were given too slowly for a link of 54 GB/s (34
 GB/s); of 16 MiB they are ahead of it. To rows that follow each other closely on the host, turns are
 given many at a time, in a CUDA graph (`transfer_graph`), with two buffers of 4 MiB: these stay in
-the L2, so that a decode that runs meanwhile is slowed by 2 % rather than 4.5.
+the L2, so that a decode that runs meanwhile is slowed by 2 % rather than 4.5. To pages, kernels may
+pull rows through such buffers instead of copies, which is slower and spares a decode.
 
 Pages that are rows as they are, as those of our own engines, need no collation: they are copied in
 place, many by one call.
@@ -34,12 +35,12 @@ from kvstore_kernels.checks import require
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.collate_plan import rows_are_pages
 from kvstore_kernels.cuda_runtime import Numbers, cuda_runtime, host_is_coherent
-from kvstore_kernels.transfer_graph import GraphForm, TurnsGraph
+from kvstore_kernels.transfer_graph import GraphForm, PullForm, ToHostGraph, ToPagesGraph
 
 BUFFERS = 3
 BUFFER_BYTES = 16 << 20
 COPY_LANES = 2  # streams that copy in rotation: while one's next copy is begun, the other's runs
-GRAPHS = GraphForm()
+GRAPHS, PULLS = GraphForm(), PullForm()
 # A coherent link (NVLink-C2C) is about eight times as fast as PCIe, for which two programs do.
 COHERENT_PROGRAMS = 16
 _ALIGNED = 16  # bytes, of rows in a buffer
@@ -223,7 +224,9 @@ class Transfers:
 
     buffers, buffer_bytes: memory on the GPU for each direction; a buffer has room for at least one
     block. graphs: of turns to the host that are given in one launch, with buffers of their own,
-    once a transfer is as long and its rows lie densely there; None for never. direct: whether a
+    once a transfer is as long and its rows lie densely there; None for never. pulls: to spare a
+    decode that runs meanwhile (`transfer_graph`), of turns to the pages, once a transfer is as long
+    and its rows begin at multiples of 16; None for copies, which are faster. direct: whether a
     kernel goes across the link itself, without buffers; None for where that is best, which is on a
     coherent link. programs: how many of the kernel's work at a time then; None for as many as the
     link needs.
@@ -238,6 +241,7 @@ class Transfers:
         buffers: int = BUFFERS,
         buffer_bytes: int = BUFFER_BYTES,
         graphs: GraphForm | None = GRAPHS,
+        pulls: PullForm | None = None,
         direct: bool | None = None,
         programs: int | None = None,
     ) -> None:
@@ -248,7 +252,7 @@ class Transfers:
         self._collator, self._device = collator, device
         self._direct = coherent if direct is None else direct
         self._programs = programs or (COHERENT_PROGRAMS if coherent else None)
-        self._graphs = graphs
+        self._graphs, self._pulls = graphs, pulls
         self._runtime = cuda_runtime()
         nbytes = collator.form.nbytes
         self._rows_are_pages = rows_are_pages(collator.table, collator.pairing)
@@ -295,7 +299,8 @@ class Transfers:
             begun = torch.cuda.current_stream().record_event()
             for lane in (way.kernels, *way.copies):
                 lane.wait_event(begun)
-            if self._rows_are_pages and runs.device.type == "cpu" and not self._direct:
+            copied = self._rows_are_pages and runs.device.type == "cpu" and not self._direct
+            if copied and (out or self._pulls is None):
                 return self._keep(self._as_they_are(way, runs, rows, out=out), way, host)
             with torch.cuda.stream(way.kernels):
                 runs = runs.pin_memory() if runs.device.type == "cpu" else runs
@@ -346,7 +351,7 @@ class Transfers:
 
     def _staged(self, way: _Way, runs: torch.Tensor, rows: _HostRows, *, out: bool) -> list[Passed]:
         """By way of buffers; the current stream is the kernels'."""
-        passed = self._by_graphs(way, runs, rows) if out else []
+        passed = (self._by_graphs if out else self._by_pulls)(way, runs, rows)
         done = passed[-1].end if passed else 0
         rest = self._by_turns(way, runs[done:], rows.behind(done), out=out)
         return passed + [replace(p, end=done + p.end) for p in rest]
@@ -358,8 +363,8 @@ class Transfers:
         blocks = self._graphs.turns * self._graphs.blocks_per_turn(rows.nbytes)
         if len(runs) < blocks:
             return []
-        if runs.dtype not in way.graphs:
-            way.graphs[runs.dtype] = TurnsGraph(
+        if runs.dtype not in way.to_host:
+            way.to_host[runs.dtype] = ToHostGraph(
                 self._collator,
                 self._runtime,
                 self._graphs,
@@ -370,7 +375,26 @@ class Transfers:
         passed = []
         for first in range(0, len(runs) - blocks + 1, blocks):
             end = first + blocks
-            done = way.graphs[runs.dtype].launch(runs[first:end], int(rows.starts[first]))
+            done = way.to_host[runs.dtype].launch(runs[first:end], int(rows.starts[first]))
+            passed.append(Passed(end, done, done))
+        return passed
+
+    def _by_pulls(self, way: _Way, runs: torch.Tensor, rows: _HostRows) -> list[Passed]:
+        """As many leading blocks, to the pages, as fill whole launches of a graph."""
+        if self._pulls is None or rows.nbytes != way.stride or (rows.starts % _ALIGNED).any():
+            return []
+        blocks = self._pulls.turns * self._pulls.blocks_per_turn(rows.nbytes)
+        if len(runs) < blocks:
+            return []
+        if runs.dtype not in way.to_pages:
+            way.to_pages[runs.dtype] = ToPagesGraph(
+                self._collator, self._runtime, self._pulls, runs=runs, kernels=way.kernels
+            )
+        starts = torch.from_numpy(rows.starts).pin_memory().to(self._device, non_blocking=True)
+        passed = []
+        for first in range(0, len(runs) - blocks + 1, blocks):
+            end = first + blocks
+            done = way.to_pages[runs.dtype].launch(runs[first:end], starts[first:end])
             passed.append(Passed(end, done, done))
         return passed
 
@@ -428,7 +452,9 @@ class _Way:
     def __init__(
         self, device: torch.device, nbytes: int, buffers: int, buffer_bytes: int, lanes: int
     ) -> None:
-        self.graphs: dict[torch.dtype, TurnsGraph] = {}  # by that of the run numbers
+        # By the dtype of the run numbers.
+        self.to_host: dict[torch.dtype, ToHostGraph] = {}
+        self.to_pages: dict[torch.dtype, ToPagesGraph] = {}
         self.stride = -(-nbytes // _ALIGNED) * _ALIGNED
         self.blocks_per_buffer = max(1, buffer_bytes // self.stride)
         self.ring = Ring(buffers)

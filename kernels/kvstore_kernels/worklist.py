@@ -8,7 +8,8 @@ group) leave partial results and the last of them to arrive merges these.
 The longest items come first, which makes the GPU's own dispatch the longest-processing-time rule
 (Graham, "Bounds on multiprocessing timing anomalies", 1969): its makespan is at most the mean load
 plus the size of the item that ends last, and that one is short. How finely to cut is chosen by
-trying a few sizes of part against that rule. Everything here is numpy on the host; a batch of 256
+trying a few sizes of part against that rule. Where equal parts leave workers without work, parts of
+any length may do better (`worklist_uneven`). Everything here is numpy on the host; a batch of 256
 sequences and 8 heads takes a fraction of a millisecond, once per step, for all layers.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore_kernels.errors import KernelArgumentError
+from kvstore_kernels.worklist_uneven import Pieces, uneven_pieces
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,6 +36,7 @@ WHOLE = -1  # in PARTIAL and COUNTER: the item is all of its (sequence, group)
 PARTIAL_SHARE = 4  # partial results are at most this fraction, 1/4, of the KV bytes
 _EXTRA_WAVES = (0, 1, 2, 3, 5, 7)  # beyond those that whole sequences take
 _GOOD_ENOUGH = 1.02  # times the mean load; finer parts would only cost more
+_WORTH_IT = 1.03  # how much longer equal parts must take for uneven ones to be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ def plan(
     block_tokens: int = 16,
     min_tokens: int = 64,
     item_tokens: int = 64,
+    cut_tokens: int | None = None,
     extra_waves: int = 7,
     starts: npt.ArrayLike | None = None,
 ) -> WorkList:
@@ -108,6 +112,8 @@ def plan(
     block_tokens: parts begin at multiples of it.
     min_tokens: no part but a sequence's only or last one has fewer (rounded up to blocks).
     item_tokens: what an item costs beside its tokens, in tokens; more makes fewer parts.
+    cut_tokens: what a part of several costs beside that: its partial result and the merging. Given,
+        parts of a sequence may have different lengths. Default: all have the same.
     extra_waves: how many times the workers there may be items beyond those that whole sequences
         need; fewer where a grid must be small that is fixed for all lengths.
     starts: the first token to attend to of each sequence, for sliding windows; rounded down to
@@ -140,7 +146,11 @@ def plan(
         block_tokens=block_tokens,
         overhead=item_tokens / block_tokens,
     )
-    return _build(batch, _choose_parts(batch))
+    parts, makespan = _choose_parts(batch)
+    uneven = None
+    if cut_tokens is not None:
+        uneven = _uneven(batch, parts, makespan, cut_tokens / block_tokens)
+    return _build(batch, uneven or _equal_pieces(batch, parts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +167,11 @@ class _Batch:
     extra_waves: int
     block_tokens: int
     overhead: float
+
+    @property
+    def mean_load(self) -> float:
+        """Blocks of each worker."""
+        return self.groups * int(self.blocks.sum()) / self.workers
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -185,18 +200,33 @@ def _ranges(
     return firsts, ends
 
 
-def _choose_parts(batch: _Batch) -> Ints:
-    """Parts of each sequence: the candidate under which the workers end first; of equals, the one
-    with the fewest parts."""
-    mean = batch.groups * int(batch.blocks.sum()) / batch.workers + batch.overhead
+def _choose_parts(batch: _Batch) -> tuple[Ints, float]:
+    """Parts of each sequence, and when the workers end: the candidate under which they end first;
+    of equals, the one with the fewest parts."""
     best, shortest = np.ones_like(batch.blocks), np.inf
     for parts in _candidates(batch):
         makespan = _makespan(batch, parts)
         if makespan < shortest:
             best, shortest = parts, makespan
-        if shortest <= _GOOD_ENOUGH * mean:
+        if shortest <= _GOOD_ENOUGH * (batch.mean_load + batch.overhead):
             break
-    return best
+    return best, shortest
+
+
+def _uneven(batch: _Batch, parts: Ints, makespan: float, cut: float) -> Pieces | None:
+    """Pieces of any length with which the workers end earlier than with equal parts, if these leave
+    workers without work and it is worth it. cut: what a part costs more than a whole, in blocks."""
+    if makespan <= _GOOD_ENOUGH * (batch.mean_load + batch.overhead):
+        return None
+    return uneven_pieces(
+        batch.blocks,
+        groups=batch.groups,
+        workers=batch.workers,
+        overhead=batch.overhead,
+        cut=cut,
+        least=batch.least,
+        before=_makespan(batch, parts, cut) / _WORTH_IT,
+    )
 
 
 def _candidates(batch: _Batch) -> Iterator[Ints]:
@@ -229,10 +259,12 @@ def _part_sizes(longest: int, most: int) -> Ints:
     return sizes
 
 
-def _makespan(batch: _Batch, parts: Ints) -> float:
+def _makespan(batch: _Batch, parts: Ints, cut: float = 0.0) -> float:
     """When the last worker ends, in blocks, if each wave's longest item goes to the worker that is
-    least loaded: the longest-processing-time rule, a wave at a time."""
-    largest = np.repeat(-(-batch.blocks // parts), parts) + batch.overhead
+    least loaded: the longest-processing-time rule, a wave at a time. cut: what a part costs more
+    than a whole."""
+    each = -(-batch.blocks // parts) + batch.overhead + cut * (parts > 1)
+    largest = np.repeat(each, parts)
     sizes = np.repeat(np.sort(largest)[::-1], batch.groups)
     loads = np.zeros(batch.workers)
     for at in range(0, len(sizes), batch.workers):
@@ -242,41 +274,45 @@ def _makespan(batch: _Batch, parts: Ints) -> float:
     return float(loads.max())
 
 
-def _build(batch: _Batch, parts: Ints) -> WorkList:
-    """The list of those parts. Among parts of one length those of neighbouring groups are
-    neighbours, which read neighbouring memory."""
-    sequence, first, end, part = _cut(batch, parts)
-    order = np.argsort(first - end, kind="stable")
-    sequence, part = sequence[order, None], part[order, None]
-    group = np.arange(batch.groups)
-    split = parts > 1
-    partials: Ints = np.cumsum(parts * split) - parts * split  # of the sequences before
-    counters: Ints = np.cumsum(split) - split
-
-    items = np.empty((len(order), batch.groups, COLUMNS), np.int32)
-    items[..., SEQUENCE] = sequence
-    items[..., GROUP] = group
-    items[..., FIRST] = first[order, None]
-    items[..., END] = end[order, None]
-    partial = partials[sequence] * batch.groups + group * parts[sequence] + part
-    items[..., PARTIAL] = np.where(split[sequence], partial, WHOLE)
-    counter = counters[sequence] * batch.groups + group
-    items[..., COUNTER] = np.where(split[sequence], counter, WHOLE)
-    items[..., PARTS] = parts[sequence]
-    items[..., PART] = part
-    items[..., LENGTH] = batch.ends[sequence]
-    n_partials, n_counters = int((parts * split).sum()), int(split.sum())
-    return WorkList(
-        items.reshape(-1, COLUMNS), batch.groups * n_partials, batch.groups * n_counters
-    )
-
-
-def _cut(batch: _Batch, parts: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """(sequence, first token, end token, number within its sequence) of each part of one group."""
+def _equal_pieces(batch: _Batch, parts: Ints) -> Pieces:
+    """Each sequence in as many parts, the same for all groups."""
     sequence = np.repeat(np.arange(len(parts)), parts)
     part = np.arange(len(sequence)) - (np.cumsum(parts) - parts)[sequence]
     of, blocks = parts[sequence], batch.blocks[sequence]
-    origin = batch.firsts[sequence]
-    first = origin + part * blocks // of * batch.block_tokens
-    end = origin + (part + 1) * blocks // of * batch.block_tokens
-    return sequence, first, np.minimum(end, batch.ends[sequence]), part
+    every = batch.groups
+    return Pieces(
+        sequence=np.repeat(sequence, every),
+        group=np.tile(np.arange(every), len(sequence)),
+        first=np.repeat(part * blocks // of, every),
+        end=np.repeat((part + 1) * blocks // of, every),
+        part=np.repeat(part, every),
+        parts=np.repeat(of, every),
+    )
+
+
+def _build(batch: _Batch, pieces: Pieces) -> WorkList:
+    """The list of those. Among parts of one length those of neighbouring groups are neighbours,
+    which read neighbouring memory."""
+    origin, ends = batch.firsts[pieces.sequence], batch.ends[pieces.sequence]
+    first = origin + pieces.first * batch.block_tokens
+    end = np.minimum(origin + pieces.end * batch.block_tokens, ends)
+    unit = pieces.sequence * batch.groups + pieces.group
+    parts = np.ones(len(batch.blocks) * batch.groups, np.int64)
+    parts[unit] = pieces.parts
+    split = parts > 1
+    partials: Ints = np.cumsum(parts * split) - parts * split  # of the units before
+    counters: Ints = np.cumsum(split) - split
+    cut = split[unit]
+
+    items = np.empty((len(unit), COLUMNS), np.int32)
+    items[:, SEQUENCE] = pieces.sequence
+    items[:, GROUP] = pieces.group
+    items[:, FIRST] = first
+    items[:, END] = end
+    items[:, PARTIAL] = np.where(cut, partials[unit] + pieces.part, WHOLE)
+    items[:, COUNTER] = np.where(cut, counters[unit], WHOLE)
+    items[:, PARTS] = pieces.parts
+    items[:, PART] = pieces.part
+    items[:, LENGTH] = ends
+    order = np.argsort(first - end, kind="stable")
+    return WorkList(items[order], int((parts * split).sum()), int(split.sum()))

@@ -115,6 +115,25 @@ def test_steps_in_graphs_give_the_same_logits_and_few_are_captured(
     assert pool is engine.pool
 
 
+def test_a_step_has_the_same_bits_with_a_graph_and_without(gpu: torch.device, folder: Path) -> None:
+    """Where the graph has no more rows than there are sequences, so that all products have the same
+    shapes."""
+    engine = graphed_engine(folder, gpu)
+    torch.manual_seed(4)
+    engine.pool.storage.normal_()
+    with torch.inference_mode():
+        for sequences in (1, 3, 8, 10, 16, 64):
+            spans = [
+                ([(3 * i + page) % 256 for page in range(3)], 20 + i % 25, 21 + i % 25)
+                for i in range(sequences)
+            ]
+            batch = make_batch(spans, 16, gpu)
+            token_ids = torch.arange(sequences, device=gpu)
+            wanted = engine._model._model.forward(token_ids, batch, engine.pool).clone()
+            assert torch.equal(engine._model.forward(token_ids, batch, engine.pool), wanted)
+    assert all(graph.captured for graph in engine._model._graphs.values())
+
+
 def test_many_sequences_share_a_graph_of_some_more(gpu: torch.device, folder: Path) -> None:
     """Rows of no sequence change nothing for the others, and write nothing."""
     engine = graphed_engine(folder, gpu)

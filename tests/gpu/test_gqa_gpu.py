@@ -151,9 +151,12 @@ def test_many_whole_sequences(form, order):
         (1024,) * 256,
         (8192,) * 256,  # 4.3 G elements: offsets need 64 bits
         tuple(np.random.default_rng(63).integers(256, 16385, 64).tolist()),
+        (4641, 45118, 1730, 1696),  # in parts of different lengths
+        (3000,) * 20,
     ],
-    ids=["1x4096", "1x32768", "16x1024", "16x4096", "64x8192", "256x1024", "256x8192", "ragged"],
-)
+    ids=["1x4096", "1x32768", "16x1024", "16x4096", "64x8192", "256x1024", "256x8192", "ragged",
+         "4-ragged", "20x3000"],
+)  # fmt: skip
 def test_a_hundred_runs_are_right_and_bitwise_equal(lengths):
     case = Case(LLAMA, lengths)
     workspace = case.workspace()
@@ -211,6 +214,39 @@ def test_overlapping_launches_see_what_the_one_before_wrote(graphed):
         outs.append(torch.stack(chain))
     assert outs[0].isfinite().all()
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_page_tables_that_the_launch_before_wrote(graphed):
+    """None of the table before is read, though launches overlap."""
+    case = Case(LLAMA, (4096, 70, 900))
+    workspace = case.workspace()
+    for pool in (case.k, case.v):
+        pool.nan_to_num_()  # the other table uncovers what lay behind a sequence
+    pages = len(case.k)
+    tables = [case.table.clone(), (case.table + pages // 2) % pages]
+    expected = []
+    for table in tables:
+        case.table.copy_(table)
+        expected.append(case.run(workspace))
+    assert not torch.equal(*expected)
+    case.table.fill_(-1)
+    outs = [torch.full_like(out, torch.nan) for _ in range(50) for out in expected]
+
+    def launches() -> None:
+        for i, out in enumerate(outs):
+            torch.add(tables[i % 2], 0, out=case.table)  # by a kernel
+            gqa_decode(case.q, case.k, case.v, case.table, case.lengths, workspace, out=out)
+
+    if graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launches()
+        graph.replay()
+    else:
+        launches()
+    for i, out in enumerate(outs):
+        assert torch.equal(out, expected[i % 2])
 
 
 def test_a_page_number_outside_of_the_pool_harms_its_own_sequence_only():

@@ -22,7 +22,7 @@ from kvstore_kernels.cuda_runtime import (
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable
 from kvstore_kernels.transfer import GRAPHS, Transfers
-from kvstore_kernels.transfer_graph import GraphForm
+from kvstore_kernels.transfer_graph import GraphForm, PullForm
 
 POISON = 0xA5
 TIMES = 100
@@ -87,19 +87,26 @@ def same_pages(rig: Rig, original: Rig) -> bool:
     return torch.allclose(here.float(), there.float(), rtol=1 / 15, atol=1e-2)
 
 
+# Launches of some blocks each, and a rest.
+SMALL = GraphForm(turns=3, buffers=2, buffer_bytes=1 << 19)
+PULLS = [
+    PullForm(turns=3, buffers=2, buffer_bytes=1 << 19),
+    PullForm(turns=7, buffers=3, buffer_bytes=1, programs=3, tile_bytes=2 << 10, scattering=7),
+    PullForm(turns=2, buffers=1, buffer_bytes=1 << 20, programs=200, tile_bytes=16 << 10),
+]
 BUFFERS = [
     (3, 16 << 20, GRAPHS),
     (3, 1 << 18, None),
     (2, 1, None),  # 1: room for one block
     (1, 1 << 18, None),
-    # Launches of some blocks each, and a rest.
-    (3, 1 << 18, GraphForm(turns=3, buffers=2, buffer_bytes=1 << 19)),
+    (3, 1 << 18, SMALL),
     (2, 1, GraphForm(turns=7, buffers=3, buffer_bytes=1)),
     (1, 1 << 18, GraphForm(turns=2, buffers=1, buffer_bytes=1 << 20)),
 ]
 GRAPHS_OR_NOT = pytest.mark.parametrize(
     "graphs", [None, GraphForm(turns=4, buffers=2, buffer_bytes=1 << 19)], ids=["turns", "graphs"]
 )
+PULLED_OR_NOT = pytest.mark.parametrize("pulls", [None, PULLS[0]], ids=["copied", "pulled"])
 
 
 @pytest.mark.parametrize(("buffers", "buffer_bytes", "graphs"), BUFFERS)
@@ -132,6 +139,38 @@ def test_rows_and_pages_arrive(
     assert not other.pages[:, :, unused.to(other.pages.device)].any()
 
 
+@pytest.mark.parametrize("pulls", PULLS)
+@pytest.mark.parametrize("gap", [0, 16, 24])
+def test_rows_are_pulled_into_pages(rig: Rig, other: Rig, pulls: PullForm, gap: int) -> None:
+    """A hundred times; where rows begin at no multiple of 16, they are copied."""
+    host = rig.poisoned(gap)
+    host[:, : rig.rows.shape[1]].copy_(rig.rows)
+    transfers = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 18)
+    for _ in range(TIMES):
+        other.pages.zero_()
+        transfers.to_pages(rig.runs, host).wait()
+        assert same_pages(other, rig)
+    unused = torch.ones(PAGES, dtype=torch.bool)
+    unused[rig.runs[:, 0]] = False
+    assert not other.pages[:, :, unused.to(other.pages.device)].any()
+
+
+@pytest.mark.parametrize("pulls", [None, PULLS[0]])
+def test_pulled_rows_anywhere_in_a_pool(rig: Rig, other: Rig, pulls: PullForm | None) -> None:
+    """Of memory that is registered."""
+    nbytes = rig.collator.form.nbytes
+    slot = -(-nbytes // 4096) * 4096
+    order = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(3))
+    file = os.memfd_create("pool")
+    os.ftruncate(file, BLOCKS * slot)
+    shared = torch.from_numpy(np.frombuffer(mmap.mmap(file, BLOCKS * slot), dtype=np.uint8))
+    os.close(file)
+    shared.view(BLOCKS, slot)[order, :nbytes] = rig.rows
+    with Registration(shared):
+        Transfers(other.collator, pulls=pulls).to_pages(rig.runs, shared, order * slot).wait()
+        assert same_pages(other, rig)
+
+
 @pytest.mark.parametrize("direct", [False, True])
 def test_rows_anywhere_in_a_pool(rig: Rig, other: Rig, direct: bool) -> None:
     nbytes = rig.collator.form.nbytes
@@ -145,16 +184,21 @@ def test_rows_anywhere_in_a_pool(rig: Rig, other: Rig, direct: bool) -> None:
     assert same_pages(other, rig)
 
 
+@pytest.mark.parametrize("pulls", [None, PULLS[0]], ids=["copies", "pulls"])
 @pytest.mark.parametrize("numbers", ["cpu", "cuda"])
-def test_pages_that_are_rows_are_copied_as_they_are(gpu: torch.device, numbers: str) -> None:
-    """By copies alone where the host knows the runs' numbers; else as others are."""
+def test_pages_that_are_rows_are_copied_as_they_are(
+    gpu: torch.device, numbers: str, pulls: PullForm | None
+) -> None:
+    """By copies alone where the host knows the runs' numbers; else, and pulled, as others are."""
     generator = torch.Generator().manual_seed(4)
     shape = (PAGES, 4, 4, 2, 16, 64)
     pages = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=generator)
     form = CellForm(layers=4, heads=4, head_dim=64, block_tokens=16, dtype=torch.bfloat16)
     pools = [pages.to(gpu), torch.zeros_like(pages).to(gpu)]
     tables = [PageTable.of(pool.view(torch.bfloat16), "PHLKND") for pool in pools]
-    out, back = (Transfers(Collator(table, form), buffer_bytes=1 << 18) for table in tables)
+    out, back = (
+        Transfers(Collator(table, form), buffer_bytes=1 << 18, pulls=pulls) for table in tables
+    )
     runs = torch.randperm(PAGES, generator=generator)[:BLOCKS, None]
     host = torch.full((BLOCKS, form.nbytes), POISON, dtype=torch.uint8).pin_memory()
     for _ in range(3):
@@ -182,8 +226,11 @@ def test_a_hundred_transfers_share_three_buffers(rig: Rig, graphs: GraphForm | N
 
 
 @GRAPHS_OR_NOT
-def test_both_ways_at_once(rig: Rig, other: Rig, graphs: GraphForm | None) -> None:
-    out, back = Transfers(rig.collator, graphs=graphs), Transfers(other.collator, graphs=graphs)
+@PULLED_OR_NOT
+def test_both_ways_at_once(
+    rig: Rig, other: Rig, graphs: GraphForm | None, pulls: PullForm | None
+) -> None:
+    out, back = Transfers(rig.collator, graphs=graphs), Transfers(other.collator, pulls=pulls)
     for _ in range(TIMES // 10):
         host = rig.poisoned()
         other.pages.zero_()
@@ -212,12 +259,12 @@ def test_it_begins_after_what_the_stream_was_given_before(
     assert torch.equal(host, rig.rows)
 
 
-@GRAPHS_OR_NOT
+@PULLED_OR_NOT
 def test_the_stream_reads_pages_once_they_arrived(
-    rig: Rig, other: Rig, graphs: GraphForm | None
+    rig: Rig, other: Rig, pulls: PullForm | None
 ) -> None:
     """And what it had read before is not overwritten too early."""
-    transfers = Transfers(other.collator, graphs=graphs)
+    transfers = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 19)
     transfers.to_pages(rig.runs, rig.rows).wait()  # compiles
     other.pages.fill_(3)
     torch.cuda._sleep(LONG_WAIT)
@@ -232,13 +279,13 @@ def test_the_stream_reads_pages_once_they_arrived(
     assert same_pages(other, rig)
 
 
-@GRAPHS_OR_NOT
+@PULLED_OR_NOT
 def test_host_memory_may_be_written_again_once_it_was_read(
-    rig: Rig, other: Rig, graphs: GraphForm | None
+    rig: Rig, other: Rig, pulls: PullForm | None
 ) -> None:
     host = rig.poisoned()
     host.copy_(rig.rows)
-    transfer = Transfers(other.collator, graphs=graphs).to_pages(rig.runs, host)
+    transfer = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 19).to_pages(rig.runs, host)
     transfer.wait_source()
     host.fill_(POISON)
     transfer.wait()

@@ -4,7 +4,7 @@ The functions are the kernels' own, executed as Python with another `gl`: tensor
 layouts are ignored, each partition of a block of threads is a thread of which one runs at a time.
 Who runs next, when a tensor-map copy arrives and when a product is computed are drawn at random
 from a seed, so that any order that the hardware may take can come up. Shared memory is kept in
-swizzled panels of 64 x 64; what a copy is about to overwrite becomes NaN at once.
+swizzled panels, 64 columns wide; what a copy is about to overwrite becomes NaN at once.
 
 Checked on the way (`RaceError`): every access to shared memory is ordered, by barriers, after all
 accesses that it conflicts with; what threads wrote is fenced before matrix units or copies touch
@@ -55,7 +55,7 @@ def launch(
     substitutes: what is called in place of a function that the kernels use: another function, or a
     method of `Language` by its name.
     """
-    machine = Machine(seed)
+    machine = Machine(seed, grid)
     python = _Python(machine, substitutes or {})
     run = python.function(kernel)
     python.complete()
@@ -109,8 +109,9 @@ class Block:
 class Machine:
     """All partitions of all blocks, and what is under way."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, grid: int) -> None:
         self.random = random.Random(seed)
+        self.grid = grid
         self.partitions: list[Partition] = []
         self.copies: list[Copy] = []
         self.back = threading.Semaphore(0)
@@ -232,7 +233,7 @@ class Shared:
 
     def viewed(self, shape: Sequence[int], regions: Sequence[Region] | None = None) -> Shared:
         found = Shared(self.language, self.regions if regions is None else regions, shape)
-        assert torch.Size(shape).numel() == 64**2 * len(found.regions)
+        assert torch.Size(shape).numel() == sum(r.values.numel() for r in found.regions)
         return found
 
     def store(self, value: torch.Tensor) -> None:
@@ -252,7 +253,7 @@ class Copy:
         self.view: View = {}
 
     def arrive(self) -> None:
-        self.region.values.copy_(self.boxes.box(*self.at))
+        self.region.values.copy_(self.boxes.box(*self.at, len(self.region.values)))
         merge(self.bar.arrived, self.view)
         self.bar.add(bytes_left=-self.region.values.nbytes)
 
@@ -298,6 +299,16 @@ class Barrier:
         return self.phase % 2 != parity
 
 
+class Several:
+    """Barriers, each of which `init` makes, or small arrays, in one allocation."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+    def index(self, number: Any) -> Any:
+        return self.parts[int(number)]
+
+
 # --------------------------------------------------------------------------- global memory
 
 
@@ -321,15 +332,16 @@ class Pointer:
 
 
 class Boxes:
-    """A tensor map over (outer, rows, columns) in boxes of (1, 64, 64); zeros are outside."""
+    """A tensor map over (outer, rows, columns) in boxes as high as what they are copied to, and 64
+    columns wide; zeros are outside."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
-    def box(self, outer: int, row: int, column: int) -> torch.Tensor:
-        result = torch.zeros(64, 64, dtype=self.tensor.dtype)
+    def box(self, outer: int, row: int, column: int, height: int) -> torch.Tensor:
+        result = torch.zeros(height, 64, dtype=self.tensor.dtype)
         if 0 <= outer < self.tensor.shape[0]:
-            low, high = max(row, 0), min(row + 64, self.tensor.shape[1])
+            low, high = max(row, 0), min(row + height, self.tensor.shape[1])
             if low < high:
                 part = self.tensor[outer, low:high, column : column + 64]
                 result[low - row : high - row] = part
@@ -388,10 +400,12 @@ class _Python:
 class Language:
     """Of Gluon, what the kernels use."""
 
-    int64, float32, bfloat16 = torch.int64, torch.float32, torch.bfloat16
+    int32, int64 = torch.int32, torch.int64
+    float32, float64, bfloat16 = torch.float32, torch.float64, torch.bfloat16
     static_range = staticmethod(range)
     exp2 = staticmethod(torch.exp2)
     log2 = staticmethod(torch.log2)
+    rsqrt = staticmethod(torch.rsqrt)
     constexpr = None
 
     def __init__(self, machine: Machine) -> None:
@@ -412,8 +426,12 @@ class Language:
         return torch.arange(start, end, dtype=torch.int32)
 
     @staticmethod
-    def full(shape: Sequence[int], value: float, dtype: torch.dtype, _layout: Any) -> torch.Tensor:
-        return torch.full(tuple(shape), value, dtype=dtype)
+    def full(shape: Sequence[int], value: Any, dtype: torch.dtype, _layout: Any) -> torch.Tensor:
+        return torch.as_tensor(value, dtype=dtype).expand(tuple(shape))
+
+    @staticmethod
+    def join(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.stack((a, b), dim=-1)
 
     @staticmethod
     def maximum(a: Any, b: Any) -> torch.Tensor:
@@ -462,11 +480,14 @@ class Language:
 
     def allocate_shared_memory(self, dtype: Any, shape: Sequence[int], _layout: Any) -> Any:
         if dtype == torch.int64:
-            return [None]  # a barrier, made by init
+            return [None] if len(shape) == 1 else Several([[None] for _ in range(shape[0])])
         if len(shape) == 1:
             return SmallShared(self, torch.full(tuple(shape), torch.nan, dtype=dtype))
-        panels = torch.Size(shape).numel() // 64**2
-        regions = [Region(torch.full((64, 64), torch.nan, dtype=dtype)) for _ in range(panels)]
+        if dtype == torch.int32:
+            return Several([SmallShared(self, torch.zeros(shape[1:])) for _ in range(shape[0])])
+        panel = (shape[-2], min(shape[-1], 64))
+        panels = torch.Size(shape).numel() // torch.Size(panel).numel()
+        regions = [Region(torch.full(panel, torch.nan, dtype=dtype)) for _ in range(panels)]
         return Shared(self, regions, shape)
 
     @staticmethod
@@ -475,7 +496,7 @@ class Language:
 
     def load_panel(self, boxes: Boxes, at: Sequence[Any], bar: Any, memory: Shared) -> None:
         self.machine.pause()
-        assert memory.shape == [64, 64]
+        assert memory.shape[1:] == [64]
         (region,) = memory.regions
         self._require_fenced(region)
         copy = Copy(boxes, at, bar[0], region)
@@ -543,7 +564,8 @@ class Language:
     ) -> Product:
         self.machine.pause()
         assert is_async
-        assert (a.shape[0], a.shape[1]) == (64, b.shape[0])
+        assert a.shape[0] % 64 == 0
+        assert a.shape[1] == b.shape[0]
         product = Product(self._me, a, b, acc, use_acc)
         for region in product.regions:
             self._require_fenced(region)
@@ -569,6 +591,9 @@ class Language:
 
     def program_id(self, _axis: int) -> torch.Tensor:
         return torch.tensor(self._me.block.number, dtype=torch.int32)
+
+    def num_programs(self, _axis: int) -> int:
+        return self.machine.grid
 
     def warp_specialize(
         self, functions: Sequence[Any], warps: Sequence[int], registers: Sequence[int]

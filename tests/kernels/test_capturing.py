@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvstore_engines.attention import TorchAttention
-from kvstore_engines.kernel_attention import KernelAttention
-from kvstore_engines.kernel_graphs import MOST_GRAPHS, GraphedModel, graphed, rows_for
+from kvstore_engines.kernel_attention import MOST_WORKSPACES, KernelAttention, rows_for
+from kvstore_engines.kernel_graphs import MOST_GRAPHS, GraphedModel, graphed
 from kvstore_engines.parallel import SingleRank
 from kvstore_kernels.capturing import uncollected
 
@@ -78,3 +78,16 @@ def test_many_sequences_have_few_graphs() -> None:
     sizes = {rows_for(n) for n in range(1, 257)}
     assert len(sizes) <= MOST_GRAPHS
     assert all(n <= rows_for(n) <= max(n, n * 5 // 4) for n in range(1, 1000))
+
+
+def test_steps_without_graphs_are_planned_as_those_with() -> None:
+    attention, device = KernelAttention(), torch.device("cpu")
+    workspaces = {n: attention._workspace_for(n, device) for n in (3, 9)}
+    for n, workspace in workspaces.items():
+        assert workspace.max_sequences == rows_for(n)
+        assert workspace.graphs
+    assert attention._workspace_for(10, device) is workspaces[9]
+    for n in range(30, 30 + 8 * MOST_WORKSPACES, 8):
+        attention._workspace_for(n, device)
+    assert len(attention._workspaces) == MOST_WORKSPACES
+    assert attention._workspace_for(9, device) is not workspaces[9]

@@ -47,11 +47,15 @@ LENGTHS = (20, 1, 70)
         (replace(GQA, page_tokens=256), "flex"),
         (replace(GQA, dtype=torch.float32, kv_dtype=torch.float32), "flex"),
         (MLA, "mla_gluon"),
-        (replace(MLA, heads=16), "mla_decode"),
+        (replace(MLA, heads=16), "mla_ring"),
+        (replace(MLA, heads=32), "mla_decode"),
+        (replace(MLA, heads=4, q_tokens=4, page_tokens=128), "mla_ring"),
+        (replace(MLA, heads=16, page_tokens=16), "mla_decode"),
         (replace(MLA, heads=16, q_tokens=4), "mla_gluon"),
         (replace(MLA, page_tokens=32), "mla_decode"),
         (replace(MLA, kv_dtype=FP8, scaled=True), "mla_decode"),
-        (replace(MLA, device="cpu"), "mla_decode"),
+        (replace(MLA, hopper=False), "mla_decode"),
+        (replace(MLA, hopper=False, heads=16), "mla_decode"),
     ],
 )
 def test_the_kernel_is_one_that_can(request_, kernel):

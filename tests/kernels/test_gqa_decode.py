@@ -15,7 +15,7 @@ from kvstore_kernels import gqa_decode as module
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.gqa_decode import GqaConfig, GqaForm, GqaWorkspace, gqa_decode, plan_gqa
 from kvstore_kernels.gqa_reference import gqa_reference
-from kvstore_kernels.worklist import END, FIRST
+from kvstore_kernels.worklist import END, FIRST, SEQUENCE
 
 FP8 = torch.float8_e4m3fn
 HALF = {"dtype": torch.float16, "kv_dtype": torch.float16}
@@ -189,6 +189,16 @@ def test_parts_are_merged_in_an_order_of_their_own():
         outs.append(case.run(workspace))
     assert workspace.plan(case.counts).n_partials > 20
     assert torch.equal(*outs)
+
+
+def test_parts_of_different_lengths():
+    case = Case(PLAIN, (700, 90, 300))
+    config = replace(SMALL, item_tokens=8, cut_tokens=8)
+    workspace = case.workspace(10, config)
+    items = workspace.plan(case.counts).items
+    longest = items[items[:, SEQUENCE] == 0]
+    assert np.ptp(longest[:, END] - longest[:, FIRST]) > PLAIN.page_tokens
+    assert case.error(case.run(workspace)) < 1e-3
 
 
 def test_a_sequence_without_tokens_gives_zeros():
