@@ -6,8 +6,8 @@ so they hold the copies and all checksums as well. fio does O_DIRECT transfers o
 in a file beside the volume, right before, and syncs as often. It takes all of them from one
 buffer, which stays in the processor's cache; where the disk is as fast as memory, that alone makes
 a difference. So a loop by hand does the same from as much memory as a call of ours. All do it one
-call after the other, and four at a time, and the better one counts. The folder has to be on the
-disk that is meant.
+call after the other, and four at a time, and the better one counts. Engines (`--engine`) take
+turns. The folder has to be on the disk that is meant.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Rates:
     """Bytes a second, medians over the rounds; of each the better of both numbers of jobs."""
 
     block_bytes: int
+    engine: str
     put: float
     get: float
     fio_write: float
@@ -65,28 +66,30 @@ class Rates:
     hand_read: float
 
 
-def measure(folder: Path, rounds: int) -> list[Rates]:
-    """All sizes, in turns. `KVStoreError` where a byte is wrong."""
-    found: dict[int, list[tuple[float, ...]]] = {size: [] for size in SIZES}
+def measure(folder: Path, rounds: int, engines: list[str]) -> list[Rates]:
+    """All sizes and engines, in turns. `KVStoreError` where a byte is wrong."""
+    found: dict[tuple[int, str], list[tuple[float, ...]]] = {}
     for number in range(rounds):
         for size in SIZES:
             others = (*fio_rates(folder, size), *hand_rates(folder, size))
-            tier = tier_rates(folder / f"daemon-{number}-{size}", size, seed=number)
-            found[size].append((*tier, *others))
+            for engine in engines:
+                own = folder / f"daemon-{number}-{size}-{engine}"
+                tier = tier_rates(own, size, seed=number, engine=engine)
+                found.setdefault((size, engine), []).append((*tier, *others))
     return [
-        Rates(size, *(statistics.median(column) for column in zip(*rows, strict=True)))
-        for size, rows in found.items()
+        Rates(*which, *(statistics.median(column) for column in zip(*rows, strict=True)))
+        for which, rows in found.items()
     ]
 
 
-def tier_rates(folder: Path, size: int, seed: int) -> tuple[float, float]:
+def tier_rates(folder: Path, size: int, seed: int, engine: str) -> tuple[float, float]:
     """Bytes a second put and got through the tier, with the better number of clients.
 
     size: of a block with its header, so that both move it.
     """
     best = [0.0, 0.0]
     for clients in JOBS:
-        for number, rate in enumerate(_tier_rates(folder, size, seed, clients)):
+        for number, rate in enumerate(_tier_rates(folder, size, seed, clients, engine)):
             best[number] = max(best[number], rate)
     return best[0], best[1]
 
@@ -113,12 +116,15 @@ class _Work:
             yield self.hashes[first : first + len(self.rows)]
 
 
-def _tier_rates(folder: Path, size: int, seed: int, clients: int) -> tuple[float, float]:
+def _tier_rates(
+    folder: Path, size: int, seed: int, clients: int, engine: str
+) -> tuple[float, float]:
     folder.mkdir()
     rng = np.random.default_rng([seed, size, clients])
     batch = BATCH_BYTES // size // clients
     works = [_Work.of(size, TOTAL_BYTES // size // clients, batch, rng) for _ in range(clients)]
-    flags = ("--no-grpc", "--nvme", f"{folder}:{VOLUME_BYTES}", "--nvme-scrub-rate", "0")
+    nvme = ("--nvme", f"{folder}:{VOLUME_BYTES}", "--nvme-engine", engine)
+    flags = ("--no-grpc", *nvme, "--nvme-scrub-rate", "0")
     with _clients(folder / "first", flags, clients) as opened:
         # First all of the file is written once: new room on a disk is slower than old, for fio too.
         for _ in range(VOLUME_BYTES // TOTAL_BYTES):
@@ -278,12 +284,12 @@ def tables(rates: list[Rates], hits: list[TieredHits]) -> Iterator[str]:
         "in transfers of a block's size.\n"
     )
     yield (
-        "| block | put, persisted | fio write | | by hand, other bytes each time | |"
+        "| block | engine | put, persisted | fio write | | by hand, other bytes each time | |"
         " get from NVMe | fio read | | by hand | |"
     )
-    yield "|---" * 11 + "|"
+    yield "|---" * 12 + "|"
     for row in rates:
-        cells = [f"{row.block_bytes >> 10} KiB"]
+        cells = [f"{row.block_bytes >> 10} KiB", row.engine]
         for ours, theirs in (
             (row.put, (row.fio_write, row.hand_write)),
             (row.get, (row.fio_read, row.hand_read)),
@@ -320,6 +326,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".cache"), help="on the disk to use")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--engine", action="append", choices=["pread", "nixl"], help="again for each (pread)"
+    )
     parser.add_argument("--trace", type=Path, help="also by tier: JSON lines with `hash_ids`")
     parser.add_argument("--requests", type=int, help="of the trace only so many")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
@@ -328,7 +337,7 @@ def main() -> None:
         sys.exit("fio is missing: install it (apt install fio), it is what this is compared with")
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="nvme-", dir=options.folder) as name:
-        rates = measure(Path(name).resolve(), options.rounds)
+        rates = measure(Path(name).resolve(), options.rounds, options.engine or ["pread"])
     hits = by_tier(options.trace, options.requests) if options.trace else []
     if options.json:
         document: dict[str, Any] = {

@@ -16,7 +16,7 @@ from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arenas, HugePages, Placement
-from kvstore.nvme.opening import Location, Opened, open_all
+from kvstore.nvme.opening import EngineName, Location, Opened, open_all
 from kvstore.nvme.runner import Runner
 from kvstore.session.fork import ForkGuard
 from kvstore.session.link import Granted, Memory, fill_directly
@@ -180,7 +180,8 @@ class KVStore(LocalSession):
     numa_node, verify_reads: as `Placement` and `LocalSession` say. nvme: directories or block
     devices, with bytes of each, for blocks that leave memory; what they hold is found again by a
     store with the same `secret`. One that cannot be used is logged, and the store goes on without.
-    nvme_policy: what is written there. `InvalidArgument` names what is wrong.
+    nvme_policy: what is written there. nvme_engine: what moves it, "pread" or "nixl".
+    `InvalidArgument` names what is wrong.
     """
 
     def __init__(
@@ -195,8 +196,11 @@ class KVStore(LocalSession):
         verify_reads: bool = False,
         nvme: Mapping[str | Path, int] | None = None,
         nvme_policy: NvmePolicy | None = None,
+        nvme_engine: EngineName = "pread",
     ) -> None:
-        locations = [Location(Path(path), nbytes) for path, nbytes in (nvme or {}).items()]
+        locations = [
+            Location(Path(path), nbytes, nvme_engine) for path, nbytes in (nvme or {}).items()
+        ]
         placement = Placement(huge_pages=huge_pages, numa_node=numa_node)
         arenas = Arenas(dram, placement, pool_writable=False)
         clock, instance = Clock(), secrets.randbits(63)

@@ -14,6 +14,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +30,60 @@ _NOT_OFFERED = (errno.EINVAL, errno.EOPNOTSUPP)  # of a file system that lacks w
 Buffer = npt.NDArray[np.uint8]
 
 
+class Engine(Protocol):
+    """How the bytes of one open file are moved. Any number of threads may call at once, with ranges
+    and buffers that were checked; `close` is for when all are done."""
+
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fills all buffers. When it returns, or raises OSError, nothing moves any more."""
+        ...
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Writes all buffers, and is as done with them as `read` is."""
+        ...
+
+    def close(self) -> None:
+        """Ends it, and leaves the file open."""
+        ...
+
+
+class Pread:
+    """The system's preadv and pwritev, each call on the thread that makes it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """See `Engine`."""
+        _move(os.preadv, self._fd, offset, buffers)
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """See `Engine`."""
+        _move(os.pwritev, self._fd, offset, buffers)
+
+    def close(self) -> None:
+        """See `Engine`."""
+
+
+MakeEngine = Callable[[int], Engine]  # of a descriptor that outlives it
+
+
 class FileDisk:
     """A file or block device under an exclusive lock. Any number of threads read and write at
     once, and others run meanwhile; `close` is for when all of them are done."""
 
-    def __init__(self, fd: int, path: Path, *, nbytes: int, file_bytes: int, direct: bool) -> None:
+    def __init__(
+        self,
+        fd: int,
+        path: Path,
+        *,
+        nbytes: int,
+        file_bytes: int,
+        direct: bool,
+        engine: MakeEngine = Pread,
+    ) -> None:
         """Takes the descriptor over; `open` makes it."""
+        self._engine = engine(fd)
         self._fd = fd
         self._nbytes = nbytes
         self.path = path  # of the file or device itself
@@ -42,15 +91,23 @@ class FileDisk:
         self.direct = direct  # past the page cache, or else through it
 
     @classmethod
-    def open(cls, path: Path, nbytes: int, *, name: str, direct: bool = True) -> FileDisk:
+    def open(
+        cls,
+        path: Path,
+        nbytes: int,
+        *,
+        name: str,
+        direct: bool = True,
+        engine: MakeEngine = Pread,
+    ) -> FileDisk:
         """Opens the file `name` in the directory `path`, or the block device `path`, and locks it.
 
         A new file gets `nbytes`, all zeros, and takes room on the disk as it is written. A file
         that was there keeps its size, whatever `nbytes` is: see `file_bytes` and `resize`. A
-        device is used up to `nbytes`. direct: whether to try O_DIRECT.
+        device is used up to `nbytes`. direct: whether to try O_DIRECT. engine: moves the bytes.
 
         `InvalidArgument` that says what to change, also where there is not enough room;
-        `Unavailable` while another one uses the volume.
+        `Unavailable` while another one uses the volume, or where the engine cannot be had.
         """
         if nbytes <= 0 or nbytes % ALIGN_BYTES:
             raise InvalidArgument(
@@ -58,13 +115,13 @@ class FileDisk:
             )
         try:
             if stat.S_ISBLK(path.stat().st_mode):
-                return cls._open_device(path, nbytes, direct)
-            return cls._open_file(path, name, nbytes, direct)
+                return cls._open_device(path, nbytes, direct, engine)
+            return cls._open_file(path, name, nbytes, direct, engine)
         except OSError as error:
             raise InvalidArgument("nvme", _advice(error, path)) from error
 
     @classmethod
-    def _open_device(cls, path: Path, nbytes: int, direct: bool) -> FileDisk:
+    def _open_device(cls, path: Path, nbytes: int, direct: bool, engine: MakeEngine) -> FileDisk:
         # O_EXCL, so that a mounted device is refused, and one that is open by another name.
         with _locked(path, os.O_RDWR | os.O_EXCL) as fd:
             found = os.lseek(fd, 0, os.SEEK_END)
@@ -74,10 +131,12 @@ class FileDisk:
                 )
             _show_what_is_durable(fd)
             took = direct and _go_direct(fd)
-            return cls(fd, path, nbytes=nbytes, file_bytes=found, direct=took)
+            return cls(fd, path, nbytes=nbytes, file_bytes=found, direct=took, engine=engine)
 
     @classmethod
-    def _open_file(cls, folder: Path, name: str, nbytes: int, direct: bool) -> FileDisk:
+    def _open_file(
+        cls, folder: Path, name: str, nbytes: int, direct: bool, engine: MakeEngine
+    ) -> FileDisk:
         if not folder.is_dir():
             raise InvalidArgument(
                 "nvme", f"{folder} is neither a directory nor a block device: name one"
@@ -97,7 +156,7 @@ class FileDisk:
             _show_what_is_durable(fd)
             size = (found.st_size or nbytes) // ALIGN_BYTES * ALIGN_BYTES
             took = direct and _go_direct(fd)
-            return cls(fd, path, nbytes=size, file_bytes=found.st_size, direct=took)
+            return cls(fd, path, nbytes=size, file_bytes=found.st_size, direct=took, engine=engine)
 
     @property
     def nbytes(self) -> int:
@@ -107,13 +166,15 @@ class FileDisk:
     def read(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Fills all `buffers` from the bytes at `offset`. On OSError they hold anything."""
         check_io(self._nbytes, offset, buffers, fills=True)
-        _move(os.preadv, self._open_fd(), offset, buffers)
+        self._open_fd()
+        self._engine.read(offset, buffers)
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Writes all `buffers` to `offset`, durable after the next `sync`. On OSError the range
         holds anything."""
         check_io(self._nbytes, offset, buffers)
-        _move(os.pwritev, self._open_fd(), offset, buffers)
+        self._open_fd()
+        self._engine.write(offset, buffers)
 
     def sync(self) -> None:
         """Makes durable what was written before. After OSError some of it may be lost for good,
@@ -163,6 +224,7 @@ class FileDisk:
         """Gives the lock back; what was not synced may be lost. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            self._engine.close()
             os.close(fd)
 
     def _open_fd(self) -> int:

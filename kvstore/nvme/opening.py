@@ -5,28 +5,40 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from kvstore import limits
 from kvstore.errors import Corrupted, InvalidArgument, KVStoreError, ProtocolError
-from kvstore.nvme.disk import FileDisk, WaryDisk
+from kvstore.nvme.disk import FileDisk, MakeEngine, Pread, WaryDisk
 from kvstore.nvme.format import VOLUME_ID_BYTES, Disk, Geometry, Superblock, pack_superblock
+from kvstore.nvme.nixl import NixlEngine
 from kvstore.nvme.recovery import read_superblock
 from kvstore.nvme.volume import Volume
 from kvstore.sizes import format_size
 
 _MIN_SEGMENT_BYTES, _MAX_SEGMENT_BYTES = 4 << 20, 256 << 20
 _SEGMENTS_WANTED = 64
+EngineName = Literal["pread", "nixl"]
+_ENGINES: dict[EngineName, MakeEngine] = {"pread": Pread, "nixl": NixlEngine}
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A directory or block device for a volume of so many bytes."""
+    """A directory or block device for a volume of so many bytes, and what moves them."""
 
     path: Path
     nbytes: int
+    engine: EngineName = "pread"
+
+    def __post_init__(self) -> None:
+        """`InvalidArgument` for an engine that is none."""
+        if self.engine not in _ENGINES:
+            raise InvalidArgument(
+                "nvme_engine", f"{self.engine!r} is none of {', '.join(_ENGINES)}"
+            )
 
     def __str__(self) -> str:
         return f"{self.path}:{format_size(self.nbytes)}"
@@ -34,7 +46,7 @@ class Location:
     def share(self, n: int) -> Location:
         """An n-th of it, in whole granules."""
         unit = limits.GRANULE_BYTES
-        return Location(self.path, self.nbytes // n // unit * unit)
+        return replace(self, nbytes=self.nbytes // n // unit * unit)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +126,9 @@ def write_superblock(disk: Disk, superblock: Superblock) -> None:
 
 
 def _open(location: Location, name: str) -> OpenVolume:
-    disk = FileDisk.open(location.path, location.nbytes, name=name)
+    disk = FileDisk.open(
+        location.path, location.nbytes, name=name, engine=_ENGINES[location.engine]
+    )
     try:
         if not disk.direct:
             log.warning("%s has no O_DIRECT: reads and writes go through memory", disk.path)

@@ -264,17 +264,22 @@ class LocalSession(ControlSession):
             total += self._put(piece, deadline)
             first += size
             if first < len(put.chain):
-                self._persist(piece.namespace, piece.chain, deadline, wait=False)
+                self._begin_to_persist(piece, deadline)
         if total.stored + total.existed:
             persisted = self._persist(put.namespace, put.chain, deadline)
             total = replace(total, persisted=persisted)
         return total
 
-    def _persist(
-        self, namespace: NamespaceHandle, chain: c.U8, deadline: Deadline, *, wait: bool = True
-    ) -> int:
+    def _begin_to_persist(self, put: PutRequest, deadline: Deadline) -> None:
+        """Has what was put written while this goes on; what fails is asked for again at the end."""
+        with contextlib.suppress(KVStoreError):
+            number = self._number(put.namespace, deadline)
+            persist = c.Persist(namespace=number, hashes=put.chain, wait_ms=0)
+            self._link.cast(persist, deadline.left_s)
+
+    def _persist(self, namespace: NamespaceHandle, chain: c.U8, deadline: Deadline) -> int:
         """How many of these blocks are durable when the call ends."""
-        wait_ms = max(int(1e3 * (deadline.left_s - _ANSWER_S)), 0) if wait else 0
+        wait_ms = max(int(1e3 * (deadline.left_s - _ANSWER_S)), 0)
         with contextlib.suppress(Unavailable, DeadlineExceeded):
             persisted = self._inside(
                 namespace,

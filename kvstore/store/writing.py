@@ -147,6 +147,8 @@ class Writer:
         return self._waits(ids)
 
     def _waits(self, ids: IdArray) -> npt.NDArray[np.bool_]:
+        if not len(self._queued):  # there are no volumes
+            return np.zeros(len(ids), np.bool_)
         found: npt.NDArray[np.bool_] = self._queued[ids] == self._shelf.blocks.birth[ids]
         return found
 

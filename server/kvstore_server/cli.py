@@ -49,6 +49,7 @@ def run(
     dram: Annotated[str | None, typer.Option(help=_help("dram"))] = None,
     data_dir: Annotated[str | None, typer.Option(help=_help("data_dir"))] = None,
     nvme: Annotated[list[str] | None, typer.Option(help=_help("nvme"))] = None,
+    nvme_engine: Annotated[str | None, typer.Option(help=_help("nvme_engine"))] = None,
     nvme_admission: Annotated[str | None, typer.Option(help=_help("nvme_admission"))] = None,
     nvme_write_rate: Annotated[str | None, typer.Option(help=_help("nvme_write_rate"))] = None,
     nvme_scrub_rate: Annotated[str | None, typer.Option(help=_help("nvme_scrub_rate"))] = None,

@@ -291,7 +291,7 @@ def _make_tenants(settings: Settings, loop: Loop) -> Tenants:
         prefault=settings.prefault,
         secret=_secret(settings),
         version=__version__,
-        nvme=settings.nvme,
+        nvme=settings.volumes,
         nvme_policy=NvmePolicy(
             every=settings.nvme_admission == "every",
             bytes_per_s=settings.nvme_write_rate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -28,7 +29,7 @@ from kvstore.cluster.members import Member, parse_members
 from kvstore.embedded import default_max_blocks
 from kvstore.errors import InvalidArgument
 from kvstore.memory import HugePages
-from kvstore.nvme.opening import Location
+from kvstore.nvme.opening import EngineName, Location
 from kvstore.sizes import format_size, parse_size
 from kvstore_server.logs import LogFormat, LogLevel
 
@@ -147,6 +148,9 @@ class Settings(BaseSettings):
         description="Directory or block device and bytes for blocks that leave memory, such as"
         " /mnt/nvme:200GiB; several with commas between, or the flag again.",
     )
+    nvme_engine: EngineName = Field(
+        default="pread", description="What moves blocks to and from NVMe: pread or nixl."
+    )
     nvme_admission: Literal["read", "every"] = Field(
         default="read",
         description="What is written to NVMe: blocks that were read again, or every block.",
@@ -218,8 +222,8 @@ class Settings(BaseSettings):
     node_weight: WholeNumber = Field(
         default=1, ge=1, le=limits.MAX_MEMBER_WEIGHT, description="This node's share of the blocks."
     )
-    transfer: Literal["nixl", "ucxx", "grpc"] = Field(
-        default="nixl", description="How blocks travel between hosts: nixl, ucxx or grpc."
+    transfer: Literal["nixl", "ucxx", "grpc", "auto"] = Field(
+        default="nixl", description="How blocks travel between hosts: nixl, ucxx, grpc or auto."
     )
     repair_rate: ByteRate = Field(
         default=256 << 20, description="Bytes a second that bringing copies to nodes may take."
@@ -341,6 +345,11 @@ class Settings(BaseSettings):
     def shared_secret(self) -> Path:
         """The file of the secret that all nodes of the cluster have."""
         return self.cluster_secret or self.data_dir / "chain.key"
+
+    @property
+    def volumes(self) -> tuple[Location, ...]:
+        """Where blocks go that leave memory, and by which engine."""
+        return tuple(replace(location, engine=self.nvme_engine) for location in self.nvme)
 
     @property
     def max_blocks_per_pool(self) -> int:

@@ -143,6 +143,10 @@ FINDINGS: dict[str, tuple[Facts, str, Level, str, str]] = {
     "a volume lost": (
         *(with_daemon(nvme_health=2), "NVMe", Level.WARN, "is given up", "restart the daemon"),
     ),
+    "no NIXL engine": (
+        *(having(no_nixl_engine="no NIXL: pip install nixl-cu13"), "NVMe engines", Level.OK),
+        *("pread, not nixl (no NIXL: pip install nixl-cu13)", ""),
+    ),
     "little memory": (
         *(dataclasses.replace(ABSENT, host=on(memory_available_bytes=GIB // 2).host), "memory"),
         *(Level.WARN, "512 MiB free", "--dram"),

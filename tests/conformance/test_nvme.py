@@ -15,6 +15,7 @@ from daemon import daemon
 from kvstore import ExplainStatus, Hit, KVStore, Layout, Session, Tier
 from kvstore.commands import Stats
 from kvstore.index import IndexReader, Match
+from kvstore.nvme.nixl import why_not
 from kvstore.session.base import MissReason
 from kvstore.store import NvmePolicy
 from kvstore_client import KVStoreClient
@@ -28,7 +29,13 @@ WAIT_S = 30.0
 Open = Callable[[], contextlib.AbstractContextManager[Session]]
 
 
-@pytest.fixture(params=WAYS)
+OVER_NIXL = pytest.param(
+    "over nixl",
+    marks=pytest.mark.skipif(bool(why_not()), reason="NIXL's POSIX plugin does not work here"),
+)
+
+
+@pytest.fixture(params=[*WAYS, OVER_NIXL])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Opens a store on one volume; again and again, as if restarted."""
     way, volume = request.param, tmp_path / "nvme"
@@ -46,6 +53,7 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
             return
         flags = ["--dram", str(POOL), "--nvme", f"{volume}:{VOLUME}", "--nvme-admission", "every"]
         flags += ["--trust", "copy-in" if way == "copy-in" else "direct"]
+        flags += ["--nvme-engine", "nixl" if way == "over nixl" else "pread"]
         with daemon(tmp_path, *flags, grpc=way == "grpc") as running:
             grpc = f"grpc+unix://{running.grpc_socket}"
             with KVStoreClient(grpc if way == "grpc" else running.target, timeout_s=WAIT_S) as one:

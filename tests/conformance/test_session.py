@@ -65,6 +65,14 @@ def test_a_get_returns_the_exact_bytes_that_were_put(store: Session, name: str) 
         np.testing.assert_array_equal(got[i], data[i])
 
 
+def test_without_nvme_blocks_are_stored_and_none_is_persisted(store: Session, name: str) -> None:
+    namespace, hashes = store.open_namespace(name, LAYOUT), random_hashes(3)
+    for existed in (0, 3):
+        put = store.put(namespace, hashes, random_blocks(3), persist=True)
+        assert (put.stored, put.existed, put.persisted) == (3 - existed, existed, 0)
+    assert store.match(namespace, hashes).count == 3
+
+
 def test_a_large_batch_of_large_blocks_arrives_whole(store: Session, name: str) -> None:
     layout = Layout.opaque(model="test", block_bytes=(1 << 20) + 12345, block_tokens=16)
     namespace = store.open_namespace(name, layout)

@@ -13,6 +13,7 @@ import pytest
 
 from daemon import Daemon
 from kvstore import Hit, Layout
+from kvstore.nvme.nixl import why_not
 from kvstore_client import KVStoreClient
 
 LAYOUT = Layout.opaque(model="kills", block_bytes=60_000, block_tokens=16)
@@ -78,12 +79,12 @@ def check_all_there(target: str, keys: list[bytes]) -> None:
         assert client.stats().corrupted == 0
 
 
-def kill_again_and_again(folder: Path, cycles: int, seed: int) -> int:
+def kill_again_and_again(folder: Path, cycles: int, seed: int, engine: str) -> int:
     """Returns how many blocks were acknowledged over all cycles."""
     rng = np.random.default_rng(seed)
     volume = folder / "nvme"
     volume.mkdir()
-    flags = ("--dram", "16MiB", "--nvme", f"{volume}:1GiB")
+    flags = ("--dram", "16MiB", "--nvme", f"{volume}:1GiB", "--nvme-engine", engine)
     known: list[bytes] = []
     for cycle in range(cycles):
         process = Daemon(folder, *flags)
@@ -109,10 +110,18 @@ def kill_again_and_again(folder: Path, cycles: int, seed: int) -> int:
     return len(known)
 
 
-def test_what_was_persisted_survives_kills(tmp_path: Path) -> None:
-    assert kill_again_and_again(tmp_path, cycles=4, seed=1) > 0
+NIXL = pytest.param(
+    "nixl",
+    marks=pytest.mark.skipif(bool(why_not()), reason="NIXL's POSIX plugin does not work here"),
+)
+
+
+@pytest.mark.parametrize("engine", ["pread", NIXL])
+def test_what_was_persisted_survives_kills(tmp_path: Path, engine: str) -> None:
+    assert kill_again_and_again(tmp_path, cycles=4, seed=1, engine=engine) > 0
 
 
 @pytest.mark.long
-def test_what_was_persisted_survives_fifty_kills(tmp_path: Path) -> None:
-    assert kill_again_and_again(tmp_path, cycles=50, seed=2) > 0
+@pytest.mark.parametrize("engine", ["pread", NIXL])
+def test_what_was_persisted_survives_fifty_kills(tmp_path: Path, engine: str) -> None:
+    assert kill_again_and_again(tmp_path, cycles=50, seed=2, engine=engine) > 0

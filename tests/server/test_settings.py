@@ -80,6 +80,7 @@ ALONE = {
     "dram": "8GiB",
     "data_dir": "/d",
     "nvme": "/n/1:64MiB,/n/2:1GiB",
+    "nvme_engine": "nixl",
     "nvme_admission": "every",
     "nvme_write_rate": "100MiB",
     "nvme_scrub_rate": "0",
@@ -161,6 +162,7 @@ def test_sizes_and_volumes_are_read() -> None:
         ("/n/1", 64 << 20),
         ("/n/2", 1 << 30),
     ]
+    assert [each.engine for each in settings.volumes] == ["nixl", "nixl"]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +225,7 @@ def test_an_optional_number_can_be_taken_back(home: Path) -> None:
         ('nvme = ["/a:much"]\n', "'much' is no size"),
         ("nvme = 3\n", "expected DIR:SIZE"),
         ("nvme_write_rate = -1\n", "greater than or equal to 0"),
+        ('nvme_engine = "uring"\n', "should be 'pread' or 'nixl'"),
         ('nvme_admission = "some"\n', "should be 'read' or 'every'"),
         ("tenants = 0\n", "tenants = 0"),
         ('dram = "8MiB"\ntenants = 9\n', "raise dram or lower tenants"),

@@ -125,6 +125,12 @@ def check_nvme(facts: Facts) -> Check | None:
     return Check(name="NVMe", level=Level.WARN, measured=f"a volume {state}; {measured}", fix=fix)
 
 
+def check_engines(facts: Facts) -> Check:
+    """Which engines can move the blocks of an NVMe volume here?"""
+    nixl = f"not nixl ({facts.no_nixl_engine})" if facts.no_nixl_engine else "nixl"
+    return Check(name="NVMe engines", level=Level.OK, measured=f"pread, {nixl}")
+
+
 def check_shared_memory(facts: Facts) -> Check:
     """Is /dev/shm large? The pool does not lie there, but engines' own workers need it."""
     nbytes = facts.host.shm_bytes
@@ -214,6 +220,7 @@ CHECKS: tuple[Callable[[Facts], Check | None], ...] = (
     check_kernel,
     check_memory,
     check_nvme,
+    check_engines,
     check_shared_memory,
     check_memlock,
     check_huge_pages,

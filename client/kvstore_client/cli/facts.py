@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 from kvstore import __version__
 from kvstore.errors import InvalidArgument, KVStoreError, PermissionDenied
 from kvstore.host import Host, read_host
+from kvstore.nvme.nixl import why_not
 from kvstore.transfer.choose import Availability, available
 from kvstore_client.cli.target import Connect
 
@@ -57,6 +58,7 @@ class Facts:
     packages: tuple[tuple[str, str | None], ...]  # name and version, None: not installed
     rdma: bool  # the host has RDMA devices
     transfers: tuple[Availability, ...]
+    no_nixl_engine: str = ""  # why NVMe volumes cannot be moved by NIXL; empty: they can
     daemon: DaemonFacts | None = None
     problem: str = ""
     refused: bool = False  # a daemon is there, and does not let this user in
@@ -74,6 +76,7 @@ def gather(connect: Connect, target: str, timeout_s: float) -> Facts:
         packages=tuple((name, package_version(name)) for name in PACKAGES),
         rdma=_RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir()),
         transfers=tuple(available()),
+        no_nixl_engine=why_not(),
         daemon=daemon,
         problem=str(problem or ""),
         refused=isinstance(problem, PermissionDenied),
