@@ -70,6 +70,8 @@ bench: $(READY) ## speed beside the peers and this machine's limits; takes 15 mi
 	@# fio is what the NVMe tier is compared with; FOLDER: on the disk that is meant.
 	$(BIN)/python -m benchmarks.nvme --folder $(or $(FOLDER),.cache) $(if $(TRACE),--trace $(TRACE)) \
 		--json docs/benchmarks/nvme.json > docs/benchmarks/nvme.md
+	$(BIN)/python -m benchmarks.nvme_engines --folder $(or $(FOLDER),.cache) \
+		--json docs/benchmarks/nvme-engines.json > docs/benchmarks/nvme-engines.md
 	$(BIN)/python -m benchmarks.restart --folder $(or $(FOLDER),.cache) \
 		--json docs/benchmarks/restart.json > docs/benchmarks/restart.md
 	$(BIN)/python -m benchmarks.transfer --json docs/benchmarks/transfer.json \
