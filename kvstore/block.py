@@ -31,7 +31,7 @@ from numba import types
 from kvstore import limits
 from kvstore.compiled import compiled
 from kvstore.errors import Corrupted, InvalidArgument, LayoutMismatch, ProtocolError
-from kvstore.streaming import hash_rows
+from kvstore.streaming import copy_rows, hash_rows
 
 MAGIC = b"KVB1"
 VERSION = 1
@@ -179,11 +179,8 @@ def pack_many(
         _halves(checksums),
     )
     end = _FIXED.size + n_cells * _SUM_BYTES
-    rows = (
-        np.uint64(packed.__array_interface__["data"][0])
-        + np.arange(n, dtype=np.uint64) * packed.shape[1]
-    )
-    packed[:, end : end + _SUM_BYTES] = hash_rows(rows, end).view(np.uint8).reshape(n, _SUM_BYTES)
+    own = hash_rows(_rows_of(packed), end)
+    packed[:, end : end + _SUM_BYTES] = own.view(np.uint8).reshape(n, _SUM_BYTES)
     return packed
 
 
@@ -233,6 +230,46 @@ def fixed_fields(headers: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
     a copy, with the fields `key`, `put_id`, `parent`, `position`, `length`, `namespace`."""
     fixed = np.ascontiguousarray(headers[:, : _FIXED.size])
     return fixed.view(_FIXED_FIELDS)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Headers:
+    """What n packed headers of blocks with as many cells say, all of it copied.
+
+    sound: bool (n,), which are headers as `pack` makes them; the others' fields mean nothing.
+    fields: as of `fixed_fields`. checksums: uint64 (n, n_cells). own: uint64 (n,), of themselves.
+    """
+
+    sound: npt.NDArray[np.bool_]
+    fields: npt.NDArray[np.void]
+    checksums: npt.NDArray[np.uint64]
+    own: npt.NDArray[np.uint64]
+
+
+def copied_headers(addresses: npt.NDArray[np.uint64], n_cells: int) -> npt.NDArray[np.uint8]:
+    """The bytes of headers at addresses (n,) of mapped memory: (n, header_bytes(n_cells))."""
+    packed = np.empty((len(addresses), header_bytes(n_cells)), np.uint8)
+    copy_rows(_rows_of(packed), addresses, packed.shape[1])
+    return packed
+
+
+def read_headers(packed: npt.NDArray[np.uint8], n_cells: int) -> Headers:
+    """`unpack` of n headers at once. packed: (n, header_bytes(n_cells)), C-contiguous, and nobody
+    else's to write."""
+    end = _FIXED.size + n_cells * _SUM_BYTES
+    fields = fixed_fields(packed)
+    own = np.ascontiguousarray(packed[:, end : end + _SUM_BYTES]).view("<u8")[:, 0]
+    sound = own == hash_rows(_rows_of(packed), end)
+    for name, value in (("magic", MAGIC), ("version", VERSION), ("flags", 0), ("n_cells", n_cells)):
+        sound &= fields[name] == value
+    checksums = np.ascontiguousarray(packed[:, _FIXED.size : end]).view("<u8")
+    return Headers(sound, fields, checksums, own)
+
+
+def _rows_of(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Where the rows lie."""
+    first = np.uint64(packed.__array_interface__["data"][0])
+    return first + np.arange(len(packed), dtype=np.uint64) * np.uint64(packed.shape[1])
 
 
 def unpack(buffer: Buffer) -> BlockHeader:

@@ -9,10 +9,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from kvstore import limits
-from kvstore.block import BlockHeader, header_bytes, pack, unpack, verify
+from kvstore.block import (
+    BlockHeader,
+    copied_headers,
+    header_bytes,
+    pack,
+    read_headers,
+    unpack,
+    verify,
+)
 from kvstore.errors import Corrupted, InvalidArgument, ProtocolError
 from kvstore.layout import Layout
 from kvstore.streaming import hash_rows
@@ -25,8 +32,6 @@ U64 = npt.NDArray[np.uint64]
 _CELLS = struct.Struct("<I")
 _CELLS_AT = 8
 _NAMESPACE_AT = 16
-_KEY_AT = 20
-_SIZES = struct.Struct("<II")  # the number of cells, and the payload's length behind it
 _SUMS_AT = 104
 _SUM_BYTES = 8
 
@@ -61,29 +66,16 @@ def check_slot(slot: U8, key: bytes, stamp: int, layout: Layout) -> BlockHeader:
 def holds(slots: Sequence[U8], keys: U8, stamps: U64, layout: Layout) -> npt.NDArray[np.bool_]:
     """Of which slots `check_slot` finds nothing wrong: bool (n,). keys: (n, 32), stamps: (n,).
 
-    A header whose own checksum is the stamp is the one that was written, so its fields are only
-    compared, not looked at one by one.
+    A header whose own checksum is the stamp is the one that was written.
     """
-    n_cells, start = layout.n_cells, header_bytes(layout.n_cells)
-    end = _SUMS_AT + n_cells * _SUM_BYTES
-    sizes = _SIZES.pack(n_cells, layout.block_bytes)
-    digest = xxhash.xxh3_64_intdigest
-    sound = np.zeros(len(slots), np.bool_)
-    said = np.zeros((len(slots), n_cells), np.uint64)
-    rows = zip(slots, keys, stamps.tolist(), strict=True)
-    for i, (slot, key, stamp) in enumerate(rows):
-        head = bytes(slot.data[: end + _SUM_BYTES])
-        if (
-            int.from_bytes(head[end:], "little") == stamp == digest(head[:end])
-            and head[_KEY_AT : _KEY_AT + limits.KEY_BYTES] == key.tobytes()
-            and head[_CELLS_AT : _CELLS_AT + _SIZES.size] == sizes
-        ):
-            said[i] = struct.unpack_from(f"<{n_cells}Q", head, _SUMS_AT)
-            sound[i] = True
-    at = np.array([slot.__array_interface__["data"][0] + start for slot in slots], np.uint64)
-    edges = layout.cell_bounds.tolist()
-    for cell, (first, last) in enumerate(itertools.pairwise(edges)):
-        sound &= hash_rows(at + np.uint64(first), last - first) == said[:, cell]
+    at = np.array([slot.__array_interface__["data"][0] for slot in slots], np.uint64)
+    headers = read_headers(copied_headers(at, layout.n_cells), layout.n_cells)
+    sound: npt.NDArray[np.bool_] = headers.sound & (headers.own == stamps)
+    sound &= (headers.fields["key"] == keys).all(axis=1)
+    sound &= headers.fields["length"] == layout.block_bytes
+    at += np.uint64(header_bytes(layout.n_cells))
+    for cell, (first, last) in enumerate(itertools.pairwise(layout.cell_bounds.tolist())):
+        sound &= hash_rows(at + np.uint64(first), last - first) == headers.checksums[:, cell]
     return sound
 
 

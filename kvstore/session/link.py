@@ -37,20 +37,19 @@ class Memory:
         start = granule * limits.GRANULE_BYTES + payload_offset(layout)
         return self.pool[start : start + layout.block_bytes]
 
-    def header(self, layout: Layout, granule: int) -> Bytes1D:
-        """The header in front of it."""
-        start = granule * limits.GRANULE_BYTES
-        return self.pool[start : start + payload_offset(layout)]
-
     @property
     def pool_address(self) -> int:
         """Where the pool lies in this process."""
         return int(self.pool.__array_interface__["data"][0])
 
-    def payload_addresses(self, layout: Layout, granules: npt.NDArray[np.integer]) -> c.U64:
-        """Where the payloads of the slots at `granules` (n,) lie in this process: uint64 (n,)."""
-        first = np.uint64(self.pool_address + payload_offset(layout))
+    def slot_addresses(self, granules: npt.NDArray[np.integer]) -> c.U64:
+        """Where the slots at `granules` (n,), that is their headers, lie here: uint64 (n,)."""
+        first = np.uint64(self.pool_address)
         return granules.astype(np.uint64) * np.uint64(limits.GRANULE_BYTES) + first
+
+    def payload_addresses(self, layout: Layout, granules: npt.NDArray[np.integer]) -> c.U64:
+        """Where the payloads of these slots lie: uint64 (n,)."""
+        return self.slot_addresses(granules) + np.uint64(payload_offset(layout))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -20,12 +21,10 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import cell_checksums, unpack
+from kvstore.block import copied_headers, read_headers
 from kvstore.errors import (
-    Corrupted,
     DeadlineExceeded,
     KVStoreError,
-    ProtocolError,
     ResourceExhausted,
     StaleNamespace,
     Unavailable,
@@ -47,9 +46,8 @@ from kvstore.session.base import (
 )
 from kvstore.session.buffers import HeldBlocks, own_buffers
 from kvstore.session.control import ControlSession, Deadline
-from kvstore.session.copies import copy_in_parallel
+from kvstore.session.copies import copy_in_parallel, groups_of, in_parallel
 from kvstore.session.link import Granted, Link, Memory
-from kvstore.session.parts import Part
 from kvstore.session.requests import (
     GetRequest,
     PutRequest,
@@ -475,18 +473,16 @@ def _copy(
 
 
 def _leading_sound(memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64]) -> int:
-    """How many leading copied blocks are what their headers say."""
-    for i, granule in enumerate(granules.tolist()):
-        header = memory.header(request.namespace.layout, granule)
-        if not _is_sound(header, request.part, request.destinations[i]):
-            return i
-    return len(granules)
+    """How many leading copied blocks are what the headers of those blocks say."""
+    n, part, n_cells = len(granules), request.part, request.namespace.layout.n_cells
+    packed = copied_headers(memory.slot_addresses(granules), n_cells)
+    headers = read_headers(packed, n_cells)
+    said = headers.checksums[:, part.cells] if len(part.cells) else headers.checksums
+    found = np.empty_like(said)
 
+    def check(first: int, end: int) -> None:
+        found[first:end] = part.own_sums(request.targets[first:end])
 
-def _is_sound(header: Bytes1D, part: Part, copied: Bytes1D) -> bool:
-    try:
-        checksums = unpack(header).checksums
-    except (Corrupted, ProtocolError):
-        return False
-    expected = checksums[part.cells] if len(part.cells) else checksums
-    return bool((cell_checksums(copied, part.bounds) == expected).all())
+    in_parallel(check, groups_of(n, part.nbytes), part.nbytes * n, math.inf)
+    sound = headers.sound & (headers.fields["key"] == request.chain[:n]).all(axis=1)
+    return _leading(sound & (found == said).all(axis=1))

@@ -475,7 +475,7 @@ def test_a_flipped_bit_is_a_miss_where_reads_are_verified(open_both: Any, tmp_pa
         part = [np.zeros(cut, np.uint8)]
         assert store.get_into(namespace, chain[1:2], part, cells=[0]) == [Hit(Tier.DRAM)]
         np.testing.assert_array_equal(part[0], data[1][:cut])
-        memory.header(LAYOUT, granule)[40] ^= 1
+        memory.pool[granule * limits.GRANULE_BYTES + 40] ^= 1
         assert store.get_into(namespace, chain[1:2], part, cells=[0]) == [
             Miss(MissReason.CORRUPTED)
         ]

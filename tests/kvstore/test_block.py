@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from kvstore.block import (
     BlockHeader,
     cell_checksums,
+    copied_headers,
     header_bytes,
     pack,
     pack_many,
+    read_headers,
     unpack,
     verify,
 )
@@ -266,3 +268,39 @@ def test_many_headers_at_once_are_those_of_one_at_a_time(n_cells: int) -> None:
             position=None if position < 0 else position,
         )
         assert packed[i].tobytes() == pack(header)
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 17, 250])
+def test_many_headers_are_read_as_one_is(n_cells: int) -> None:
+    """Sound ones say what `unpack` says, and one with any bit of it changed is not sound."""
+    rng = np.random.default_rng(n_cells)
+    whole = [
+        BlockHeader(
+            namespace=7,
+            key=rng.bytes(32),
+            put_id=rng.bytes(16),
+            length=n_cells * 8,
+            checksums=rng.integers(0, 1 << 63, n_cells, np.uint64),
+            parent=rng.bytes(32) if i % 2 else None,
+            position=i if i % 2 else None,
+        )
+        for i in range(40)
+    ]
+    packed = np.array([np.frombuffer(pack(one), np.uint8) for one in whole])
+    used = 104 + 8 * n_cells + 8
+    bits = rng.integers(0, 8 * used, len(packed))
+    bits[:2], bits[2:4] = (8 * used - 1, 0), (64, 96)  # its own checksum, magic, number of cells
+    broken = packed.copy()
+    broken[np.arange(len(packed)), bits // 8] ^= (1 << bits % 8).astype(np.uint8)
+    both = np.concatenate((packed, broken))
+    addresses = np.array([row.ctypes.data for row in both], np.uint64)
+    copied = copied_headers(addresses, n_cells)
+    np.testing.assert_array_equal(copied, both)
+    headers = read_headers(copied, n_cells)
+    assert headers.sound.tolist() == [True] * len(packed) + [False] * len(broken)
+    for i, one in enumerate(whole):
+        assert headers.fields["key"][i].tobytes() == one.key
+        assert headers.fields["length"][i] == one.length
+        np.testing.assert_array_equal(headers.checksums[i], one.checksums)
+        assert headers.own[i] == int.from_bytes(pack(one)[used - 8 : used], "little")
+    assert not read_headers(copied, n_cells + 1).sound.any()

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
+from kvstore.block import copied_headers
 from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, Unavailable
 from kvstore.layout import Layout
@@ -146,8 +147,7 @@ class ChannelNodeStore:
 
     def headers(self, layout: Layout, granules: c.U32) -> c.U8:
         """See `NodeStore.headers`."""
-        rows = [self._memory.header(layout, granule) for granule in granules.tolist()]
-        return np.array(rows, np.uint8)
+        return copied_headers(self._memory.slot_addresses(granules), layout.n_cells)
 
     async def sums(self, layout: Layout, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
         """See `NodeStore.sums`."""
