@@ -354,14 +354,14 @@ class Scan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scanned:
     """`following` is the next page's `first`, 0 after the last. `put_ids` is uint8 (n, 16),
-    `namespaces` the blocks' namespace ids, `expires_ms` when they expire in Unix time, 0 for never.
+    `namespaces` the blocks' namespace ids, `left_ms` the time until they expire, 0 for ever.
     """
 
     following: int
     namespaces: U32
     hashes: U8
     put_ids: U8
-    expires_ms: U64
+    left_ms: U64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,7 +121,7 @@ class Contacts:
         self.view: View | None = None
         self.ranking = Ranking(View(epoch=0, replicas=1, members=()))
         self._sessions: dict[str, tuple[int, Attachment]] = {}
-        self._attaching: dict[str, Task[int]] = {}
+        self._attaching: dict[str, Task[int | KVStoreError]] = {}
         self._preparing: set[str] = set()
         self.hot: dict[int, int] = {}
 
@@ -295,6 +295,8 @@ class Contacts:
         if not task.done:
             raise DeadlineExceeded(f"{member.name} began no session in time")
         number = task.result()
+        if isinstance(number, KVStoreError):
+            raise number
         made = self._sessions.get(member.name)
         if made is None or made[0] != generation:  # it was begun for an earlier ring
             raise TransferFailed(f"the session at {member.name} is of another landing ring")
@@ -325,7 +327,8 @@ class Contacts:
 
         self.world.spawn(work())
 
-    async def _attach(self, member: Member) -> int:
+    async def _attach(self, member: Member) -> int | KVStoreError:
+        """The session's number, or why there is none: whoever asked may have given up."""
         old = self._sessions.pop(member.name, None)
         if old:
             await old[1].close()
@@ -339,17 +342,18 @@ class Contacts:
         )
         try:
             made = await self.world.attach(member.address, hello, self.policy.call_ms)
-        except GONE:
-            self.health.failed(member.name)
-            raise
+        except KVStoreError as error:
+            if isinstance(error, GONE):
+                self.health.failed(member.name)
+            return error
         self._sessions[member.name] = (generation, made)
         return made.welcomed.session
 
     async def close(self) -> None:
         """Ends all sessions."""
-        for _generation, attachment in self._sessions.values():
+        while self._sessions:  # one that was on its way may come meanwhile
+            _name, (_generation, attachment) = self._sessions.popitem()
             await attachment.close()
-        self._sessions.clear()
 
     # -- who is asked ------------------------------------------------------------------
 

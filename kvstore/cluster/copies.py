@@ -76,6 +76,16 @@ async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncI
             site.world.spawn(_release(site, leased.lease))
 
 
+@asynccontextmanager
+async def hold_for_copies(
+    site: Site, space: Space, hashes: c.U8, wait_ms: float
+) -> AsyncIterator[Held]:
+    """`hold` for blocks that other nodes may copy meanwhile, which a drop waits for."""
+    with site.moves.of(space.mark, hashes):
+        async with hold(site, space, hashes, wait_ms) as held:
+            yield held
+
+
 async def _release(site: Site, lease: int) -> None:
     with suppress(Unavailable, DeadlineExceeded):  # then it ends with this process
         await site.store.command(c.Release(lease=lease), site.policy.call_ms)

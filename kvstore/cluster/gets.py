@@ -13,9 +13,9 @@ from kvstore import commands as c
 from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import GONE, ClusterSpace, Contacts
 from kvstore.cluster.members import Member
+from kvstore.cluster.sizes import with_a_tail
 from kvstore.cluster.world import Task
 from kvstore.errors import DeadlineExceeded, KVStoreError
-from kvstore.pieces import growing
 from kvstore.transfer.base import TransferFailed
 
 _RENEWALS = 16  # pieces of one get that may be asked for anew after this side failed
@@ -64,9 +64,11 @@ class Get:
         nbytes: int,
         accept: Accept,
         keep: Keep | None,
+        leading: bool,
     ) -> None:
         self._contacts, self._space, self._chain, self._places = contacts, space, chain, places
         self._cells, self._nbytes, self._accept, self._keep = cells, nbytes, accept, keep
+        self._leading = leading
         readers = contacts.readers(places)
         self._left = [list(readers[place]) for place in places.tolist()]
         self._tiers = np.zeros(len(chain), np.uint8)
@@ -119,12 +121,14 @@ class Get:
             if self._left[row]:
                 member = self._left[row][0]
                 by_member.setdefault(member.name, (member, []))[1].append(row)
+            elif self._leading:
+                break  # nobody has it, so nobody wants those behind it
         policy = contacts.policy
         most = max(1, min(policy.piece_bytes, contacts.memory.ring_bytes // 4) // self._nbytes)
-        least = max(1, policy.least_piece_bytes // self._nbytes)
+        tail = max(1, policy.least_piece_bytes // self._nbytes)
         for member, rows in by_member.values():
             first = 0
-            for size in reversed(growing(len(rows), least=least, most=most)):
+            for size in with_a_tail(len(rows), tail=tail, most=most):
                 if len(self._running) >= 4 * policy.in_flight:
                     return False
                 chosen = np.array(rows[first : first + size], np.intp)
@@ -252,6 +256,7 @@ class Get:
         await contacts.world.wait([flight.task], grace_ms)
         try:
             if not flight.task.done:
+                flight.task.cancel()
                 raise DeadlineExceeded("no end in sight")
             flight.task.result()
         except KVStoreError as error:

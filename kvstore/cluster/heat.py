@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvstore.cluster.copies import Held, groups, hold, push
+from kvstore.cluster.copies import Held, groups, hold_for_copies, push
 from kvstore.cluster.members import Member
 from kvstore.cluster.site import Site, Space
 from kvstore.errors import KVStoreError
@@ -72,7 +72,7 @@ class Heat:
         hashes = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
         done = 0
         try:
-            async with hold(site, space, hashes, site.policy.call_ms) as held:
+            async with hold_for_copies(site, space, hashes, site.policy.call_ms) as held:
                 if not len(held.hashes):
                     return False
                 for member in chosen:

@@ -8,7 +8,7 @@ harm.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.cluster.coordination import Coordination
 from kvstore.cluster.copies import call, tell_view
+from kvstore.cluster.forgetting import forget_all
 from kvstore.cluster.members import Member, MemberState, View
 from kvstore.cluster.messages import (
     AskGenerations,
@@ -39,7 +40,6 @@ from kvstore.errors import (
 
 _AWAY = (Unavailable, DeadlineExceeded)
 _TRIES = 5
-ForgetAll = Callable[[str, bytes, int], Awaitable[int]]
 
 
 def _keeper(view: View | None, names: Sequence[str]) -> str:
@@ -52,10 +52,10 @@ def _keeper(view: View | None, names: Sequence[str]) -> str:
 
 
 class Membership:
-    """One node's part in it. forget_all: of the node."""
+    """One node's part in it."""
 
-    def __init__(self, site: Site, coordination: Coordination, forget_all: ForgetAll) -> None:
-        self._site, self._coordination, self._forget_all = site, coordination, forget_all
+    def __init__(self, site: Site, coordination: Coordination) -> None:
+        self._site, self._coordination = site, coordination
         self.coordinated = False  # whether the last look at the coordination worked
         self.failed = False  # whether some look at it did not
 
@@ -232,7 +232,7 @@ class Membership:
         names = found.names.split("\n") if found.names else []
         layouts = found.layouts.split("\n") if found.layouts else []
         for name, layout, number in zip(names, layouts, found.numbers.tolist(), strict=True):
-            await self._forget_all(name, layout.encode(), number)
+            await forget_all(self._site, name, layout.encode(), number)
 
     @property
     def _lonely_until_ms(self) -> float:

@@ -17,15 +17,17 @@ from kvstore import limits
 from kvstore.block import fixed_fields
 from kvstore.cluster import messages as m
 from kvstore.cluster.coordination import Coordination
-from kvstore.cluster.copies import Held, by_partners, hold, spread
+from kvstore.cluster.copies import Held, by_partners, hold, hold_for_copies, spread
+from kvstore.cluster.forgetting import forget_all, forget_keys
 from kvstore.cluster.heat import Heat
 from kvstore.cluster.intake import Arrivals, give_up, take_in
 from kvstore.cluster.members import Member, encode_view
 from kvstore.cluster.membership import Membership
 from kvstore.cluster.parts import take_part
+from kvstore.cluster.pools import Pools
 from kvstore.cluster.repair import Repair
 from kvstore.cluster.site import NodePolicy, Site, Space, mark_of
-from kvstore.cluster.world import Attachment, Ledger, Memory, NodeStore, Transfers, World
+from kvstore.cluster.world import Ledger, Memory, NodeStore, Transfers, World
 from kvstore.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -52,15 +54,6 @@ class _Session:
     memory: Memory | None
 
 
-@dataclass(slots=True, eq=False)
-class _Pool:
-    """Another node's pool, as this node reads from it."""
-
-    run: int
-    attachment: Attachment
-    memory: Memory
-
-
 class Node:
     """Answers messages by `handle`; `run` does what has to be done without being asked.
 
@@ -81,13 +74,13 @@ class Node:
     ) -> None:
         """`ProtocolError` for a ledger of another format."""
         self.site = Site(world, store, ledger, me=me, replicas=replicas, policy=policy)
-        self.membership = Membership(self.site, coordination, self.forget_all)
+        self.membership = Membership(self.site, coordination)
         self.repair = Repair(self.site)
         self.heat = Heat(self.site)
         self._transfers = transfers
         self._sessions: dict[int, _Session] = {}
         self._next_session = 1
-        self._pools: dict[str, _Pool] = {}
+        self._pools = Pools(self.site, transfers)
         self._background = 0
 
     async def run(self) -> None:
@@ -110,9 +103,7 @@ class Node:
 
     async def close(self) -> None:
         """Ends the connections to other nodes' pools."""
-        for pool in self._pools.values():
-            await self._close_pool(pool)
-        self._pools.clear()
+        await self._pools.close()
 
     # -- sessions ----------------------------------------------------------------------
 
@@ -292,12 +283,13 @@ class Node:
             arrivals = _arrivals(message, space).rows(absent)
             left_ms = max(end_ms - site.world.now_ms(), 1.0)
             cells = checked_cells(space.layout, message.cells.tolist())
-            if len(cells):
-                taken = await take_part(
-                    site, space, memory, arrivals, cells=cells, timeout_ms=left_ms
-                )
-            else:
-                taken = await take_in(site, space, memory, arrivals, left_ms)
+            with site.moves.of(space.mark, hashes):
+                if len(cells):
+                    taken = await take_part(
+                        site, space, memory, arrivals, cells=cells, timeout_ms=left_ms
+                    )
+                else:
+                    taken = await take_in(site, space, memory, arrivals, left_ms)
             status[absent] = taken
         there = np.flatnonzero(np.isin(status, _STORED))
         answer = await self._make_copies(
@@ -327,7 +319,8 @@ class Node:
         for _ in range(_ROUNDS if not found.all() else 0):
             view = site.view
             found[:], synced[:] = 0, 0
-            async with hold(site, space, hashes, end_ms - site.world.now_ms()) as held:
+            left_ms = end_ms - site.world.now_ms()
+            async with hold_for_copies(site, space, hashes, left_ms) as held:
                 own = np.zeros(len(held.hashes), np.uint8)
                 if persist:
                     own = await self._persist(space, held.hashes, end_ms)
@@ -404,7 +397,11 @@ class Node:
         site.check_serving()
         site.fence(message.epoch)
         space = await self._space_of(message.name, message.layout, message.generation)
-        hashes = _checked(message.hashes)
+        with site.moves.of(space.mark, _checked(message.hashes)):
+            return await self._take_over(space, message)
+
+    async def _take_over(self, space: Space, message: m.Pull) -> m.Pulled:
+        site, hashes = self.site, message.hashes
         n, end_ms = len(hashes), site.world.now_ms() + message.wait_ms
         arrivals = _arrivals(message, space)
         status = np.full(n, m.PutStatus.EXISTS, np.uint8)
@@ -413,7 +410,7 @@ class Node:
         beaten = await self._beaten(space, hashes, message.put_ids, there, end_ms)
         absent = np.flatnonzero((tiers == 0) | beaten)
         if len(absent):
-            memory = await self._pool_of(message.source)
+            memory = await self._pools.memory_of(message.source)
             if beaten.any():
                 site.counters.replaced += int(beaten.sum())
                 drop = c.Drop(namespace=space.number, hashes=hashes[beaten])
@@ -448,49 +445,6 @@ class Node:
                     beaten[row] = own > put_ids[row].tobytes()
         return beaten
 
-    async def _pool_of(self, name: str) -> Memory:
-        """A connection to another node's pool, made anew where it was lost."""
-        site = self.site
-        member = site.view.find(name)
-        if member is None:
-            raise InvalidArgument("source", f"{name!r} is no member")
-        known = self._pools.get(name)
-        if known and not known.attachment.lost:
-            return known.memory
-        if known:
-            del self._pools[name]  # before anything is awaited: the next one there is a new one
-            await self._close_pool(known)
-        hello = m.Hello(
-            version=m.MESSAGES_VERSION,
-            name=site.me.name,
-            kind=self._transfers.kind,
-            agent=b"",
-            epoch=site.view.epoch,
-        )
-        attachment = await site.world.attach(member.address, hello, site.policy.call_ms)
-        welcomed = attachment.welcomed
-        try:
-            memory = await self._transfers.connect(
-                welcomed.kind, welcomed.agent, site.policy.call_ms
-            )
-        except BaseException:
-            await attachment.close()
-            raise
-        other = self._pools.get(name)
-        if other:  # another message was faster
-            await memory.close()
-            await attachment.close()
-            return other.memory
-        pool = _Pool(run=welcomed.run, attachment=attachment, memory=_Closing(memory, attachment))
-        self._pools[name] = pool
-        return pool.memory
-
-    async def _close_pool(self, pool: _Pool) -> None:
-        try:
-            await pool.memory.close()
-        except KVStoreError:
-            self.site.counters.failed_transfers += 1
-
     def _memory_of(self, session: int) -> Memory:
         known = self._sessions.get(session)
         if known is None:
@@ -509,7 +463,7 @@ class Node:
         if generation < own:
             raise StaleNamespace(f"{name} was forgotten since: {generation} is not {own}")
         if generation > own:
-            await self.forget_all(name, layout, generation)
+            await forget_all(self.site, name, layout, generation)
         return await self.site.open(name, layout)
 
     async def _compare(self, message: m.Compare) -> m.Compared:
@@ -537,26 +491,11 @@ class Node:
 
     async def _forget(self, message: m.Forget) -> c.Count:
         if message.all_of_it:
-            blocks = await self.forget_all(message.name, message.layout, message.generation)
-            return c.Count(blocks=blocks)
-        space = await self.site.open(message.name, message.layout)
-        drop = c.Drop(namespace=space.number, hashes=_checked(message.hashes))
-        count: c.Count = await self.site.store.command(drop, self.site.policy.call_ms)
-        return count
-
-    async def forget_all(self, name: str, layout: bytes, generation: int) -> int:
-        """Forgets a namespace up to a generation; how many blocks that were. The blocks first: a
-        node that dies in between is asked again, because it never answered."""
-        site, mark = self.site, mark_of(name, layout)
-        if site.generation(mark) >= generation:
-            return 0
-        space = await site.open(name, layout)
-        drop = c.Drop(namespace=space.number, hashes=np.empty((0, limits.KEY_BYTES), np.uint8))
-        count: c.Count = await site.store.command(drop, 2 * limits.MAX_FORGET_MS)
-        site.forget_space(space)
-        site.forgotten[mark] = max(generation, site.generation(mark))
-        site.save()
-        return count.blocks
+            forgetting = forget_all(self.site, message.name, message.layout, message.generation)
+        else:
+            space = await self.site.open(message.name, message.layout)
+            forgetting = forget_keys(self.site, space, _checked(message.hashes))
+        return c.Count(blocks=await forgetting)
 
     async def _ask_generations(self, message: m.AskGenerations) -> m.Generations:
         del message
@@ -629,31 +568,6 @@ class Node:
 
     async def _stat(self, message: c.Stat) -> Any:
         return await self.site.store.command(message, self.site.policy.call_ms)
-
-
-class _Closing:
-    """A node's pool, whose connection ends with it."""
-
-    def __init__(self, memory: Memory, attachment: Attachment) -> None:
-        self._memory, self._attachment = memory, attachment
-
-    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
-        """See `Memory.read`."""
-        if self._attachment.lost:
-            raise TransferFailed("the other node is gone")
-        await self._memory.read(pieces, timeout_ms)
-
-    async def write(self, pieces: Pieces, timeout_ms: float) -> None:
-        """Never: other nodes write their own pools."""
-        del pieces, timeout_ms
-        raise PermissionDenied("nobody writes to another node's pool")
-
-    async def close(self) -> None:
-        """See `Memory.close`."""
-        try:
-            await self._memory.close()
-        finally:
-            await self._attachment.close()
 
 
 def _checked(hashes: c.U8) -> c.U8:

@@ -6,6 +6,7 @@ suspected or is slow. A miss is believed only when every member that may have th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,17 @@ from kvstore.cluster.puts import Put, PutOutcome, Puts
 from kvstore.cluster.world import Task
 from kvstore.errors import InvalidArgument, KVStoreError, ResourceExhausted, Unavailable
 
+_DROPS = 8  # rounds in which keys are dropped, until one finds none
 _EPOCH_SHIFT = 32  # where a generation of a namespace has the epoch in which it began
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """What became of a drop of keys. blocks: that the fullest node had. everywhere: whether all
+    members of one view have dropped them, and none has them any more."""
+
+    blocks: int
+    everywhere: bool
 
 
 class Router(Contacts):
@@ -102,16 +113,27 @@ class Router(Contacts):
         nbytes: int,
         accept: Accept,
         keep: Keep | None = None,
+        leading: bool = False,
         timeout_ms: float,
     ) -> c.U8:
         """Gets blocks, in whatever order they come; the tier of each, 0 for a miss: uint8 (n,).
 
         nbytes: of the cells of one block. accept: copies a block from where it landed to where it
         is wanted, and says whether the copy is sound; only then it counts. keep: for blocks that
-        are wanted where they landed.
+        are wanted where they landed. leading: whether nobody wants what is behind a miss.
         """
         await self.present()
-        get = Get(self, space, chain, places, cells=cells, nbytes=nbytes, accept=accept, keep=keep)
+        get = Get(
+            self,
+            space,
+            chain,
+            places,
+            cells=cells,
+            nbytes=nbytes,
+            accept=accept,
+            keep=keep,
+            leading=leading,
+        )
         return await get.run(self.world.now_ms() + timeout_ms)
 
     # -- put ---------------------------------------------------------------------------
@@ -123,10 +145,12 @@ class Router(Contacts):
 
     # -- forgetting, advice, explanations ----------------------------------------------
 
-    async def drop(self, space: ClusterSpace, hashes: c.U8, timeout_ms: float) -> int:
-        """Drops blocks wherever they may be; how many copies the fullest node had. Best effort: a
-        member that is away keeps what it has, and brings it back. `Unavailable` for none."""
-        view = await self.present()
+    async def drop(self, space: ClusterSpace, hashes: c.U8, timeout_ms: float) -> Dropped:
+        """Drops blocks wherever they may be, again and again until no member has them: one that
+        was on its way arrives where it was dropped before. A member that is away keeps what it
+        has, and brings it back. `Unavailable` where none answers."""
+        view, world = await self.present(), self.world
+        end_ms, most = world.now_ms() + timeout_ms, 0
         forget = m.Forget(
             name=space.name,
             layout=space.layout.encode(),
@@ -134,11 +158,20 @@ class Router(Contacts):
             all_of_it=0,
             generation=0,
         )
-        answers = await self._everywhere(view, forget, timeout_ms)
-        found = [answer.blocks for answer in answers if answer is not None]
-        if not found:
-            raise Unavailable(NO_NODE)
-        return int(max(found))
+        for turn in range(_DROPS):
+            left_ms = end_ms - world.now_ms()
+            if turn and left_ms <= 0:
+                break
+            answers = await self._everywhere(view, forget, left_ms)
+            found = [answer.blocks for answer in answers if answer is not None]
+            if not found and not turn:
+                raise Unavailable(NO_NODE)
+            most = max([most, *found])
+            if len(found) < len(answers) or self.view is not view:
+                break
+            if not any(found):
+                return Dropped(blocks=most, everywhere=True)
+        return Dropped(blocks=most, everywhere=False)
 
     async def drop_namespace(self, space: ClusterSpace, timeout_ms: float) -> int:
         """Forgets a namespace at every member. `Unavailable` unless all of them have done it: then

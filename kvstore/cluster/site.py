@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from kvstore import commands as c
 from kvstore.cluster.members import Member, MemberState, View, decode_view, encode_view
 from kvstore.cluster.messages import WrongEpoch
+from kvstore.cluster.moves import Moves
 from kvstore.cluster.placement import OVERLOAD, SPARE, Ranking
 from kvstore.cluster.world import Ledger, NodeStore, World
 from kvstore.errors import ProtocolError, StaleNamespace, Unavailable
@@ -143,6 +144,7 @@ class Site:
         self.loads: dict[str, tuple[int, int]] = {}  # by name: bytes used, of how many
         self.settled_at: dict[str, int] = {}
         self.missed: set[str] = set()  # who was suspected, and is back
+        self.moves = Moves(world)
         self._ledger = ledger
         self._spaces: dict[int, Space] = {}
         self._by_mark: dict[tuple[str, str], Space] = {}

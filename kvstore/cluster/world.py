@@ -45,9 +45,6 @@ class World(Protocol):
     def now_ms(self) -> float:
         """Monotonic time, in milliseconds from some moment."""
 
-    def unix_ms(self) -> int:
-        """Unix time in milliseconds, which may jump: only for times that others have set so."""
-
     async def sleep(self, ms: float) -> None:
         """Waits."""
 

@@ -21,12 +21,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.transfer.base import Agent, Bytes1D, Remote, TransferFailed
-from kvstore.transfer.choose import make_agent
+from kvstore.transfer.choose import AUTO, available, make_agent
 from kvstore.transfer.stream import Pipes, no_pipes
 
 _START_S = 20.0
@@ -153,8 +154,24 @@ class ApartAgent:
                     pipe.close()
 
 
+@runtime_checkable
+class Shares(Protocol):
+    """An agent that takes shared memory, part of which is in a process that may die by itself."""
+
+    on_death: Callable[[], None] | None
+
+    def share(self, fd: int, memory: Bytes1D) -> None:
+        """See `ApartAgent.share`."""
+
+
 def make_safe_agent(kind: str, name: str, pipes: Pipes = no_pipes) -> Agent:
-    """The agent of a kind that a process may have which must not die of it: see `make_agent`."""
+    """The agent of a kind that a process may have which must not die of it: see `make_agent`. Of
+    kind auto it has all kinds of `AUTO` that are usable here."""
+    if kind == "auto":
+        from kvstore.transfer.either import EitherAgent
+
+        here = [each.kind for each in available() if each.usable and each.kind in AUTO]
+        return EitherAgent([make_safe_agent(each, name, pipes) for each in here])
     if kind != "nixl":
         return make_agent(kind, name, pipes)
 
@@ -166,7 +183,7 @@ def make_safe_agent(kind: str, name: str, pipes: Pipes = no_pipes) -> Agent:
 
 def export(agent: Agent, memory: Bytes1D, fd: int) -> None:
     """Registers a memfd that is mapped here with an agent of any sort."""
-    if isinstance(agent, ApartAgent):
+    if isinstance(agent, Shares):
         agent.share(fd, memory)
     else:
         agent.register(memory)

@@ -10,7 +10,8 @@ from kvstore.transfer.base import Agent
 from kvstore.transfer.stream import Pipes, StreamAgent, no_pipes
 
 _OVER_TCP = "over TCP, what others reach in a process of its own"
-KINDS = ("nixl", "ucxx", "grpc")
+KINDS = ("nixl", "ucxx", "grpc", "auto")
+AUTO = ("nixl", "grpc")  # of which `auto` uses the first one that both sides have
 
 
 def make_agent(
@@ -53,11 +54,14 @@ def available() -> list[Availability]:
     """Each kind, the fastest first. Loads the libraries that there are."""
     from kvstore.transfer import nixl, ucxx
 
-    return [
+    found = [
         _tried("nixl", nixl.load, "over RDMA" if nixl.has_rdma() else _OVER_TCP),
         _tried("ucxx", ucxx.load, "copies at both ends"),
         Availability("grpc", True, "copies at both ends"),
     ]
+    here = [each.kind for each in found if each.usable and each.kind in AUTO]
+    words = f"{', else '.join(here)}, as the other side has it"
+    return [*found, Availability("auto", True, words)]
 
 
 def _tried(kind: str, load: Callable[[], object], words: str) -> Availability:

@@ -41,8 +41,7 @@ _WHEELS = ("nixl_cu13", "nixl_cu12")
 _NEVER = "^cma,xpmem,knem,sysv,posix"
 _SEGMENT = "64k"  # of UCX's TCP; with its own 8 KiB a read is less than half as fast
 _PROGRESS_US = 1000  # of the passive side's thread: how long it sleeps where nothing wakes it
-_SPIN_S = 0.005
-_NAP_S = 20e-6
+_NAP_S = 20e-6  # between two looks at a transfer: in it others run, as the peer on a small host
 _UCX_DEFAULTS = {
     "UCX_LOG_LEVEL": "error",
     "UCX_TCP_TX_SEG_SIZE": _SEGMENT,
@@ -293,8 +292,7 @@ class NixlRemote:
                     raise DeadlineExceeded(f"{pieces.total} bytes took more than {timeout_s:g} s")
                 if self._ending:
                     raise TransferFailed("the connection was closed")
-                # At first it only lets others run: the peer, on a host with few processors.
-                time.sleep(0 if spent < _SPIN_S else _NAP_S)
+                time.sleep(_NAP_S)
                 done = self._engine.done(handle)
             self._engine.release(handle)
             settled = True

@@ -266,7 +266,7 @@ def test_a_landing_ring_that_somebody_may_still_write_to_is_made_anew(cluster: N
         assert session.put(space, keys, list(data), position=0).replicated == N
         ring, counters = session._ring, session.router.counters
         assert_whole(session, space, keys, data)
-        (place,) = set(session._places_of_chain(LAYOUT, keys).tolist())
+        (place,) = set(session._chains.places(LAYOUT, keys).tolist())
         asked = session.router.readers(np.array([place], np.uint64))[place][0].name
         cluster.pause(asked)
         assert_whole(session, space, keys, data)

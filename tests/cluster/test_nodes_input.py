@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -246,15 +245,6 @@ def test_more_copies_than_there_are_nodes_are_made_when_there_are_more(
         running.start(["b"])
         eventually(lambda: running.fewest_copies("x", chain(2, 14)) == 2, 20.0, "repaired")
         eventually(lambda: put().replicated == 2, 20.0, "as many as are wanted")
-
-
-def test_a_wall_clock_that_jumps_moves_no_time_to_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = AsyncWorld(token="", streams=Streams())
-    before, real = made.unix_ms(), time.time
-    for jump_s in (-1e6, 1e6):
-        monkeypatch.setattr(time, "time", lambda jump_s=jump_s: real() + jump_s)
-        monkeypatch.setattr(time, "time_ns", lambda jump_s=jump_s: int(1e9 * (real() + jump_s)))
-        assert before <= made.unix_ms() < before + 60_000
 
 
 def test_nodes_show_etcd_a_certificate_and_a_password_and_say_what_is_wrong(

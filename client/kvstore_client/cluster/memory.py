@@ -12,7 +12,7 @@ from kvstore import commands as c
 from kvstore.errors import InvalidArgument, KVStoreError
 from kvstore.memory import Arena
 from kvstore.session.buffers import HeldBlocks
-from kvstore.transfer.apart import ApartAgent, export
+from kvstore.transfer.apart import Shares, export
 from kvstore.transfer.base import Agent, Bytes1D
 
 _ALIGN = 4096
@@ -118,7 +118,7 @@ class LandingRing:
         except BaseException:
             agent.close()
             raise
-        if isinstance(agent, ApartAgent):
+        if isinstance(agent, Shares):
             agent.on_death = lambda: self._died(life)
         return life
 
@@ -166,14 +166,15 @@ class LandingRing:
         at = address - life.start
         return life.ring[at : at + nbytes]
 
-    def hold(self, nbytes: int) -> bool:
-        """Whether so many bytes more of the ring may be held for longer than a call: half of it may
-        be, so that gets always find room. `unhold` ends it."""
+    def reserve(self, n: int, nbytes: int) -> RingView | None:
+        """A view that may hold so many blocks for longer than a call, None where that is too much:
+        half of the ring may be held, so that gets always find room."""
+        step = landing_bytes(nbytes)
         with self._lock:
-            if 2 * (self._held_bytes + nbytes) > self.ring_bytes:
-                return False
-            self._held_bytes += nbytes
-            return True
+            if 2 * (self._held_bytes + n * step) > self.ring_bytes:
+                return None
+            self._held_bytes += n * step
+            return RingView(self, n, step)
 
     def unhold(self, nbytes: int) -> None:
         """They are held no more."""
@@ -243,11 +244,12 @@ class LandingRing:
 
 
 class RingView(HeldBlocks):
-    """Parts of the ring that their user holds; implements `View`. nbytes: how much is held."""
+    """Parts of the ring that their user holds; implements `View`. Made by `LandingRing.reserve`."""
 
-    def __init__(self, ring: LandingRing, nbytes: int) -> None:
+    def __init__(self, ring: LandingRing, n: int, step: int) -> None:
         super().__init__([])
-        self._ring, self._nbytes = ring, nbytes
+        self._ring, self._step = ring, step
+        self._nbytes = n * step  # held
         self._lock = threading.Lock()
         self._parts: list[c.U64] = []
         self._released = False
@@ -258,6 +260,18 @@ class RingView(HeldBlocks):
             if not self._released:
                 self._parts.append(addresses)
             return not self._released
+
+    def keep_only(self, addresses: c.U64) -> None:
+        """Gives back the parts without any of these, and holds no more than the rest."""
+        wanted = set(addresses.tolist())
+        with self._lock:
+            over = [part for part in self._parts if wanted.isdisjoint(part.tolist())]
+            self._parts = [part for part in self._parts if not wanted.isdisjoint(part.tolist())]
+            nbytes = sum(len(part) for part in self._parts) * self._step
+            self._ring.unhold(self._nbytes - nbytes)
+            self._nbytes = nbytes
+        for part in over:
+            self._ring.give(part)
 
     def release(self) -> None:
         """See `View.release`."""

@@ -89,8 +89,9 @@ class Putter:
             self._all(hash_some, last - first, plan)
             return shown, sums
 
-        step = max(1, self._router.policy.piece_bytes // part.nbytes)
-        self._put_pieces(plan, show, step=step, slots=_SLOTS, done=done)
+        # Each piece is a call, which costs more than what small ones would let go on beside it.
+        step, n = max(1, self._router.policy.piece_bytes // part.nbytes), len(addresses)
+        self._put_pieces(plan, show, growing(n, least=step, most=step), slots=_SLOTS, done=done)
 
     def _put_through_arena(self, plan: PutPlan, done: list[PutResult]) -> None:
         part, size = plan.request.part, plan.request.part.nbytes
@@ -113,17 +114,18 @@ class Putter:
             self._all(copy, n, plan)
             return targets, sums
 
-        self._put_pieces(plan, show, step=step, slots=slots, done=done)
+        least = max(1, self._router.policy.least_piece_bytes // size)
+        sizes = growing(len(plan.request.chain), least=least, most=step)
+        self._put_pieces(plan, show, sizes, slots=slots, done=done)
 
     def _put_pieces(
-        self, plan: PutPlan, show: Show, *, step: int, slots: int, done: list[PutResult]
+        self, plan: PutPlan, show: Show, sizes: list[int], *, slots: int, done: list[PutResult]
     ) -> None:
-        """Puts up to `step` blocks at a time, the next ones while nodes read from others."""
+        """Puts so many blocks at a time, the next ones while nodes read from others."""
         flights: deque[Future[PutOutcome]] = deque()
         try:
-            least = max(1, self._router.policy.least_piece_bytes // plan.request.part.nbytes)
             first = 0
-            for turn, size in enumerate(growing(len(plan.request.chain), least=least, most=step)):
+            for turn, size in enumerate(sizes):
                 if len(flights) == slots:
                     done.append(self._result(plan, flights.popleft()))
                 shown = show(first, first + size, turn % slots)

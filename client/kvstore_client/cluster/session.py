@@ -7,34 +7,20 @@ Ours: the bytes' way between the caller's buffers and the memory that nodes reac
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import unpack
 from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import ClusterSpace, RouterPolicy
-from kvstore.cluster.gets import Accept
-from kvstore.cluster.placement import place_of, places_of, segment_blocks
 from kvstore.cluster.router import Router
 from kvstore.commands import ExplainStatus
-from kvstore.errors import (
-    Corrupted,
-    DeadlineExceeded,
-    KVStoreError,
-    ProtocolError,
-    ResourceExhausted,
-    Unavailable,
-)
+from kvstore.errors import DeadlineExceeded, KVStoreError, ResourceExhausted, Unavailable
 from kvstore.layout import Layout
 from kvstore.session.base import (
     NOTHING_MATCHED,
@@ -54,18 +40,13 @@ from kvstore.session.base import (
 )
 from kvstore.session.buffers import check_buffers
 from kvstore.session.control import Deadline, reports, store_info
-from kvstore.session.copies import groups_of, in_parallel
 from kvstore.session.parts import Part, part_of
-from kvstore.session.requests import (
-    PutRequest,
-    checked_chain,
-    checked_get,
-    checked_put,
-    hint_ms,
-)
+from kvstore.session.requests import checked_chain, checked_get, checked_put, hint_ms
 from kvstore.transfer.apart import make_safe_agent
+from kvstore_client.cluster.chains import Chains
+from kvstore_client.cluster.gets import GetPlan, Getter
 from kvstore_client.cluster.loop import SLACK_S, LoopThread
-from kvstore_client.cluster.memory import LandingRing, RingView, landing_bytes
+from kvstore_client.cluster.memory import LandingRing, RingView
 from kvstore_client.cluster.puts import PutPlan, Putter
 from kvstore_client.transfer import CopiedView
 from kvstore_proto.cluster.pipes import Streams
@@ -73,10 +54,8 @@ from kvstore_proto.cluster.rpc import Tls
 from kvstore_proto.cluster.world import AsyncWorld
 
 T = TypeVar("T")
-Arrive = Callable[[npt.NDArray[np.intp], c.U64], c.U64]
 ARENA_BYTES = 64 << 20
 RING_BYTES = 128 << 20
-_CHAINS = 64  # chains whose segments are remembered for later puts
 _CLOSE_S = 30.0
 _RANK = {ExplainStatus.STORED: 9, ExplainStatus.CORRUPTED: 8, ExplainStatus.NOT_SEALED: 7}
 
@@ -114,9 +93,8 @@ class ClusterSession:
             return agent
 
         self._ring = LandingRing(new_agent, arena_bytes=arena_bytes, ring_bytes=ring_bytes)
-        self._copies = ThreadPoolExecutor(1, "kvstore-landing")
         self._spaces: dict[tuple[str, bytes], ClusterSpace] = {}
-        self._chains: deque[c.U8] = deque(maxlen=_CHAINS)
+        self._chains = Chains()
         self._closed = False
         self._thread = LoopThread("kvstore-cluster")
         try:
@@ -127,6 +105,7 @@ class ClusterSession:
         except BaseException:
             self.close()
             raise
+        self._getter = Getter(self.router, self._ring, self._thread, self._run)
         self._putter = Putter(self.router, self._ring, self._thread)
 
     async def _make(
@@ -178,7 +157,7 @@ class ClusterSession:
             hint_ms(hint)
         try:
             space = self._space(namespace, deadline)
-            places = self._places_of_chain(namespace.layout, chain)
+            places = self._chains.places(namespace.layout, chain)
             left_ms = 1e3 * max(deadline.left_s - SLACK_S, 1e-3)
             tiers = self._run(self.router.match(space, chain, places, left_ms), deadline.left_s)
         except (Unavailable, DeadlineExceeded):
@@ -200,34 +179,16 @@ class ClusterSession:
         copied to the destinations."""
         deadline = self._deadline(timeout_s)
         request = checked_get(namespace, hashes, destinations, cells)
-        n, part = len(request.chain), request.part
-        targets = np.array(request.targets, np.uint64)
-        reason = MissReason.NOT_STORED
-
-        def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
-            return part.take_out(addresses, targets[rows])
-
+        n, reason = len(request.chain), MissReason.NOT_STORED
         try:
-            space = self._space(namespace, deadline)
-            tiers = self._run(
-                self.router.get(
-                    space,
-                    request.chain,
-                    self._places_of_chain(namespace.layout, request.chain),
-                    cells=part.cells,
-                    nbytes=part.nbytes,
-                    accept=self._accepting(request.chain, part, arrive),
-                    timeout_ms=1e3 * max(deadline.left_s - SLACK_S, 1e-3),
-                ),
-                deadline.left_s,
-            )
+            plan = self._plan(namespace, request.chain, request.part, deadline)
+            tiers = self._getter.into(plan, np.array(request.targets, np.uint64)).tolist()
         except (Unavailable, DeadlineExceeded):
-            tiers, reason = np.zeros(n, np.uint8), MissReason.UNAVAILABLE
-        leading = n if tiers.all() else int(tiers.argmin())
-        results: list[Hit | Miss] = [Hit(TIERS[code]) for code in tiers[:leading].tolist()]
-        if leading < n:
-            results += [Miss(reason)] + [Miss(MissReason.NOT_STORED)] * (n - leading - 1)
-        return results
+            tiers, reason = [], MissReason.UNAVAILABLE
+        results: list[Hit | Miss] = [Hit(TIERS[code]) for code in tiers]
+        if len(results) < n:
+            results.append(Miss(reason))
+        return results + [Miss(MissReason.NOT_STORED)] * (n - len(results))
 
     def view(
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
@@ -235,82 +196,39 @@ class ClusterSession:
         """See `Session.view`; the blocks lie where they landed, in this client's ring. Views may
         hold half of it; beyond that the blocks are copies."""
         deadline = self._deadline(timeout_s)
-        matched = self.match(namespace, hashes, timeout_s=deadline.left_s)
-        chain = checked_chain(hashes)[: matched.count]
-        if not len(chain):
-            return CopiedView([])
-        nbytes = len(chain) * landing_bytes(namespace.layout.block_bytes)
-        if self._ring.hold(nbytes):
-            view = RingView(self._ring, nbytes)
+        chain, nbytes = checked_chain(hashes), namespace.layout.block_bytes
+        view = self._ring.reserve(len(chain), nbytes)
+        if view is None:  # for all of them: for those that are there it may do
+            matched = self.match(namespace, chain, timeout_s=deadline.left_s)
+            chain = chain[: matched.count]
+            if not len(chain):
+                return CopiedView([])
+            view = self._ring.reserve(len(chain), nbytes)
+        if view is not None:
             try:
-                self._land(namespace, chain, view, deadline)
+                plan = self._plan(namespace, chain, part_of(namespace.layout), deadline)
+                self._getter.land(plan, view)
+            except (Unavailable, DeadlineExceeded):
+                view.release()
             except BaseException:
                 view.release()
                 raise
             return view
-        rows = list(np.empty((len(chain), namespace.layout.block_bytes), np.uint8))
+        rows = list(np.empty((len(chain), nbytes), np.uint8))
         got = self.get_into(namespace, chain, rows, timeout_s=max(deadline.left_s, 1e-3))
         hits = sum(isinstance(each, Hit) for each in got)
         return CopiedView(rows[:hits])
 
-    def _land(
-        self, namespace: NamespaceHandle, chain: c.U8, view: RingView, deadline: Deadline
-    ) -> None:
-        """Gets blocks to stay where they land; the leading ones that came are the view's."""
-        part, space = part_of(namespace.layout), self._space(namespace, deadline)
-        landed = np.zeros(len(chain), np.uint64)
-
-        def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
-            landed[rows] = addresses
-            return part.own_sums(addresses)
-
-        try:
-            tiers = self._run(
-                self.router.get(
-                    space,
-                    chain,
-                    self._places_of_chain(namespace.layout, chain),
-                    cells=part.cells,
-                    nbytes=part.nbytes,
-                    accept=self._accepting(chain, part, arrive),
-                    keep=view.keep,
-                    timeout_ms=1e3 * max(deadline.left_s - SLACK_S, 1e-3),
-                ),
-                deadline.left_s,
-            )
-        except (Unavailable, DeadlineExceeded):
-            return
-        leading = len(chain) if tiers.all() else int(tiers.argmin())
-        addresses = landed[:leading].tolist()
-        view.blocks = [_read_only(self._ring.row(each, part.nbytes)) for each in addresses]
-
-    def _accepting(self, chain: c.U8, part: Part, arrive: Arrive) -> Accept:
-        """Says which blocks are sound, of `arrive`'s checksums of rows that landed at addresses.
-        Where it copies, they are the copies': whatever lands later cannot change what was
-        checked."""
-
-        def check(
-            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
-        ) -> npt.NDArray[np.bool_]:
-            said, sound = _said(headers, chain[rows], part)
-
-            def check_some(first: int, end: int) -> None:
-                found = arrive(rows[first:end], addresses[first:end])
-                sound[first:end] &= (found == said[first:end]).all(axis=1)
-
-            groups, end_s = groups_of(len(rows), part.nbytes), time.monotonic() + self._timeout_s
-            done = in_parallel(check_some, groups, part.nbytes * len(rows), end_s)
-            for first, end in groups[done:]:
-                sound[first:end] = False
-            return sound
-
-        async def accept(
-            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
-        ) -> npt.NDArray[np.bool_]:
-            loop = self._thread.loop
-            return await loop.run_in_executor(self._copies, check, rows, addresses, headers)
-
-        return accept
+    def _plan(
+        self, namespace: NamespaceHandle, chain: c.U8, part: Part, deadline: Deadline
+    ) -> GetPlan:
+        return GetPlan(
+            space=self._space(namespace, deadline),
+            chain=chain,
+            places=self._chains.places(namespace.layout, chain),
+            part=part,
+            deadline=deadline,
+        )
 
     # -- writing -----------------------------------------------------------------------
 
@@ -353,13 +271,13 @@ class ClusterSession:
         plan = PutPlan(
             space=space,
             request=put,
-            places=self._places_of_put(put),
+            places=self._chains.places_of_put(put),
             copies=self._replicas or replicas,
             persist=persist,
             deadline=deadline,
         )
         result = self._putter.put(plan)
-        self._remember(put)
+        self._chains.remember(put)
         if hint:
             self._advise(namespace, put.chain, hint, deadline)
         return result
@@ -367,14 +285,13 @@ class ClusterSession:
     def buffers(self, n: int, nbytes: int) -> RingView:
         """See `Session.buffers`; with views they may hold half of the ring."""
         check_buffers(n, nbytes)
-        held = n * landing_bytes(nbytes)
         full = ResourceExhausted(
-            f"{held} bytes more of the ring cannot be held: set ring_bytes higher",
+            f"{n} blocks of {nbytes} bytes more cannot be held: set ring_bytes higher",
             retry_after_ms=limits.RETRY_AFTER_MS,
         )
-        if not self._ring.hold(held):
+        view = self._ring.reserve(n, nbytes)
+        if view is None:
             raise full
-        view = RingView(self._ring, held)
         addresses = self._ring.take(n, nbytes)
         if addresses is None:
             view.release()
@@ -382,51 +299,6 @@ class ClusterSession:
         view.keep(addresses)
         view.blocks = [self._ring.row(address, nbytes) for address in addresses.tolist()]
         return view
-
-    # -- places ------------------------------------------------------------------------
-
-    def _places_of_chain(self, layout: Layout, chain: c.U8) -> c.U64:
-        """Of a chain from its beginning, or of one that a match or put has shown before."""
-        segment = segment_blocks(layout.block_tokens)
-        known = self._chain_with(chain[0].tobytes())
-        if known is not None:
-            at, earlier = known
-            if at:
-                head = earlier[at // segment * segment].tobytes()
-                return places_of(chain, position=at, segment=segment, first_place=place_of(head))
-        self._chains.append(chain)
-        return places_of(chain, position=0, segment=segment)
-
-    def _places_of_put(self, put: PutRequest) -> c.U64:
-        segment = segment_blocks(put.namespace.layout.block_tokens)
-        if put.position <= 0 or put.position % segment == 0:
-            return places_of(put.chain, position=put.position, segment=segment)
-        known = self._chain_with(put.parent) if put.parent else None
-        first_place = None
-        if known is not None and known[0] == put.position - 1:
-            head = known[1][put.position // segment * segment]
-            first_place = place_of(head.tobytes())
-        return places_of(put.chain, position=put.position, segment=segment, first_place=first_place)
-
-    def _remember(self, put: PutRequest) -> None:
-        """So that what follows in the chain finds its segment."""
-        if put.position == 0:
-            self._chains.append(put.chain)
-        elif put.position > 0 and put.parent:
-            known = self._chain_with(put.parent)
-            if known is not None and known[0] == put.position - 1:
-                self._chains.append(np.concatenate((known[1][: put.position], put.chain)))
-
-    def _chain_with(self, key: bytes) -> tuple[int, c.U8] | None:
-        """The position of a key in the latest chain that has it, and that chain."""
-        wanted = np.frombuffer(key, np.uint64)
-        for chain in reversed(self._chains):
-            words = np.ascontiguousarray(chain).view(np.uint64).reshape(-1, 4)
-            found = np.flatnonzero(words[:, 0] == wanted[0])
-            for at in found.tolist():
-                if (words[at] == wanted).all():
-                    return at, chain
-        return None
 
     # -- the rest ----------------------------------------------------------------------
 
@@ -437,7 +309,8 @@ class ClusterSession:
         deadline = self._deadline(timeout_s)
         chain = checked_chain(hashes)
         space = self._space(namespace, deadline)
-        return self._run(self.router.drop(space, chain, 1e3 * deadline.left_s), deadline.left_s)
+        dropping = self.router.drop(space, chain, 1e3 * deadline.left_s)
+        return self._run(dropping, deadline.left_s).blocks
 
     def drop_namespace(self, namespace: NamespaceHandle, *, timeout_s: float | None = None) -> int:
         """See `Session.drop_namespace`; `Unavailable` unless every member has forgotten it."""
@@ -542,7 +415,8 @@ class ClusterSession:
             self._thread.finish(self._world.close(), _CLOSE_S)
         self._ring.close()
         self._thread.close()
-        self._copies.shutdown()
+        if hasattr(self, "_getter"):
+            self._getter.close()
 
     def __enter__(self) -> Self:
         return self
@@ -587,30 +461,6 @@ class ClusterSession:
             return self._thread.run(work, timeout_s)
         finally:
             self._ring.sweep()
-
-
-def _said(headers: c.U8, chain: c.U8, part: Part) -> tuple[c.U64, npt.NDArray[np.bool_]]:
-    """What headers (n, bytes) say the checksums of the part's cells are, and which of them are
-    sound headers of the chain's blocks."""
-    said = np.zeros((len(headers), len(part.cell_runs)), np.uint64)
-    sound = np.zeros(len(headers), bool)
-    for i, (packed, key) in enumerate(zip(headers, chain, strict=True)):
-        try:
-            header = unpack(packed)
-        except (Corrupted, ProtocolError):
-            continue
-        sums = header.checksums
-        if header.key == key.tobytes() and len(sums) > int(part.cells.max(initial=0)):
-            own = sums[part.cells] if len(part.cells) else sums
-            sound[i] = len(own) == said.shape[1]
-            if sound[i]:
-                said[i] = own
-    return said, sound
-
-
-def _read_only(block: Bytes1D) -> Bytes1D:
-    block.flags.writeable = False
-    return block
 
 
 def _merged(infos: Sequence[StoreInfo]) -> tuple[NamespaceInfo, ...]:

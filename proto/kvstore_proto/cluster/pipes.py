@@ -12,6 +12,7 @@ from typing import Any
 from kvstore.errors import DeadlineExceeded, ProtocolError
 from kvstore.transfer.base import Agent, TransferFailed
 from kvstore.transfer.description import unpack
+from kvstore.transfer.either import EitherAgent, parts_of
 from kvstore.transfer.stream import KIND, FramePipe, StreamAgent
 
 _GREETING, _TRANSFER = b"\0", b"\1"  # a message's first byte
@@ -140,7 +141,7 @@ class PipeBook:
         """A pipe at whose other end that agent serves. Descriptions of other kinds are ignored."""
         with contextlib.suppress(ProtocolError), self._lock:
             self._pipes = {token: p for token, p in self._pipes.items() if not p.is_lost}
-            self._pipes[unpack(KIND, description)] = pipe
+            self._pipes[_token(description)] = pipe
 
     def find(self, token: bytes, timeout_s: float) -> FramePipe:
         """The pipe to the agent; `TransferFailed` where there is none (any more)."""
@@ -152,6 +153,15 @@ class PipeBook:
         return pipe
 
 
+def _token(description: bytes) -> bytes:
+    """Of the agent over streams; `ProtocolError` where there is none."""
+    try:
+        parts = parts_of(description)
+    except ProtocolError:
+        return unpack(KIND, description)
+    return unpack(KIND, parts.get(KIND, b""))
+
+
 class Streams:
     """What this process's agent does with the streams of sessions, where it transfers by them."""
 
@@ -161,7 +171,9 @@ class Streams:
 
     def set_agent(self, agent: Agent) -> None:
         """The agent that serves from now on; one of another kind has no use for streams."""
-        self._agent = agent if isinstance(agent, StreamAgent) and agent.kind == KIND else None
+        agents = agent.agents if isinstance(agent, EitherAgent) else [agent]
+        serving = (a for a in agents if isinstance(a, StreamAgent) and a.kind == KIND)
+        self._agent = next(serving, None)
 
     def serve(self, pipe: StreamPipe) -> None:
         """The other end wants this process's memory."""

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import grpc
 
-from kvstore.clock import Clock
 from kvstore.cluster.answers import raise_if_failed
 from kvstore.cluster.messages import CODEC, Hello, Welcomed
 from kvstore.cluster.world import Task
@@ -76,7 +75,6 @@ class AsyncWorld:
 
     def __init__(self, *, token: str, streams: Streams, tls: Tls | None = None) -> None:
         self.random = random.Random()
-        self._clock = Clock()  # whose time does not jump as a host's may
         self.streams = streams
         self._metadata = ((AUTHORIZATION, f"Bearer {token}"),)
         self._credentials = tls.channel() if tls else None
@@ -86,10 +84,6 @@ class AsyncWorld:
     def now_ms(self) -> float:
         """See `World.now_ms`."""
         return time.monotonic() * 1e3
-
-    def unix_ms(self) -> int:
-        """See `World.unix_ms`."""
-        return self._clock.now_ms()
 
     async def sleep(self, ms: float) -> None:
         """See `World.sleep`."""

@@ -45,6 +45,7 @@ _BEGIN_S = 5.0  # how long a start waits for the first look at the members
 _LOOK_S = 0.01
 _FIRST = asyncio.FIRST_COMPLETED
 _NICENESS = 5  # engines on this host go first
+_SWITCH_S = 0.0005  # how long a thread that has bytes to move waits for one that does not
 
 log = structlog.get_logger()
 
@@ -190,7 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("ca", "cert", "key"):
         parser.add_argument(f"--etcd-{name}", type=Path, help="PEM file")
     parser.add_argument("--cluster", default="default", help="the cluster's name in etcd")
-    parser.add_argument("--transfer", default="nixl", help="nixl, ucxx or grpc")
+    parser.add_argument("--transfer", default="nixl", help="nixl, ucxx, grpc or auto")
     parser.add_argument("--repair-rate", type=int, default=256 << 20, help="bytes a second")
     parser.add_argument("--secret-file", type=Path, required=True, help="the cluster's secret")
     parser.add_argument("--data-dir", type=Path, required=True, help="where the ledger lies")
@@ -210,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     configure_logging(options.log_format, options.log_level)
     os.nice(_NICENESS)
+    sys.setswitchinterval(_SWITCH_S)
     end = End(options.lifeline_fd)
     try:
         asyncio.run(_Process(options).serve(end))

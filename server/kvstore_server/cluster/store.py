@@ -21,12 +21,13 @@ from kvstore.layout import Layout
 from kvstore.session.channel import ChannelLink
 from kvstore.session.copies import groups_of, in_parallel
 from kvstore.session.parts import ALL_CELLS, part_of
+from kvstore_server.cluster.port import LoopPort
 
 _WAITERS = 4  # calls that may wait for the disks at one time; each needs a connection of its own
 _WAITING = (c.Fetch, c.Persist, c.Drop)
 _PART_THREADS = 4  # of seats; no command of a put of parts waits for anything
 _HASH_S = 60.0
-_HASH_HERE_BYTES = 256 << 10  # takes less than it takes to wake another thread
+_HASH_HERE_BYTES = 1 << 20  # takes less than it takes to wake another thread
 _PATIENCE_S = 10.0
 
 
@@ -45,8 +46,12 @@ class ChannelNodeStore:
                 "trust", "a node of a cluster writes the pool itself: run the daemon with direct"
             )
         self._path, self._timeout_s = path, timeout_s
-        self._memory = self._link.memory(timeout_s)
-        self._calls = ThreadPoolExecutor(1, "kvstore-node-call")
+        try:
+            self._memory = self._link.memory(timeout_s)
+            self._port = LoopPort(path, timeout_s)
+        except BaseException:
+            self._link.close()
+            raise
         self._hashes = ThreadPoolExecutor(1, "kvstore-node-hash")
         self._waits = ThreadPoolExecutor(_WAITERS, "kvstore-node-wait")
         self._idle: list[ChannelLink] = []
@@ -55,6 +60,9 @@ class ChannelNodeStore:
         self._ports: list[ChannelPort] = []  # of seats that nobody has
         # Set once the connection is over. What was held by it goes back when this process ends.
         self.lost = asyncio.Event()
+        if self._port.welcome.instance != self._memory.instance:
+            self.close()
+            raise Unavailable("the daemon was restarted meanwhile")
 
     @property
     def pool(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -73,17 +81,16 @@ class ChannelNodeStore:
 
     async def command(self, command: c.Command, timeout_ms: float) -> Any:
         """See `NodeStore.command`."""
-        loop = asyncio.get_running_loop()
         # A call that ends too early ends its connection, and with the first one this process.
         timeout_s = max(timeout_ms / 1e3, _PATIENCE_S)
         if isinstance(command, _WAITING):
             # Not with the rest: while a call waits, its connection serves no other.
+            loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._waits, self._wait, command, timeout_s)
-        call = functools.partial(self._link.call, command, timeout_s)
         try:
-            return await loop.run_in_executor(self._calls, call)
+            return await self._port.ask(command, timeout_s)
         except (Unavailable, DeadlineExceeded):
-            if self._link.closed:
+            if self._port.closed:
                 self.lost.set()
             raise
 
@@ -117,7 +124,7 @@ class ChannelNodeStore:
         try:
             port = self._ports.pop() if self._ports else await self._connect()
             try:
-                yield ChannelSeat(port, self._parts)
+                yield ChannelSeat(port, self._parts, self.lost)
             except BaseException as error:
                 if not isinstance(error, KVStoreError):
                     port.close()  # nobody knows what is held by it
@@ -173,10 +180,11 @@ class ChannelNodeStore:
 
     def close(self) -> None:
         """Ends the connections; nothing may move from or to the pool any more."""
-        for pool in (self._calls, self._hashes, self._waits, self._parts):
+        for pool in (self._hashes, self._waits, self._parts):
             pool.shutdown(cancel_futures=True)
         for port in self._ports:
             port.close()
+        self._port.close()
         for link in (*self._idle, self._link):
             link.close()
 
@@ -184,13 +192,18 @@ class ChannelNodeStore:
 class ChannelSeat:
     """See `Seat`."""
 
-    def __init__(self, port: ChannelPort, threads: ThreadPoolExecutor) -> None:
-        self._port, self._threads = port, threads
+    def __init__(self, port: ChannelPort, threads: ThreadPoolExecutor, lost: asyncio.Event) -> None:
+        self._port, self._threads, self._lost = port, threads, lost
 
     async def command(self, command: c.Command, timeout_ms: float) -> Any:
         """See `Seat.command`."""
         call = functools.partial(self._port.call, command, max(timeout_ms / 1e3, _PATIENCE_S))
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        except (Unavailable, DeadlineExceeded):
+            if self._port.closed:  # what was reserved by it is nobody's as long as this process is
+                self._lost.set()
+            raise
 
     async def lose(self) -> None:
         """See `Seat.lose`."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError
-from kvstore.transfer.apart import ApartAgent, export
+from kvstore.transfer.apart import Shares, export
 from kvstore.transfer.base import Agent, Bytes1D, Pieces, Remote
 
 log = structlog.get_logger()
@@ -27,7 +27,7 @@ class AgentTransfers:
         self._agent = agent
         export(agent, pool, fd)
         self._description = agent.describe()
-        if isinstance(agent, ApartAgent):
+        if isinstance(agent, Shares):
             agent.on_death = self._again
         self._threads = ThreadPoolExecutor(_THREADS, "kvstore-transfer")
         # Not with the others: what hangs there is ended by a close.

@@ -15,6 +15,8 @@ from cluster.sim.world import SimWorld
 from kvstore import commands as c
 from kvstore.block import cell_checksums, unpack
 from kvstore.cluster.contacts import ClusterSpace, RouterPolicy
+from kvstore.cluster.members import MemberState
+from kvstore.cluster.messages import PutStatus
 from kvstore.cluster.placement import place_of, places_of, segment_blocks
 from kvstore.cluster.puts import Puts
 from kvstore.cluster.router import Router
@@ -181,7 +183,8 @@ class SimClient:
         numbers = [truth.begin_put(name, now, ttl_ms) for name in names]
         layout = SPACES[space][1]
         sources = [payload(space, number) for number in numbers]
-        found = np.zeros(n, np.uint8)
+        found, failed_before = np.zeros(n, np.uint8), self.router.counters.failed_over
+        sure = np.zeros(n, bool)
         try:
             opened = await self._space(space)
             puts = Puts(
@@ -199,14 +202,64 @@ class SimClient:
             )
             outcome = await self.router.put(opened, puts, timeout_ms)
             found = outcome.copies
+            # Where somebody took too long, what it was asked for may come later.
+            if self.router.counters.failed_over == failed_before:
+                sure = np.isin(outcome.status, (PutStatus.STORED, PutStatus.EXISTS))
         except KVStoreError as error:
             self.loop.say(f"{self.world.name}: put of {names[0]}+{n}: {error!r}")
-        for number, on in zip(numbers, found.tolist(), strict=True):
-            truth.end_put(number, self.loop.now, on, epoch=self.router.epoch)
+        for number, on, once in zip(numbers, found.tolist(), sure.tolist(), strict=True):
+            truth.end_put(number, self.loop.now, on, epoch=self.router.epoch, sure=once)
         self.loop.say(
             f"{self.world.name}: put {names[0]} as {numbers} for {ttl_ms}: {found.tolist()}"
         )
         return int(np.count_nonzero(found >= copies))
+
+    async def put_part(
+        self,
+        space: int,
+        chain: int,
+        first: int,
+        numbers: list[int],
+        cell: int,
+        *,
+        agreed: bytes,
+        copies: int,
+        timeout_ms: float = 2000.0,
+    ) -> None:
+        """Puts one cell of each of the neighbours, of puts that others put the rest of."""
+        truth, layout, n = self.truth, SPACES[space][1], len(numbers)
+        for number in numbers:
+            truth.begin_part(number, cell)
+        part = part_of(layout, np.array([cell], np.uint32))
+        ((at, _own, nbytes),) = part.cell_runs
+        sources = [payload(space, number)[at : at + nbytes] for number in numbers]
+        found = np.zeros(n, np.uint8)
+        try:
+            opened = await self._space(space)
+            puts = Puts(
+                hashes=keys(space, chain, first, n),
+                addresses=np.array([self.ring.source(data) for data in sources], np.uint64),
+                checksums=np.array(
+                    [cell_checksums(data, part.bounds) for data in sources], np.uint64
+                ),
+                places=places(space, chain, first, n),
+                parent=keys(space, chain, first - 1, 1).tobytes() if first else b"",
+                position=first,
+                ttl_ms=0,
+                copies=copies,
+                persist=False,
+                cells=part.cells,
+                agreed=agreed,
+            )
+            found = (await self.router.put(opened, puts, timeout_ms)).copies
+        except KVStoreError as error:
+            self.loop.say(f"{self.world.name}: put of cell {cell} of {numbers}: {error!r}")
+        for number, on in zip(numbers, found.tolist(), strict=True):
+            truth.end_put(number, self.loop.now, on, epoch=self.router.epoch)
+        self.loop.say(
+            f"{self.world.name}: put cell {cell} of {(space, chain, first)} as {numbers}:"
+            f" {found.tolist()}"
+        )
 
     async def get(
         self,
@@ -296,4 +349,28 @@ class SimClient:
             return False
         drop.ended = self.loop.now
         self.loop.say(f"{self.world.name}: dropped {space}")
+        return True
+
+    async def drop_keys(
+        self, space: int, chain: int, first: int, n: int, *, timeout_ms: float = 3000.0
+    ) -> bool:
+        """Drops neighbours of a chain; whether all who may have them have said that they did."""
+        names: list[Name] = [(space, chain, first + i) for i in range(n)]
+        drop = self.truth.begin_key_drop(names, self.loop.now)
+        try:
+            dropped = await self.router.drop(
+                await self._space(space), keys(space, chain, first, n), timeout_ms
+            )
+        except KVStoreError as error:
+            self.loop.say(f"{self.world.name}: drop of {names[0]}+{n}: {error!r}")
+            return False
+        view = self.router.view
+        assert view is not None
+        known = {member.name for member in view.members if member.state != MemberState.OUT}
+        # One that is no member, or none any more, keeps what it has.
+        if not dropped.everywhere or known != self.truth.hosts():
+            self.loop.say(f"{self.world.name}: dropped {names[0]}+{n}, but not everywhere")
+            return False
+        drop.ended = self.loop.now
+        self.loop.say(f"{self.world.name}: dropped {names[0]}+{n}")
         return True

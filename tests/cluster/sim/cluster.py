@@ -92,7 +92,6 @@ class Host:
             self.name,
             number=number,
             rng=cluster.rng,
-            skew_ms=self._skew_ms,
         )
         self.world = world
         lost = functools.partial(self._lost_store, world.process)

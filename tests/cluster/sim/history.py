@@ -7,7 +7,7 @@ tells which put it was of, and whether that one may still be seen.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,14 +59,19 @@ def payload(space: int, number: int) -> Bytes1D:
 
 @dataclass(slots=True)
 class Written:
-    """One put of one key. ended: when its call was over, None as long as it is not. ttl_ms: 0 for
-    ever. deaths: that there had been by then."""
+    """One put of one key. ended: when all of its calls were over, None as long as they are not.
+    ttl_ms: 0 for ever. deaths: that there had been by then. lacking: cells that nobody has begun
+    to put. calls: that are not over. sure: whether it was carried out once, and nothing of it may
+    come later."""
 
     name: Name
     began: float
     deaths: int
     ttl_ms: float = 0.0
     ended: float | None = None
+    lacking: set[int] = field(default_factory=set)
+    calls: int = 1
+    sure: bool = True
 
 
 @dataclass(slots=True)
@@ -95,13 +100,24 @@ class Forgotten:
 
 
 @dataclass(slots=True)
+class Dropped:
+    """A drop of single keys, as `Forgotten`. ended: None also where some node may not have heard
+    of it."""
+
+    began: float
+    ended: float | None = None
+
+
+@dataclass(slots=True)
 class Truth:
     """Everything that was ever asked for, and what came of it."""
 
     present_epoch: Callable[[], int] = lambda: 0  # that the coordinator has agreed on
+    hosts: Callable[[], set[str]] = set  # all there are, dead or alive
     written: list[Written] = field(default_factory=list)
     promises: dict[Name, Promise] = field(default_factory=dict)
     drops: dict[int, list[Forgotten]] = field(default_factory=dict)
+    key_drops: dict[Name, list[Dropped]] = field(default_factory=dict)
     deaths: int = 0
     hits: int = 0
     misses: int = 0
@@ -109,20 +125,41 @@ class Truth:
 
     # -- puts ----------------------------------------------------------------------------
 
-    def begin_put(self, name: Name, now: float, ttl_ms: float = 0.0) -> int:
-        """A put's number, which its bytes are made of. All puts of a key have a time, or none."""
-        self.written.append(Written(name, now, self.deaths, ttl_ms))
+    def begin_put(
+        self, name: Name, now: float, ttl_ms: float = 0.0, *, cells: Collection[int] = ()
+    ) -> int:
+        """A put's number, which its bytes are made of. All puts of a key have a time, or none.
+        cells: of one that is put in parts, each by a call of its own, which `begin_part` begins."""
+        calls = 0 if cells else 1
+        written = Written(name, now, self.deaths, ttl_ms, lacking=set(cells), calls=calls)
+        self.written.append(written)
         return len(self.written) - 1
 
-    def end_put(self, number: int, now: float, copies: int, *, epoch: int) -> None:
-        """The call has ended. copies: on how many nodes the block is, as it was told; 0 where
+    def begin_part(self, number: int, cell: int) -> None:
+        """Another call of a put in parts has begun."""
+        written = self.written[number]
+        written.lacking.discard(cell)
+        written.calls += 1
+        written.ended = None
+
+    def end_put(
+        self, number: int, now: float, copies: int, *, epoch: int, sure: bool = False
+    ) -> None:
+        """A call of it has ended. copies: on how many nodes the block is, as it was told; 0 where
         nothing was. Some of them may have died while that was on its way; and those who go by an
         earlier view than they should have not heard of drops that take it with them."""
         written = self.written[number]
-        written.ended = now
+        written.calls -= 1
+        written.sure &= sure
+        if not written.calls:
+            written.ended = now
         space = written.name[0]
         forgotten = written.ttl_ms or self._dropped_since(space, written.began)
         forgotten = forgotten or (epoch < self.present_epoch() and self.drops.get(space))
+        forgotten = forgotten or any(
+            drop.ended is None or drop.ended >= written.began
+            for drop in self.key_drops.get(written.name, ())
+        )
         if copies and not forgotten:
             self.acknowledged += 1
             made = Promise(copies, now, self.deaths - written.deaths)
@@ -139,6 +176,8 @@ class Truth:
         not heard of can forget nothing later."""
         for space, drops in self.drops.items():
             self.drops[space] = [drop for drop in drops if drop.ended is not None]
+        for name, dropped in self.key_drops.items():
+            self.key_drops[name] = [drop for drop in dropped if drop.ended is not None]
 
     # -- drops ---------------------------------------------------------------------------
 
@@ -147,6 +186,14 @@ class Truth:
         drop = Forgotten(now)
         self.drops.setdefault(space, []).append(drop)
         self.release(lambda name: name[0] == space)
+        return drop
+
+    def begin_key_drop(self, names: Collection[Name], now: float) -> Dropped:
+        """From now on these keys do not have to be there."""
+        drop = Dropped(now)
+        for name in names:
+            self.key_drops.setdefault(name, []).append(drop)
+        self.release(lambda name: name in names)
         return drop
 
     def release(self, which: object) -> None:
@@ -172,6 +219,11 @@ class Truth:
         that began then, under the view of that epoch; returns its number."""
         number = self.number_of(name, got, part)
         written = self.written[number]
+        assert not written.lacking, f"{name} of put {number} is served, and was put in part"
+        for dropped in self.key_drops.get(name, ()):
+            if dropped.ended is not None and dropped.ended < began and written.sure:
+                ended_before = written.ended is not None and written.ended <= dropped.began
+                assert not ended_before, f"{name} of put {number} was dropped alone, and is served"
         for drop in self.drops.get(name[0], ()):
             if drop.ended is not None and drop.ended < began and drop.epoch <= epoch:
                 ended_before = written.ended is not None and written.ended < drop.began

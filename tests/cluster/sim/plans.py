@@ -20,7 +20,8 @@ from kvstore.cluster.site import NodePolicy
 class Plan:
     """What one run does. tight: whether pools are too small for all blocks, so that nothing is
     promised. rounds: of trouble and peace. round_ms: of trouble. clients: at work at one time.
-    drops: how much of what they do is to forget a namespace. curious: whether they read everything
+    drops, key_drops: how much of what they do is to forget a namespace, or single keys. parts: to
+    put blocks in parts. curious: whether they read everything
     whenever there is another view. changes: whether hosts come and go for good."""
 
     setting: Setting
@@ -29,6 +30,8 @@ class Plan:
     round_ms: float
     clients: int
     drops: float
+    key_drops: float
+    parts: float
     curious: bool
     changes: bool
     router: RouterPolicy
@@ -68,6 +71,8 @@ def some_plan(rng: random.Random) -> Plan:
         round_ms=rng.choice((2000.0, 6000.0, 15_000.0)),
         clients=rng.choice((1, 2, 3)),
         drops=rng.choice((0.0, 0.0, 0.02, 0.1)),
+        key_drops=rng.choice((0.0, 0.02, 0.05)),
+        parts=rng.choice((0.0, 0.05, 0.15)),
         curious=False,
         changes=rng.random() < 0.4,
         router=router,
@@ -94,6 +99,8 @@ def forgetful(rng: random.Random) -> tuple[Plan, Trouble]:
         round_ms=30_000.0,
         clients=2,
         drops=0.1,
+        key_drops=0.0,
+        parts=0.0,
         curious=True,
         changes=False,
         router=replace(plan.router, piece_bytes=1 << 20),
@@ -177,6 +184,29 @@ def restless(rng: random.Random) -> tuple[Plan, Trouble]:
     return plan, Trouble(mean_ms=rng.choice((300.0, 800.0)), kinds=kinds, weather=weather)
 
 
+def piecemeal(rng: random.Random) -> tuple[Plan, Trouble]:
+    """Blocks are put in parts and dropped one by one, while transfers fail and nodes and clients
+    die."""
+    plan = some_plan(rng)
+    setting = replace(plan.setting, nodes=3, replicas=2, slots=256)
+    plan = replace(
+        plan,
+        setting=setting,
+        tight=False,
+        rounds=1,
+        round_ms=8000.0,
+        clients=2,
+        drops=rng.choice((0.0, 0.02)),
+        key_drops=0.12,
+        parts=0.2,
+        changes=False,
+    )
+    kinds = {"cut": 1.0, "pause": 0.7, "death of a client": 0.5, "one link": 0.3}
+    kinds |= {"death of a node": 0.2, "death": 0.2}
+    carriage = Carriage(chunk_ms=rng.choice((0.2, 5.0)), hardware=rng.random() < 0.5)
+    return plan, Trouble(mean_ms=rng.choice((400.0, 1200.0)), kinds=kinds, carriage=carriage)
+
+
 PLANS: dict[str, Callable[[random.Random], tuple[Plan, Trouble]]] = {
     "ordinary": ordinary,
     "forgetful": forgetful,
@@ -186,4 +216,5 @@ PLANS: dict[str, Callable[[random.Random], tuple[Plan, Trouble]]] = {
     "halting": halting,
     "cramped": cramped,
     "restless": restless,
+    "piecemeal": piecemeal,
 }

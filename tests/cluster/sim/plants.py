@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from cluster.sim.simulation import run_seed
 
-from kvstore.cluster import copies, heat, intake, messages, node, repair, router
+from kvstore.cluster import copies, heat, intake, messages, node, puts, repair, router
 from kvstore.cluster.copies import Held, Spread
 from kvstore.cluster.membership import Membership
+from kvstore.cluster.moves import Moves
 from kvstore.cluster.node import Node
 from kvstore.cluster.repair import Repair
 from kvstore.cluster.router import Router
@@ -82,7 +83,7 @@ def copies_are_counted_before_they_are_there(patch: Patch) -> None:
     patch.setattr(node, "spread", spread)
 
 
-@plant(0, "is nowhere", "is not to be had", plan="mortal")
+@plant(1, "is nowhere", "is not to be had", plan="mortal")
 def a_copy_that_failed_is_counted(patch: Patch) -> None:
     real = copies._outcome
 
@@ -93,7 +94,7 @@ def a_copy_that_failed_is_counted(patch: Patch) -> None:
     patch.setattr(copies, "_outcome", outcome)
 
 
-@plant(2, "is nowhere", "is not to be had", plan="mortal")
+@plant(10, "is nowhere", "is not to be had", plan="mortal")
 def a_block_that_has_no_room_is_counted(patch: Patch) -> None:
     real = copies.push
 
@@ -108,13 +109,13 @@ def a_block_that_has_no_room_is_counted(patch: Patch) -> None:
 # -- bytes -----------------------------------------------------------------------------------
 
 
-@plant(1, "is nowhere", "is not to be had")
+@plant(2, "is nowhere", "is not to be had")
 def what_arrives_is_not_verified(patch: Patch) -> None:
     real = intake._runs
     patch.setattr(intake, "_runs", lambda arrivals, sound: real(arrivals, np.ones_like(sound)))
 
 
-@plant(0, "late bytes", plan="halting")
+@plant(2, "late bytes", plan="halting")
 def slots_go_back_while_a_transfer_writes_to_them(patch: Patch) -> None:
     async def give_up(site: Site, _memory: Any, slots: Any) -> bool:
         if len(slots):
@@ -125,7 +126,7 @@ def slots_go_back_while_a_transfer_writes_to_them(patch: Patch) -> None:
     patch.setattr(intake, "give_up", give_up)
 
 
-@plant(6, "a late write", plan="halting")
+@plant(18, "a late write", plan="halting")
 def a_part_of_the_ring_is_used_again_though_somebody_may_write_there(patch: Patch) -> None:
     real = Router.__init__
 
@@ -136,7 +137,7 @@ def a_part_of_the_ring_is_used_again_though_somebody_may_write_there(patch: Patc
     patch.setattr(Router, "__init__", init)
 
 
-@plant(1, "written over", plan="cramped")
+@plant(12, "written over", plan="cramped")
 def blocks_are_sent_without_a_lease(patch: Patch) -> None:
     real = node.hold
 
@@ -152,7 +153,7 @@ def blocks_are_sent_without_a_lease(patch: Patch) -> None:
 # -- leaks -----------------------------------------------------------------------------------
 
 
-@plant(0, "holds", plan="halting")
+@plant(3, "holds", plan="halting")
 def a_lease_stays_when_a_copy_fails(patch: Patch) -> None:
     real = copies.push
 
@@ -188,7 +189,7 @@ def sessions_never_end(patch: Patch) -> None:
 # -- epochs ----------------------------------------------------------------------------------
 
 
-@plant(3, "two views", plan="restless")
+@plant(13, "two views", plan="restless")
 def two_keepers_make_one_epoch_each(patch: Patch) -> None:
     real = Membership.wanted
 
@@ -204,7 +205,7 @@ def two_keepers_make_one_epoch_each(patch: Patch) -> None:
 # -- what was forgotten ----------------------------------------------------------------------
 
 
-@plant(0, "is served", plan="parted")
+@plant(1, "is served", plan="parted")
 def a_drop_is_acknowledged_though_not_all_have_done_it(patch: Patch) -> None:
     async def drop(self: Router, space: Any, timeout_ms: float) -> int:
         view, opened = await self.refresh(), []
@@ -227,7 +228,7 @@ def a_drop_is_acknowledged_though_not_all_have_done_it(patch: Patch) -> None:
     patch.setattr(Router, "drop_namespace", drop)
 
 
-@plant(0, "is served", plan="forsaken")
+@plant(1, "is served", plan="forsaken")
 def a_node_that_was_away_serves_what_was_forgotten_meanwhile(patch: Patch) -> None:
     async def learn(_self: Membership, _present: Any) -> bool:
         return True
@@ -235,7 +236,7 @@ def a_node_that_was_away_serves_what_was_forgotten_meanwhile(patch: Patch) -> No
     patch.setattr(Membership, "_learn_generations", learn)
 
 
-@plant(2, "is served", plan="forsaken")
+@plant(29, "is served", plan="forsaken")
 def a_node_tells_others_what_was_forgotten_though_it_does_not_know_all(patch: Patch) -> None:
     real = Membership.generations
 
@@ -245,22 +246,12 @@ def a_node_tells_others_what_was_forgotten_though_it_does_not_know_all(patch: Pa
     patch.setattr(Membership, "generations", generations)
 
 
-@plant(None, "is served", plan="forsaken")
-def one_that_does_not_know_that_it_was_left_out_is_believed(patch: Patch) -> None:
-    real = Membership.generations
-
-    async def generations(self: Membership) -> Any:
-        return replace(await real(self), through=1 << 60)
-
-    patch.setattr(Membership, "generations", generations)
-
-
-@plant(9, "is served", plan="forsaken")
+@plant(20, "is served", plan="forsaken")
 def generations_are_counted_anew_by_who_missed_some(patch: Patch) -> None:
     patch.setattr(router, "_EPOCH_SHIFT", 0)
 
 
-@plant(10, "lacks", "is not to be had", plan="parted")
+@plant(None, "lacks", "is not to be had", plan="parted")
 def a_namespace_is_opened_while_it_is_forgotten(patch: Patch) -> None:
     real = Site.forget_space
 
@@ -271,7 +262,7 @@ def a_namespace_is_opened_while_it_is_forgotten(patch: Patch) -> None:
     patch.setattr(Site, "forget_space", forget_space)
 
 
-@plant(2, "is served", plan="forgetful")
+@plant(16, "is served", plan="forgetful")
 def a_reader_with_a_later_view_is_answered(patch: Patch) -> None:
     patch.setattr(Site, "check_reader", lambda _self, _epoch: None)
 
@@ -287,6 +278,34 @@ def a_node_serves_on_when_it_is_left_out(patch: Patch) -> None:
         return adopted
 
     patch.setattr(Site, "adopt", adopt)
+
+
+@plant(1, "was dropped alone", plan="piecemeal")
+def a_drop_of_keys_does_not_care_what_is_on_its_way(patch: Patch) -> None:
+    real = Router._everywhere
+
+    async def everywhere(self: Router, view: Any, message: Any, timeout_ms: float) -> Any:
+        answers = await real(self, view, message, timeout_ms)
+        if message.all_of_it:
+            return answers
+        return [answer and replace(answer, blocks=0) for answer in answers]
+
+    async def over(*_args: Any) -> bool:
+        return True
+
+    patch.setattr(Router, "_everywhere", everywhere)
+    patch.setattr(Moves, "over", over)
+
+
+# -- parts -----------------------------------------------------------------------------------
+
+
+@plant(1, "in part", plan="piecemeal")
+def cells_of_two_puts_make_one_block(patch: Patch) -> None:
+    patch.setattr(puts, "nonce_of", lambda agreed: bytes(len(_nonce_of(agreed))))
+
+
+_nonce_of = puts.nonce_of
 
 
 # -- repair ----------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ class Simulation:
         self.truth, self.tally = Truth(), Tally()
         self.cluster = SimCluster(self.plan.setting, self.rng)
         self.truth.present_epoch = lambda: self.cluster.coordinator.epoch
+        self.truth.hosts = lambda: set(self.cluster.hosts)
         if self.plan.curious:
             self.cluster.coordinator.advanced = self._be_curious
         self.loop = self.cluster.loop
@@ -173,6 +174,10 @@ class Simulation:
         if what < self.plan.drops:
             if await client.drop(space):
                 self._look_for_ghosts(space)
+        elif what < self.plan.drops + self.plan.key_drops:
+            await self._drop_keys(client, space, chain % CHAINS, first, n)
+        elif what < self.plan.drops + self.plan.key_drops + self.plan.parts:
+            await self._put_parts(client, rng, chain % CHAINS, first, n)
         elif what < 0.45:
             chain %= CHAINS
             copies = rng.choice((1, self.plan.setting.replicas, self.plan.setting.replicas))
@@ -181,12 +186,47 @@ class Simulation:
             if rng.random() < 0.05:  # in a chain of their own, so that no block has both
                 chain, ttl_ms = CHAINS, rng.choice((500, 20_000))
             await client.put(space, chain, first, n, copies=copies, persist=persist, ttl_ms=ttl_ms)
+            # While copies of them are on their way; once it is quiet, what is there is to stay.
+            if rng.random() < 3 * self.plan.key_drops and self.nemesis.on:
+                await self._drop_keys(client, space, chain, first, n)
         elif what < 0.9:
             self.tally.gets += 1
             n = min(n, self.plan.ring_slots)
             await client.get(space, chain, first, n, cells=rng.random() < 0.3)
         else:
             await client.match(space, chain, BLOCKS)
+
+    async def _drop_keys(
+        self, client: SimClient, space: int, chain: int, first: int, n: int
+    ) -> None:
+        if await client.drop_keys(space, chain, first, n):
+            self._look_for_ghosts(space)
+
+    async def _put_parts(
+        self, client: SimClient, rng: random.Random, chain: int, first: int, n: int
+    ) -> None:
+        """Two ranks put a cell each, the second one later, or never."""
+        space, agreed = 0, rng.randbytes(16)
+        n = min(n, self.plan.ring_slots)
+        mates = [other for other in self.clients if other.process.alive]
+        mate, copies = rng.choice(mates), rng.choice((1, self.plan.setting.replicas))
+        cells = [0, 1]
+        rng.shuffle(cells)
+        numbers = [
+            self.truth.begin_put((space, chain, first + i), self.loop.now, cells=cells)
+            for i in range(n)
+        ]
+        tasks: list[SimTask[None]] = []
+
+        def begin(rank: SimClient, cell: int) -> None:
+            put = rank.put_part(space, chain, first, numbers, cell, agreed=agreed, copies=copies)
+            tasks.append(rank.world.spawn(put))
+
+        begin(client, cells[0])
+        await client.world.sleep(rng.choice((0.0, 0.0, rng.uniform(0.0, 500.0))))
+        if rng.random() < 0.75 and mate.process.alive:
+            begin(mate, cells[1])
+        await client.world.wait_all(tasks, 60_000.0)
 
     def _look_for_ghosts(self, space: int) -> None:
         """All clients read what should be gone, from whomever they can reach."""
@@ -371,9 +411,8 @@ class Simulation:
         ):
             return "clients are at work"
         for host in self._stores():
-            stats = host.store.store.stats()
-            held = host.node.site.counters.lost_slots
-            if stats.leased_blocks or stats.pending_blocks or stats.quarantined_blocks:
+            stats, held = host.store.store.stats(), host.node.site.counters.lost_slots
+            if stats.leased_blocks or stats.pending_blocks or stats.quarantined_blocks > held:
                 return f"{host.name} holds {stats}"
             if stats.ahead_bytes > held * 4096:
                 return f"{host.name} holds {stats.ahead_bytes} bytes ahead"

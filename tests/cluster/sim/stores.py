@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from kvstore.nvme.ops import Op, Outcome
 from kvstore.nvme.perform import perform
 from kvstore.nvme.recovery import recover, survey
 from kvstore.nvme.volume import Volume
-from kvstore.session.parts import payload_offset
+from kvstore.session.parts import ALL_CELLS, part_of, payload_offset
 from kvstore.store import NvmePolicy, Store, StoreMemory
 from kvstore.store.tickets import Deferred
 
@@ -299,6 +300,7 @@ class SimNodeStore:
         self._main = _Link(host, process, rng)
         self._links = [self._main]
         self._idle: list[_Link] = []
+        self._vacant: list[_Link] = []  # seats that nobody has
         self._turns: list[Future[None]] = []
         self._at_work = 0
         process.at_death.append(self._died)
@@ -375,12 +377,51 @@ class SimNodeStore:
         found = [self._host.view_of(layout, granule)[0] for granule in granules.tolist()]
         return np.array(found, np.uint8).reshape(len(granules), payload_offset(layout))
 
-    async def sums(self, layout: Layout, granules: c.U32) -> c.U64:
+    async def sums(self, layout: Layout, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
         """See `NodeStore.sums`: reads the bytes at some moment, and answers later."""
         await self._host.loop.sleep(SUMS_MS * self._rng.random(), self._process)
-        found = [
-            cell_checksums(self._host.view_of(layout, granule)[1], layout.cell_bounds)
-            for granule in granules.tolist()
-        ]
+        part = part_of(layout, cells)
+        found = []
+        for granule in granules.tolist():
+            whole = self._host.view_of(layout, granule)[1]
+            own = [whole[at : at + nbytes] for at, _own, nbytes in part.cell_runs]
+            found.append(cell_checksums(np.concatenate(own), part.bounds))
         await self._host.loop.sleep(SUMS_MS * self._rng.random(), self._process)
-        return np.array(found, np.uint64).reshape(len(granules), layout.n_cells)
+        return np.array(found, np.uint64).reshape(len(granules), len(part.cell_runs))
+
+    @asynccontextmanager
+    async def seat(self, timeout_ms: float) -> AsyncIterator[SimSeat]:
+        """See `NodeStore.seat`; there are as many as are wanted."""
+        del timeout_ms
+        if not self._host.process.alive:
+            raise Unavailable("the store is gone")
+        link = self._vacant.pop() if self._vacant else self._new_link()
+        try:
+            yield SimSeat(link, self._lost)
+        except BaseException as error:
+            if not isinstance(error, KVStoreError):
+                link.close()  # nobody knows what is held by it
+            raise
+        finally:
+            if not link.closed:
+                self._vacant.append(link)
+
+
+class SimSeat:
+    """See `kvstore.cluster.world.Seat`."""
+
+    def __init__(self, link: _Link, lost: Callable[[], None]) -> None:
+        self._link, self._lost = link, lost
+
+    async def command(self, command: c.Command, timeout_ms: float) -> Any:
+        """See `Seat.command`."""
+        try:
+            return await self._link.call(command, timeout_ms)
+        except (DeadlineExceeded, Unavailable):
+            if self._link.closed:
+                self._lost()
+            raise
+
+    async def lose(self) -> None:
+        """See `Seat.lose`."""
+        self._link.close()

@@ -21,6 +21,7 @@ SHORT = {
     "halting": 24,
     "cramped": 20,
     "restless": 14,
+    "piecemeal": 12,
 }
 LONG, LONGER = 500, 20_000
 _HOURS_S = 24 * 3600

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from cluster.sim.loop import Dead, Loop, Process, SimTask, wait
 from cluster.sim.network import Network, SimAttachment
-from cluster.sim.stores import EPOCH_MS
 from cluster.sim.transfers import Fabric, SimAgent, Space
 
 from kvstore.cluster.messages import Hello
@@ -27,16 +26,13 @@ class SimWorld:
         *,
         number: int,
         rng: random.Random,
-        skew_ms: float = 0.0,
     ) -> None:
-        """number: differs for each process of a run; it decides where its memory lies. skew_ms:
-        how far its host's wall clock is off."""
+        """number: differs for each process of a run; it decides where its memory lies."""
         self.loop: Loop = network.loop
         self.network, self.fabric = network, fabric
         self.process = Process(self.loop, name)
         self.space = Space(number)
         self.random = random.Random(rng.getrandbits(64))
-        self._skew_ms = skew_ms
         self._ahead_ms = rng.uniform(0.0, 1e7)  # each process counts from another moment
         network.join(self.process)
 
@@ -47,10 +43,6 @@ class SimWorld:
     def now_ms(self) -> float:
         """See `World.now_ms`."""
         return self.loop.now + self._ahead_ms
-
-    def unix_ms(self) -> int:
-        """See `World.unix_ms`."""
-        return EPOCH_MS + int(self.loop.now + self._skew_ms)
 
     async def sleep(self, ms: float) -> None:
         """See `World.sleep`."""

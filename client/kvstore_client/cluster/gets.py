@@ -1,0 +1,156 @@
+"""How blocks that are got come from where nodes write them to where the caller reads them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import commands as c
+from kvstore.block import unpack
+from kvstore.cluster.contacts import ClusterSpace
+from kvstore.cluster.gets import Accept, Keep
+from kvstore.cluster.router import Router
+from kvstore.errors import Corrupted, ProtocolError
+from kvstore.session.base import Bytes1D
+from kvstore.session.control import Deadline
+from kvstore.session.copies import groups_of, in_parallel
+from kvstore.session.parts import Part
+from kvstore_client.cluster.loop import SLACK_S, LoopThread
+from kvstore_client.cluster.memory import LandingRing, RingView
+
+T = TypeVar("T")
+_CHECK_S = 60.0
+_CHECK_HERE_BYTES = 1 << 20  # takes less than it takes to wake another thread
+# Takes rows that have landed at addresses; their cells' checksums, uint64 (k, cells).
+Arrive = Callable[[npt.NDArray[np.intp], c.U64], c.U64]
+
+
+class Run(Protocol):
+    """How a thread has a coroutine run on the session's loop."""
+
+    def __call__(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GetPlan:
+    """One get. chain: uint8 (n, 32). places: uint64 (n,). part: the cells of each block."""
+
+    space: ClusterSpace
+    chain: c.U8
+    places: c.U64
+    part: Part
+    deadline: Deadline
+
+
+class Getter:
+    """Gets of one client. run: see `Run`."""
+
+    def __init__(self, router: Router, ring: LandingRing, thread: LoopThread, run: Run) -> None:
+        self._router, self._ring, self._thread, self._run = router, ring, thread, run
+        self._copies = ThreadPoolExecutor(1, "kvstore-landing")
+
+    def into(self, plan: GetPlan, targets: c.U64) -> c.U8:
+        """Copies blocks to addresses (n,); the tiers of the leading ones that came, uint8 (k,).
+        `Unavailable`, `DeadlineExceeded`."""
+
+        def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
+            return plan.part.take_out(addresses, targets[rows])
+
+        return self._get(plan, arrive)
+
+    def land(self, plan: GetPlan, view: RingView) -> None:
+        """Gets blocks to stay where they land; the leading ones that came are the view's. Raises
+        as `into`."""
+        landed = np.zeros(len(plan.chain), np.uint64)
+
+        def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
+            landed[rows] = addresses
+            return plan.part.own_sums(addresses)
+
+        count = len(self._get(plan, arrive, view.keep))
+        view.keep_only(landed[:count])
+        nbytes = plan.part.nbytes
+        view.blocks = [_read_only(self._ring.row(at, nbytes)) for at in landed[:count].tolist()]
+
+    def close(self) -> None:
+        """Nothing is got any more."""
+        self._copies.shutdown()
+
+    def _get(self, plan: GetPlan, arrive: Arrive, keep: Keep | None = None) -> c.U8:
+        tiers = self._run(
+            self._router.get(
+                plan.space,
+                plan.chain,
+                plan.places,
+                cells=plan.part.cells,
+                nbytes=plan.part.nbytes,
+                accept=self._accepting(plan, arrive),
+                keep=keep,
+                leading=True,
+                timeout_ms=1e3 * max(plan.deadline.left_s - SLACK_S, 1e-3),
+            ),
+            plan.deadline.left_s,
+        )
+        return tiers if tiers.all() else tiers[: int(tiers.argmin())]
+
+    def _accepting(self, plan: GetPlan, arrive: Arrive) -> Accept:
+        """Says which blocks are sound, of `arrive`'s checksums of rows that landed at addresses.
+        Where it copies, they are the copies': whatever lands later cannot change what was
+        checked."""
+        part = plan.part
+
+        def check(
+            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
+        ) -> npt.NDArray[np.bool_]:
+            said, sound = _said(headers, plan.chain[rows], part)
+
+            def check_some(first: int, end: int) -> None:
+                found = arrive(rows[first:end], addresses[first:end])
+                sound[first:end] &= (found == said[first:end]).all(axis=1)
+
+            groups = groups_of(len(rows), part.nbytes)
+            end_s = time.monotonic() + _CHECK_S
+            done = in_parallel(check_some, groups, part.nbytes * len(rows), end_s)
+            for first, end in groups[done:]:
+                sound[first:end] = False
+            return sound
+
+        async def accept(
+            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
+        ) -> npt.NDArray[np.bool_]:
+            if len(rows) * part.nbytes <= _CHECK_HERE_BYTES:
+                return check(rows, addresses, headers)
+            loop = self._thread.loop
+            return await loop.run_in_executor(self._copies, check, rows, addresses, headers)
+
+        return accept
+
+
+def _said(headers: c.U8, chain: c.U8, part: Part) -> tuple[c.U64, npt.NDArray[np.bool_]]:
+    """What headers (n, bytes) say the checksums of the part's cells are, and which of them are
+    sound headers of the chain's blocks."""
+    said = np.zeros((len(headers), len(part.cell_runs)), np.uint64)
+    sound = np.zeros(len(headers), bool)
+    for i, (packed, key) in enumerate(zip(headers, chain, strict=True)):
+        try:
+            header = unpack(packed)
+        except (Corrupted, ProtocolError):
+            continue
+        sums = header.checksums
+        if header.key == key.tobytes() and len(sums) > int(part.cells.max(initial=0)):
+            own = sums[part.cells] if len(part.cells) else sums
+            sound[i] = len(own) == said.shape[1]
+            if sound[i]:
+                said[i] = own
+    return said, sound
+
+
+def _read_only(block: Bytes1D) -> Bytes1D:
+    block.flags.writeable = False
+    return block

@@ -1,0 +1,39 @@
+"""How a node forgets: single blocks, and namespaces as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvstore import commands as c
+from kvstore import limits
+from kvstore.cluster.site import Site, Space, mark_of
+
+
+async def forget_keys(site: Site, space: Space, hashes: c.U8) -> int:
+    """Drops blocks (their hashes, (n, 32)), and those that come by what is on its way; how many
+    that were, at least 1 where something is still on its way."""
+    blocks = await _drop(site, space, hashes)
+    if not await site.moves.over(space.mark, hashes, site.policy.call_ms):
+        return max(blocks, 1)
+    return blocks + await _drop(site, space, hashes)
+
+
+async def _drop(site: Site, space: Space, hashes: c.U8) -> int:
+    drop = c.Drop(namespace=space.number, hashes=hashes)
+    count: c.Count = await site.store.command(drop, site.policy.call_ms)
+    return count.blocks
+
+
+async def forget_all(site: Site, name: str, layout: bytes, generation: int) -> int:
+    """Forgets a namespace up to a generation; how many blocks that were. The blocks first: a
+    node that dies in between is asked again, because it never answered."""
+    mark = mark_of(name, layout)
+    if site.generation(mark) >= generation:
+        return 0
+    space = await site.open(name, layout)
+    drop = c.Drop(namespace=space.number, hashes=np.empty((0, limits.KEY_BYTES), np.uint8))
+    count: c.Count = await site.store.command(drop, 2 * limits.MAX_FORGET_MS)
+    site.forget_space(space)
+    site.forgotten[mark] = max(generation, site.generation(mark))
+    site.save()
+    return count.blocks
