@@ -251,17 +251,6 @@ def generations_are_counted_anew_by_who_missed_some(patch: Patch) -> None:
     patch.setattr(router, "_EPOCH_SHIFT", 0)
 
 
-@plant(None, "lacks", "is not to be had", plan="parted")
-def a_namespace_is_opened_while_it_is_forgotten(patch: Patch) -> None:
-    real = Site.forget_space
-
-    def forget_space(self: Site, space: Any) -> None:
-        real(self, space)
-        self._forgets -= 1
-
-    patch.setattr(Site, "forget_space", forget_space)
-
-
 @plant(16, "is served", plan="forgetful")
 def a_reader_with_a_later_view_is_answered(patch: Patch) -> None:
     patch.setattr(Site, "check_reader", lambda _self, _epoch: None)
