@@ -27,11 +27,11 @@ Patch = pytest.MonkeyPatch
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """A bug. seed: of a run that catches it, None where few do. caught_by: what the run says then,
-    in part, one of these. plan: of those runs."""
+    """A bug. seed: of a run that catches it. caught_by: what the run says then, in part, one of
+    these. plan: of those runs."""
 
     name: str
-    seed: int | None
+    seed: int
     caught_by: tuple[str, ...]
     plan: str
     apply: Callable[[Patch], None]
@@ -56,7 +56,7 @@ def catching_seed(plant: Plant, seeds: Iterable[int]) -> int | None:
 
 
 def plant(
-    seed: int | None, *caught_by: str, plan: str = "ordinary"
+    seed: int, *caught_by: str, plan: str = "ordinary"
 ) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
     def add(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
         PLANTS.append(Plant(apply.__name__.replace("_", " "), seed, caught_by, plan, apply))
