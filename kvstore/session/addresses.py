@@ -92,7 +92,7 @@ def addresses_of(
         raise InvalidArgument(name, f"{len(buffers)} buffers for {n} keys")
     found = np.empty(n, np.uint64)
     kept = buffers if isinstance(buffers, list | tuple) else list(buffers)
-    known = _plain(kept, nbytes, writable, found) if _PROMISED else 0
+    known = _plain(kept, nbytes, writable, found) if _PROMISED and n > 1 else 0
     for i in range(known, n):
         found[i] = _address_of(f"{name}[{i}]", kept[i], nbytes, writable)
     return found

@@ -192,7 +192,8 @@ class Shelf:
     def let_ready_go(self) -> None:
         """Others need room."""
         slots, self.ready = self.ready, _NO_SLOTS
-        self.free(slots.ids)
+        if len(slots.ids):
+            self.free(slots.ids)
 
     def take_slots(self, slot_bytes: int, n: int) -> Slots:
         """Up to n slots that are about to be written, with ids of pending blocks."""
@@ -204,7 +205,8 @@ class Shelf:
             return taken
         granules = self.make_slots(slot_bytes, missing)
         self.memory.generations[granules] += np.uint64(1)  # odd: being written
-        return taken + Slots(granules, self.blocks.take(granules))
+        made = Slots(granules, self.blocks.take(granules))
+        return taken + made if len(taken.ids) else made
 
     def make_slots(self, slot_bytes: int, n: int, *, ids: bool = True) -> npt.NDArray[np.uint32]:
         """Up to n slots, and as many free ids unless none are needed, for which blocks go that may;
