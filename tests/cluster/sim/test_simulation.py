@@ -13,13 +13,13 @@ from cluster.sim.plans import PLANS
 from cluster.sim.simulation import Tally, run_seed
 
 SHORT = {
-    "ordinary": 80,
+    "ordinary": 60,
     "forgetful": 10,
     "parted": 14,
     "forsaken": 14,
-    "mortal": 20,
-    "halting": 24,
-    "cramped": 20,
+    "mortal": 15,
+    "halting": 18,
+    "cramped": 15,
     "restless": 14,
     "piecemeal": 12,
 }
