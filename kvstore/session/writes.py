@@ -25,6 +25,7 @@ from kvstore.errors import (
 from kvstore.index.reader import Lookup
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
+from kvstore.session.copies import ALONE_BYTES
 from kvstore.session.link import Link, Memory, copy_all_in
 from kvstore.session.parts import slot_granules
 from kvstore.session.requests import PutRequest
@@ -94,8 +95,8 @@ class Writer:
         note: Callable[[Lookup], None],
     ) -> PutResult:
         """Stores whole blocks in the namespace `number`; one call, and one more where the stock is
-        too small. before: called before anything else where the store may have to evict for this,
-        or for the next put. note: is told of blocks that are stored already.
+        too small. before: called where the store may have to evict for this, or for the next
+        put, before it does. note: is told of blocks that are stored already.
 
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
@@ -108,13 +109,20 @@ class Writer:
             if not len(absent):
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = slot_granules(put.namespace.layout)
-        if self.stock.count(size) < len(absent) * (2 if self._ahead else 1):
+        spare = self.stock.count(size) - len(absent)
+        # While much is copied the store can hear of it; a little is copied before it would wake.
+        with_commit = 0 <= spare < len(absent) and len(absent) * put.part.nbytes <= ALONE_BYTES
+        if spare < (len(absent) if self._ahead else 0) and not with_commit:
             before()
         slots = self._slots(size, number, len(absent), deadline)
         try:
-            committed = self._commit(
+            commit = self._written(
                 put, number, memory, absent=absent, slots=slots, deadline=deadline
             )
+            if with_commit and commit.more:
+                before()
+            committed = self._link.call(commit, deadline.left_s)
+            assert isinstance(committed, c.Committed)
         except BaseException as error:
             if not isinstance(error, KVStoreError) or isinstance(error, _UNCHANGED):
                 self.stock.put(size, slots)
@@ -154,7 +162,7 @@ class Writer:
         slots += granted.granules.tolist()
         return slots
 
-    def _commit(
+    def _written(
         self,
         put: PutRequest,
         number: int,
@@ -163,8 +171,8 @@ class Writer:
         absent: npt.NDArray[np.intp],
         slots: list[int],
         deadline: Deadline,
-    ) -> c.Committed:
-        """Writes the first of the absent blocks, as many as there are slots, and has them shown.
+    ) -> c.Commit:
+        """Writes the first of the absent blocks, as many as there are slots; what shows them.
 
         The answer is about the blocks from the first absent one on.
         """
@@ -182,7 +190,7 @@ class Writer:
         if len(slots) < len(hashes):
             granules, sums = _spread(written - first, len(hashes), granules, sums)
         more = self._wanted(slot_granules(layout), len(slots))
-        commit = c.Commit(
+        return c.Commit(
             namespace=number,
             put_id=put.put_id,
             hashes=hashes,
@@ -193,9 +201,6 @@ class Writer:
             ttl_ms=put.ttl_ms,
             more=more,
         )
-        committed = self._link.call(commit, deadline.left_s)
-        assert isinstance(committed, c.Committed)
-        return committed
 
     def _wanted(self, size: int, n: int) -> int:
         """How many slots to ask for, so that the next put of n blocks finds them here."""
