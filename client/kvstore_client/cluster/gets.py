@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import commands as c
-from kvstore.block import unpack
+from kvstore.block import header_bytes, read_headers
 from kvstore.cluster.contacts import ClusterSpace
 from kvstore.cluster.gets import Accept, Keep
 from kvstore.cluster.router import Router
-from kvstore.errors import Corrupted, ProtocolError
+from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
 from kvstore.session.control import Deadline
 from kvstore.session.copies import groups_of, in_parallel
@@ -108,7 +108,7 @@ class Getter:
         def check(
             rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
         ) -> npt.NDArray[np.bool_]:
-            said, sound = _said(headers, plan.chain[rows], part)
+            said, sound = _said(headers, plan.chain[rows], plan.space.layout, part)
 
             def check_some(first: int, end: int) -> None:
                 found = arrive(rows[first:end], addresses[first:end])
@@ -132,23 +132,16 @@ class Getter:
         return accept
 
 
-def _said(headers: c.U8, chain: c.U8, part: Part) -> tuple[c.U64, npt.NDArray[np.bool_]]:
+def _said(
+    headers: c.U8, chain: c.U8, layout: Layout, part: Part
+) -> tuple[c.U64, npt.NDArray[np.bool_]]:
     """What headers (n, bytes) say the checksums of the part's cells are, and which of them are
     sound headers of the chain's blocks."""
-    said = np.zeros((len(headers), len(part.cell_runs)), np.uint64)
-    sound = np.zeros(len(headers), bool)
-    for i, (packed, key) in enumerate(zip(headers, chain, strict=True)):
-        try:
-            header = unpack(packed)
-        except (Corrupted, ProtocolError):
-            continue
-        sums = header.checksums
-        if header.key == key.tobytes() and len(sums) > int(part.cells.max(initial=0)):
-            own = sums[part.cells] if len(part.cells) else sums
-            sound[i] = len(own) == said.shape[1]
-            if sound[i]:
-                said[i] = own
-    return said, sound
+    if headers.shape[1:] != (header_bytes(layout.n_cells),):
+        return np.zeros((len(chain), len(part.cell_runs)), np.uint64), np.zeros(len(chain), bool)
+    read = read_headers(np.ascontiguousarray(headers), layout.n_cells)
+    sound = read.sound & (read.fields["key"] == chain).all(axis=1)
+    return read.checksums[:, part.cells] if len(part.cells) else read.checksums, sound
 
 
 def _read_only(block: Bytes1D) -> Bytes1D:
