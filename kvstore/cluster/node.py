@@ -50,7 +50,7 @@ _ROUNDS = 3  # views under which one put is tried
 class _Session:
     """One process that is connected. memory: None for one that offers none."""
 
-    name: str
+    is_node: bool
     memory: Memory | None
 
 
@@ -126,7 +126,7 @@ class Node:
         if hello.agent:
             timeout_ms = self.site.policy.call_ms
             memory = await self._transfers.connect(hello.kind, hello.agent, timeout_ms)
-        self._sessions[number] = _Session(hello.name, memory)
+        self._sessions[number] = _Session(is_node, memory)
         return m.Welcomed(
             version=m.MESSAGES_VERSION,
             session=number,
@@ -556,8 +556,9 @@ class Node:
         counters = self.site.counters
         names = list(counters.__slots__)
         values = [getattr(counters, name) for name in names]
-        names += ["sessions", "repair_left_blocks"]
-        values += [self.sessions, self.repair.left_blocks]
+        clients = sum(not session.is_node for session in self._sessions.values())
+        names += ["sessions", "client_sessions", "repair_left_blocks"]
+        values += [self.sessions, clients, self.repair.left_blocks]
         return m.Status(
             pong=m.CODEC.encode(pong),
             view=encode_view(self.site.view),

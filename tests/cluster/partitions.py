@@ -24,7 +24,6 @@ from kvstore_proto.cluster.rpc import client_token
 GUEST = "guest"
 PUT_S = 4.0
 GONE_S = 40.0  # by when a connection whose other end has vanished is over
-_OF_NODES = 2  # sessions of other nodes at each
 _LOOKS = 20
 _SMALL = {"arena_bytes": 1 << 20, "ring_bytes": 1 << 20}
 
@@ -95,11 +94,11 @@ def vanished(folder: Path, transfer: str) -> None:
             assert guest.stdin
             guest.stdin.write(client_token(running.secret) + "\n")
             guest.stdin.flush()
-            seen = lambda: f"sessions: {sessions(session)}"  # noqa: E731
-            eventually(lambda: all_have(session, _OF_NODES + 1), REPAIR_S, seen)
+            seen = lambda: f"sessions of clients: {guests(session)}"  # noqa: E731
+            eventually(lambda: all_have(session, 1), REPAIR_S, seen)
             at_s = time.monotonic()
             network.down(GUEST)
-            eventually(lambda: all_have(session, _OF_NODES), GONE_S, seen)
+            eventually(lambda: all_have(session, 0), GONE_S, seen)
             took_s = time.monotonic() - at_s
             assert_quiet(running)
         finally:
@@ -109,14 +108,15 @@ def vanished(folder: Path, transfer: str) -> None:
     print(json.dumps({"forgotten after": took_s}))
 
 
-def sessions(session: ClusterSession) -> list[int]:
-    """How many clients and other nodes are connected, at each node."""
-    return [names_of(each)["sessions"] for each in session.status().values()]
+def guests(session: ClusterSession) -> list[int]:
+    """How many clients are connected, at each node. Nodes' own sessions come with what they have
+    to do with each other, and on a busy machine one may end as a host's that vanished does."""
+    return [names_of(each)["client_sessions"] for each in session.status().values()]
 
 
 def all_have(session: ClusterSession, n: int) -> bool:
-    """Whether each node has so many sessions, and not in passing."""
-    return all(set(sessions(session)) == {n} for _ in range(_LOOKS))
+    """Whether each node has so many clients, and not in passing."""
+    return all(set(guests(session)) == {n} for _ in range(_LOOKS))
 
 
 def work_for_ever(seeds: list[str], transfer: str) -> None:
