@@ -184,6 +184,14 @@ def pack_many(
     return packed
 
 
+def write_headers(
+    pool: npt.NDArray[np.uint8], granules: npt.NDArray[np.uint32], headers: npt.NDArray[np.uint8]
+) -> None:
+    """Writes headers (n, any) to the beginnings of the slots at these granules (n,) of a pool."""
+    whole = pool.size // limits.GRANULE_BYTES * limits.GRANULE_BYTES
+    pool[:whole].reshape(-1, limits.GRANULE_BYTES)[granules, : headers.shape[1]] = headers
+
+
 def _halves(words: npt.NDArray[np.uint8] | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
     """Rows of bytes or words (n, any) as rows of 32 bits each."""
     return np.ascontiguousarray(words).view(np.uint32)

@@ -171,6 +171,17 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adopt:
+    """Says that the sender has posted blocks on its board; answered by `Granted`.
+
+    `more`: how many slots the sender would like to hold ahead for blocks of this namespace.
+    """
+
+    namespace: int
+    more: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GiveBack:
     """Slots of the sender's stock that it will not write."""
 
@@ -409,6 +420,7 @@ Command = (
     | Reserve
     | Seal
     | Grant
+    | Adopt
     | Commit
     | GiveBack
     | Abort

@@ -123,9 +123,16 @@ class _StoreLink:
                 wait_ms = limits.TICK_MS if due_ms is None else max(due_ms - now_ms, 1)
                 self._changed.wait(min(wait_ms, limits.TICK_MS) / 1e3)
 
-    def cast(self, command: c.Command, timeout_s: float) -> None:
+    def cast(
+        self, command: c.Command, timeout_s: float, then: Callable[[object], None] | None = None
+    ) -> None:
         """See `Link.cast`."""
-        self.call(command, timeout_s)
+        result = self.call(command, timeout_s)
+        if then:
+            then(result)
+
+    def take_answers(self, timeout_s: float) -> None:
+        """See `Link.take_answers`; they are there at once."""
 
     def memory(self, timeout_s: float) -> Memory:
         """See `Link.memory`."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kvstore import limits
 from kvstore.errors import InvalidArgument
+from kvstore.index.boards import BOARDS_BYTES, Boards
 from kvstore.store import StoreMemory
 
 # Python 3.11 does not name this seal; the number is linux/fcntl.h's.
@@ -190,7 +191,8 @@ def open_sealed(fd: int, nbytes: int) -> Arena:
 
 
 class Arenas:
-    """The areas of one trust domain: pool, generations (uint64 a granule), and the index now.
+    """The areas of one trust domain: pool, generations (uint64 a granule), the index now, and
+    boards where others may write the pool.
 
     The index may move: `new_index` makes the next one, and the memory of the last is given back
     as soon as nobody here looks at it.
@@ -215,8 +217,17 @@ class Arenas:
             self.pool.close()
             raise
         self.generations.forbid_new_writers()
+        self.boards: Arena | None = None
+        self._boards: Boards | None = None
         if not pool_writable:
             self.pool.forbid_new_writers()
+            return
+        try:
+            self.boards = Arena.create("boards", BOARDS_BYTES)
+            self._boards = Boards.create(self.boards.array)
+        except BaseException:
+            self.close()
+            raise
 
     def store_memory(self) -> StoreMemory:
         """What the store decides over."""
@@ -224,6 +235,7 @@ class Arenas:
             pool=self.pool.array,
             generations=self.generations.array.view(np.uint64),
             new_index=self._new_index,
+            boards=self._boards,
         )
 
     def prefault_in_background(self) -> None:
@@ -239,7 +251,7 @@ class Arenas:
         self._stop.set()
         if self._prefault:
             self._prefault.join()
-        for arena in (self.pool, self.generations, self.index):
+        for arena in (self.pool, self.generations, self.index, self.boards):
             if arena:
                 arena.close()
 

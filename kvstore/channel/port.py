@@ -9,15 +9,18 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvstore import commands, limits
 from kvstore.channel import wire
 from kvstore.errors import DeadlineExceeded, PermissionDenied, ProtocolError, Unavailable
 
-_WELCOME_FDS = 3
+_WELCOME_FDS = 3  # and one more where there are boards
 _READ_BYTES = 64 << 10
+_REST_S = 1.0  # for the rest of an answer whose beginning has come
+Then = Callable[[Any], None]
 
 
 class ChannelPort:
@@ -29,7 +32,7 @@ class ChannelPort:
         self._waking = threading.RLock()  # around the pipe's numbers: closed ones are given anew
         self._over = False
         self.fds: list[int] = []
-        self._owed = 0  # answers to come that nobody waits for
+        self._owed: deque[Then | None] = deque()  # whom to tell of answers that nobody waits for
         self.interrupted = False  # whether it is over because a call was broken off here
         self._inbox = b""  # what has arrived of the record after the last
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -45,8 +48,10 @@ class ChannelPort:
             self._sock.settimeout(timeout_s)
             self._sock.connect(path)
             self._sock.setblocking(False)
-            welcome = self._exchange(None, timeout_s, fds_wanted=_WELCOME_FDS)
-            if not isinstance(welcome, wire.Welcome) or len(self.fds) != _WELCOME_FDS:
+            welcome = self._exchange(None, timeout_s, fds_wanted=_WELCOME_FDS + 1)
+            if not isinstance(welcome, wire.Welcome) or (
+                len(self.fds) != _WELCOME_FDS + bool(welcome.boards_bytes)
+            ):
                 raise ProtocolError("the daemon did not introduce itself")
         except BaseException as error:
             self.close()
@@ -67,9 +72,30 @@ class ChannelPort:
         result: commands.Result = self._exchange(command, timeout_s)
         return result
 
-    def cast(self, command: commands.Command, timeout_s: float) -> None:
-        """Sends a command whose answer nobody waits for; errors as those of `call`."""
-        self._turn(wire.encode(command), timeout_s, cast=True)
+    def cast(self, command: commands.Command, timeout_s: float, then: Then | None = None) -> None:
+        """Sends a command whose answer nobody waits for; errors as those of `call`. then: called
+        with it when it has been read, maybe in another thread, which may not make calls there."""
+        self._turn(wire.encode(command), timeout_s, cast=True, then=then)
+
+    @property
+    def owes(self) -> bool:
+        """Whether answers to what was cast have not been read."""
+        return bool(self._owed)
+
+    def take_answers(self, timeout_s: float) -> None:
+        """Reads the answers to what was cast: all of them, or with no time those that have come;
+        errors as those of `call`."""
+        if not self._owed or not self._lock.acquire(timeout=timeout_s):
+            return
+        deadline = time.monotonic() + (timeout_s or _REST_S)
+        try:
+            with self._unbroken(timeout_s):
+                while self._owed and (timeout_s or self._inbox or self._readable.poll(0)):
+                    self._take_answer(deadline)
+        finally:
+            self._lock.release()
+            if self._over:
+                self._close_unless_called()
 
     def say_last(self, command: commands.Command) -> None:
         """Sends a command before the end, unless another thread is in a call or the socket is
@@ -179,6 +205,7 @@ class ChannelPort:
         timeout_s: float,
         *,
         cast: bool = False,
+        then: Then | None = None,
         fds_wanted: int = 0,
         send_fd: int | None = None,
     ) -> Any:
@@ -194,13 +221,11 @@ class ChannelPort:
                 raise DeadlineExceeded("no time was left for the call")
             with self._unbroken(timeout_s):
                 self._send(frame, deadline, send_fd)
-                if cast and self._owed < limits.MAX_CASTS:
-                    self._owed += 1
-                    return None
-                while self._owed:
-                    self._receive(deadline, fds_wanted)
-                    self._owed -= 1
-                return self._receive(deadline, fds_wanted)
+                if cast:
+                    self._owed.append(then)
+                while self._owed and not (cast and len(self._owed) <= limits.MAX_CASTS):
+                    self._take_answer(deadline)
+                return None if cast else self._receive(deadline, fds_wanted)
         finally:
             self._lock.release()
             if self._over:
@@ -234,6 +259,13 @@ class ChannelPort:
                 self._wait_for(select.POLLOUT, deadline)
                 continue
             frame, fds = frame[sent:], []
+
+    def _take_answer(self, deadline: float) -> None:
+        """The answer to what was cast first."""
+        answer = self._receive(deadline, 0)
+        then = self._owed.popleft()
+        if then:
+            then(answer)
 
     def _receive(self, deadline: float, fds_wanted: int) -> Any:
         """One record; what has come of the next one waits in the inbox."""

@@ -9,7 +9,7 @@ from kvstore import commands, errors
 from kvstore.channel import records
 from kvstore.channel.records import Codec
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 FRAME = records.FRAME
 
 
@@ -18,7 +18,9 @@ class Welcome:
     """The daemon's first record, sent with the descriptors of pool, generations and index.
 
     `writable` is 1 for a client that writes slots itself, 0 for one that stages (copy-in);
-    `prefaulted` is 1 where the pool's memory is taken already or soon will be.
+    `prefaulted` is 1 where the pool's memory is taken already or soon will be. `board` is the
+    number of the client's own board, -1 where it has none; the descriptor of the boards comes last
+    if `boards_bytes` is not 0.
     """
 
     version: int
@@ -27,6 +29,8 @@ class Welcome:
     prefaulted: int
     pool_bytes: int
     index_bytes: int
+    boards_bytes: int
+    board: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +103,7 @@ _TYPES: dict[int, type] = {
     34: commands.Persisted,
     35: commands.Scan,
     36: commands.Scanned,
+    37: commands.Adopt,
 }
 _CODEC = Codec(
     _TYPES,

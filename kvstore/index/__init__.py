@@ -1,6 +1,7 @@
 """The shared index: one writer process, many lock-free reader processes.
 
-`format` is the layout in memory, `table` the writer's side and `reader` the readers' side.
+`format` is the layout in memory, `table` the writer's side and `reader` the readers' side; `boards`
+is where clients show blocks that the table does not have yet.
 """
 
 from __future__ import annotations

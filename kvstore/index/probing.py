@@ -49,7 +49,7 @@ _WEIGHT0, _WEIGHT1, _WEIGHT2, _WEIGHT3, _WEIGHT4, _WEIGHT5, _WEIGHT6 = map(_U, C
 
 
 @intrinsic
-def _in_order(_typing: Any) -> Any:
+def in_order(_typing: Any) -> Any:
     """What was read and written before this happens before what follows."""
 
     def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
@@ -85,7 +85,7 @@ def _home(word, namespace, mask):  # type: ignore[no-untyped-def] # uint64, uint
 
 
 @numba.njit(inline="always")
-def _check(row, at):  # type: ignore[no-untyped-def] # uint64 (n, 8), which of them, to uint64
+def check(row, at):  # type: ignore[no-untyped-def] # uint64 (n, 8), which of them, to uint64
     total = row[at, 0] * _WEIGHT0 + row[at, 1] * _WEIGHT1 + row[at, 2] * _WEIGHT2
     total += row[at, 3] * _WEIGHT3 + row[at, 4] * _WEIGHT4 + row[at, 5] * _WEIGHT5
     total += row[at, 6] * _WEIGHT6
@@ -106,14 +106,14 @@ def _same_key(keys, i, rows, slot):  # type: ignore[no-untyped-def] # of one row
 
 
 @numba.njit(inline="always")
-def _take(rows, slot, keys, i, namespace, found):  # type: ignore[no-untyped-def] # to bool
+def take(rows, slot, keys, i, namespace, found):  # type: ignore[no-untyped-def] # to bool
     """Copies a row to `found[i]`; whether it is the i-th key's, and whole."""
     for _ in range(MAX_RETRIES):
         _copy(found, i, rows, slot)
-        _in_order()  # what is looked at is the copy
+        in_order()  # what is looked at is the copy
         if not _same_key(keys, i, found, i) or found[i, W_SPACE] >> _HALF != namespace:
             return False
-        if _check(found, i) == found[i, W_CHECK]:
+        if check(found, i) == found[i, W_CHECK]:
             return True
     return False
 
@@ -136,7 +136,7 @@ def _search(
         for _ in range(bound):
             if rows[slot, W_CHECK] == _NONE:
                 break
-            if rows[slot, 0] == keys[i, 0] and _take(rows, slot, keys, i, namespace, found):
+            if rows[slot, 0] == keys[i, 0] and take(rows, slot, keys, i, namespace, found):
                 there = True
                 break
             slot = (slot + 1) & mask
@@ -201,7 +201,7 @@ def _insert(
         done[i] = False
         if added >= room:
             continue
-        new[i, W_CHECK] = _check(new, i)
+        new[i, W_CHECK] = check(new, i)
         space = new[i, W_SPACE] >> _HALF
         slot = _home(new[i, 0], space, mask)
         for _ in range(bound):

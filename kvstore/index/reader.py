@@ -2,6 +2,8 @@
 
 A row counts only if the check in the copy of it fits: else it was being written, or is damaged. A
 row moved while a search passes it may be missed: a false miss is legal, a wrong row is not.
+
+What clients have posted and the index does not have yet is looked for on their boards.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.index.boards import Boards
 from kvstore.index.format import (
     FLAG_RETIRED,
     H_EPOCH,
@@ -94,9 +97,9 @@ class Match(Lookup):
 class IndexReader:
     """Searches a table that another process may be writing; changes nothing."""
 
-    def __init__(self, view: IndexView) -> None:
-        """Read through `view`, which may be read-only."""
-        self.view = view
+    def __init__(self, view: IndexView, boards: Boards | None = None) -> None:
+        """Read through `view`, which may be read-only. boards: beside it, where clients post."""
+        self.view, self.boards = view, boards
         self._bound = probe_bound(view.capacity)
         self._header = view.header.data
 
@@ -127,4 +130,23 @@ class IndexReader:
         check_namespace(namespace)
         words, view = key_words(hashes), self.view
         rows = np.empty((len(words), ROW_WORDS), np.uint64)
-        return rows, search(view.rows, words, namespace, self._bound, leading, rows)
+        boards = self.boards
+        before = boards.total if boards else 0
+        count = search(view.rows, words, namespace, self._bound, leading, rows)
+        if boards and count < len(words) and (boards.pending or boards.total != before):
+            if leading:
+                rows[count:] = 0
+            count = self._search_beside(boards, words, namespace, rows)
+        return rows, count
+
+    def _search_beside(self, boards: Boards, words: Words, namespace: int, rows: Words) -> int:
+        """Fills in rows that are zeros; returns how many lead. The boards first: what was adopted
+        meanwhile is in the index by now."""
+        boards.find(namespace, words, rows)
+        missing = np.flatnonzero(rows[:, W_CHECK] == 0)
+        if len(missing):
+            again = np.empty((len(missing), ROW_WORDS), np.uint64)
+            search(self.view.rows, words[missing], namespace, self._bound, False, again)
+            rows[missing] = again
+        absent = rows[missing, W_CHECK] == 0
+        return int(missing[absent.argmax()]) if absent.any() else len(words)

@@ -6,7 +6,8 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, KVStoreError, ProtocolError, Unavailable
+from kvstore.index.boards import Board, Boards
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arena
@@ -24,6 +26,8 @@ from kvstore.session.local import LocalSession
 from kvstore.session.resilient import ResilientSession
 from kvstore.session.staging import Staging
 
+_POOL, _INDEX, _BOARDS = 0, 2, 3  # in the order of their descriptors
+_LAST_S = 0.1  # for answers that are on their way at the end
 _CLOSE_S = 1.0  # much longer than a copy into staging memory takes
 
 
@@ -48,7 +52,7 @@ class ChannelLink:
                 raise ProtocolError(f"the daemon's memory is not as it says: {error}") from None
             raise
         self._guard = ForkGuard(self._port.abandon)
-        pool, generations, index = self._arenas
+        pool, generations, index = self._arenas[:_BOARDS]
         welcome = self._port.welcome
         whole = welcome.prefaulted and welcome.pool_bytes <= limits.MAX_POPULATED_BYTES
         self._populate(index, generations, *([pool] if whole else []))
@@ -73,10 +77,18 @@ class ChannelLink:
         self._guard.check()
         return self._port.call(command, timeout_s)
 
-    def cast(self, command: c.Command, timeout_s: float) -> None:
+    def cast(
+        self, command: c.Command, timeout_s: float, then: Callable[[object], None] | None = None
+    ) -> None:
         """See `Link.cast`."""
         self._guard.check()
-        self._port.cast(command, timeout_s)
+        self._port.cast(command, timeout_s, then)
+
+    def take_answers(self, timeout_s: float) -> None:
+        """See `Link.take_answers`."""
+        if self._port.owes:
+            self._guard.check()
+            self._port.take_answers(timeout_s)
 
     def say_last(self, command: c.Command) -> None:
         """Sends a command before the end, if that can be done at once."""
@@ -120,7 +132,9 @@ class ChannelLink:
 
     def shut(self) -> None:
         """Ends the connection at once, also for calls under way; `close` follows."""
-        self._memory = None
+        memory, self._memory = self._memory, None
+        if memory and memory.board:
+            memory.board.close()  # first: another client may have it next
         self._stop.set()
         self._port.shut()
 
@@ -174,20 +188,26 @@ class ChannelLink:
         welcome = self._port.welcome
         fds, self._port.fds = self._port.fds, []
         pool_bytes = welcome.pool_bytes
-        sizes = (pool_bytes, pool_bytes // limits.GRANULE_BYTES * 8, welcome.index_bytes)
+        sizes = [pool_bytes, pool_bytes // limits.GRANULE_BYTES * 8, welcome.index_bytes]
+        sizes += [welcome.boards_bytes] if welcome.boards_bytes else []
         for i, (fd, nbytes) in enumerate(zip(fds, sizes, strict=True)):
             # An arena takes its descriptor over even where it fails; the later ones are ours.
+            writable = bool(welcome.writable) and i in (_POOL, _BOARDS)
             try:
-                self._arenas.append(Arena(fd, nbytes, writable=i == 0 and bool(welcome.writable)))
+                self._arenas.append(Arena(fd, nbytes, writable=writable))
             except BaseException:
                 self._port.fds = fds[i + 1 :]
                 raise
-        pool, generations, index = self._arenas
+        pool, generations, index = self._arenas[:_BOARDS]
+        boards = None
+        if welcome.boards_bytes:
+            boards = Boards.open(self._arenas[_BOARDS].array)
         return Memory(
             pool=pool.array,
             generations=generations.array.view(np.uint64),
-            index=IndexReader(IndexView.open(index.array)),
+            index=IndexReader(IndexView.open(index.array), boards),
             instance=welcome.instance,
+            board=Board(boards, welcome.board) if boards and welcome.board >= 0 else None,
         )
 
     def _map_index(self, timeout_s: float) -> Memory:
@@ -199,14 +219,10 @@ class ChannelLink:
             if not memory.index.retired:  # another thread was here first
                 return memory
             arena = Arena(*self._port.map_index(deadline.left_s), writable=False)
-            self._arenas[2].close()
-            self._arenas[2] = arena
-            self._memory = Memory(
-                pool=memory.pool,
-                generations=memory.generations,
-                index=IndexReader(IndexView.open(arena.array)),
-                instance=memory.instance,
-            )
+            self._arenas[_INDEX].close()
+            self._arenas[_INDEX] = arena
+            index = IndexReader(IndexView.open(arena.array), memory.index.boards)
+            self._memory = replace(memory, index=index)
             self._populate(arena)
             return self._memory
 
@@ -244,6 +260,8 @@ class _ChannelConnection(LocalSession):
 
     def shut(self) -> None:
         """Ends the connection, and with it `watch`; slots that nobody writes go back."""
+        with contextlib.suppress(KVStoreError):  # there may be slots among them
+            self._channel.take_answers(_LAST_S)
         stock = self._writer.stock.take_all()
         if stock:
             self._channel.say_last(c.GiveBack(granules=np.array(stock, np.uint32)))

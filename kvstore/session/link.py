@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.errors import DeadlineExceeded
+from kvstore.index.boards import Board
 from kvstore.index.reader import IndexReader
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
@@ -24,13 +26,15 @@ class Memory:
     """A store's memory as this process sees it.
 
     pool: uint8, writable for those who write slots. generations: uint64, one a granule.
-    instance: the store's; another one's namespace ids mean nothing here.
+    instance: the store's; another one's namespace ids mean nothing here. board: where blocks are
+    posted, None where puts show theirs by a call.
     """
 
     pool: Bytes1D
     generations: npt.NDArray[np.uint64]
     index: IndexReader
     instance: int
+    board: Board | None = None
 
     def payload(self, layout: Layout, granule: int) -> Bytes1D:
         """The bytes of the block in the slot at `granule`."""
@@ -74,9 +78,14 @@ class Link(Protocol):
     def call(self, command: c.Command, timeout_s: float) -> c.Result:
         """One command; a `KVStoreError` (never a `Failed`) where the store refused."""
 
-    def cast(self, command: c.Command, timeout_s: float) -> None:
+    def cast(
+        self, command: c.Command, timeout_s: float, then: Callable[[object], None] | None = None
+    ) -> None:
         """A command whose outcome nobody waits for: the store works on it meanwhile, and has done
-        it before it begins with the next call."""
+        it before it begins with the next call. then: told of the result some time."""
+
+    def take_answers(self, timeout_s: float) -> None:
+        """Reads what came of casts: of all of them, or with no time what has come by now."""
 
     def memory(self, timeout_s: float) -> Memory:
         """The memory now, with an index in use; `Unavailable` once the store is gone."""

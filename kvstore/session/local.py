@@ -196,7 +196,7 @@ class LocalSession(ControlSession):
         persist: bool = False,
         timeout_s: float | None = None,
     ) -> PutResult:
-        """See `Session.put`; one call or two, and one more with a hint."""
+        """See `Session.put`; few calls, often none, and one more with a hint."""
         deadline = self._deadline(timeout_s)
         put = checked_put(
             namespace,
@@ -352,9 +352,12 @@ class LocalSession(ControlSession):
         return self._link.writes_pool and not len(put.part.cells)
 
     def _put_whole(self, put: PutRequest, deadline: Deadline) -> PutResult:
+        epoch = self._link.memory(deadline.left_s).index.namespace_epoch
         number = self._number(put.namespace, deadline)
         before = functools.partial(self._report_before_eviction, deadline)
-        return self._writer.put(put, number, deadline, before=before, note=self._came_upon)
+        return self._writer.put(
+            put, number, deadline, epoch=epoch, before=before, note=self._came_upon
+        )
 
     def _put_part(self, put: PutRequest, deadline: Deadline) -> PutResult:
         """Some cells of blocks, or whole ones where the store copies: two calls."""

@@ -1,20 +1,26 @@
-"""Puts of whole blocks over mapped memory, in slots that were granted ahead: one call each.
+"""Puts of whole blocks over mapped memory, in slots that were granted ahead: a call, or none.
 
-Ours: which slots are written when. A slot is written only between its grant and the call that
-shows its block; after a failure it is written again only where that call was never sent or was
-refused, which is why slots outlive no connection.
+Where there is a board the blocks are posted there, and the store is told of it without waiting for
+it; else, and where the board is full, one call shows them.
+
+Ours: which slots are written when. A slot is written only between its grant and the post or the
+call that shows its block; after a failure it is written again only where nothing was posted, or
+that call was never sent or was refused, which is why slots outlive no connection.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
+from kvstore.block import pack_many, write_headers
 from kvstore.errors import (
     DeadlineExceeded,
     KVStoreError,
@@ -22,6 +28,7 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
+from kvstore.index.format import key_words
 from kvstore.index.reader import Lookup
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
@@ -33,6 +40,7 @@ from kvstore.session.requests import PutRequest
 # After these a commit has shown nothing, or its connection is over. What else a store may answer it
 # should not; then nobody writes to the slots any more.
 _UNCHANGED = (StaleNamespace, DeadlineExceeded, Unavailable)
+Rows = npt.NDArray[np.intp]
 _FEWEST_AHEAD = 8  # slots to ask for ahead, so that small puts seldom ask
 
 
@@ -91,12 +99,14 @@ class Writer:
         number: int,
         deadline: Deadline,
         *,
+        epoch: int,
         before: Callable[[], None],
         note: Callable[[Lookup], None],
     ) -> PutResult:
-        """Stores whole blocks in the namespace `number`; one call, and one more where the stock is
-        too small. before: called where the store may have to evict for this, or for the next
-        put, before it does. note: is told of blocks that are stored already.
+        """Stores whole blocks in the namespace `number`; a call or none, and one more where the
+        stock is too small. epoch: the index's of namespaces, when `number` was the right one.
+        before: called where the store may have to evict for this, or for the next put, before it
+        does. note: is told of blocks that are stored already.
 
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
@@ -109,24 +119,38 @@ class Writer:
             if not len(absent):
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = slot_granules(put.namespace.layout)
+        self._link.take_answers(0)
         spare = self.stock.count(size) - len(absent)
         # While much is copied the store can hear of it; a little is copied before it would wake.
-        with_commit = 0 <= spare < len(absent) and len(absent) * put.part.nbytes <= ALONE_BYTES
-        if spare < (len(absent) if self._ahead else 0) and not with_commit:
+        in_the_end = 0 <= spare < len(absent) and len(absent) * put.part.nbytes <= ALONE_BYTES
+        if spare < (len(absent) if self._ahead else 0) and not in_the_end:
             before()
         slots = self._slots(size, number, len(absent), deadline)
         try:
-            commit = self._written(
-                put, number, memory, absent=absent, slots=slots, deadline=deadline
-            )
-            if with_commit and commit.more:
+            fill = _filled(memory, put, number, rows=absent[: len(slots)], slots=slots, by=deadline)
+            more = self._wanted(size, len(slots))
+            if in_the_end and more:
                 before()
-            committed = self._link.call(commit, deadline.left_s)
+        except BaseException:
+            self.stock.put(size, slots)
+            raise
+        # Whatever breaks this off, the slots are not written again: the blocks may be shown.
+        if len(slots) == len(absent) and fill.post(epoch):
+            self._have_adopted(number, size, more, deadline)
+            return PutResult(stored=len(slots), existed=n - len(slots), waiting=0, not_stored=0)
+        try:
+            committed = self._link.call(fill.commit(absent, more), deadline.left_s)
             assert isinstance(committed, c.Committed)
         except BaseException as error:
             if not isinstance(error, KVStoreError) or isinstance(error, _UNCHANGED):
                 self.stock.put(size, slots)
             raise
+        return self._after(committed, size, slots, absent, n)
+
+    def _after(
+        self, committed: c.Committed, size: int, slots: list[int], absent: Rows, n: int
+    ) -> PutResult:
+        """What came of a commit for the put of n blocks; slots that show nothing stay here."""
         status = committed.status
         shown = status[absent[: len(slots)] - absent[0]] == c.CommitStatus.STORED
         left = [slots[i] for i in np.flatnonzero(~shown).tolist()]
@@ -149,6 +173,10 @@ class Writer:
         if len(slots) == n:
             return slots
         try:
+            self._link.take_answers(deadline.left_s)  # with slots, where earlier puts posted theirs
+            slots += self.stock.take(size, n - len(slots))
+            if len(slots) == n:
+                return slots
             asked = c.Grant(namespace=number, blocks=n - len(slots))
             granted = self._link.call(asked, deadline.left_s)
         except ResourceExhausted:
@@ -162,36 +190,63 @@ class Writer:
         slots += granted.granules.tolist()
         return slots
 
-    def _written(
-        self,
-        put: PutRequest,
-        number: int,
-        memory: Memory,
-        *,
-        absent: npt.NDArray[np.intp],
-        slots: list[int],
-        deadline: Deadline,
-    ) -> c.Commit:
-        """Writes the first of the absent blocks, as many as there are slots; what shows them.
+    def _have_adopted(self, number: int, size: int, more: int, deadline: Deadline) -> None:
+        """Tells the store that something was posted, and asks for slots. The blocks are shown
+        already: whatever becomes of this, they are put."""
 
-        The answer is about the blocks from the first absent one on.
-        """
-        layout, first = put.namespace.layout, int(absent[0])
-        hashes, written = put.chain[first:], absent[: len(slots)]
-        granules = np.array(slots, np.uint32)
-        sums = copy_all_in(
-            memory,
-            layout,
-            put.part,
-            sources=put.addresses[written],
-            slots=granules,
-            end_s=deadline.end_s,
+        def then(answer: object) -> None:
+            if isinstance(answer, c.Granted):
+                self.stock.put(size, answer.granules.tolist())
+
+        with contextlib.suppress(KVStoreError):
+            self._link.cast(c.Adopt(namespace=number, more=more), deadline.left_s, then)
+
+    def _wanted(self, size: int, n: int) -> int:
+        """How many slots to ask for, so that the next put of n blocks finds them here."""
+        if not self._ahead:
+            return 0
+        left = self.stock.count(size)
+        most = limits.MAX_AHEAD_BYTES // (size * limits.GRANULE_BYTES)
+        return max(0, min(max(n, _FEWEST_AHEAD), most) - left) if left < n else 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Filled:
+    """Blocks of a put whose bytes are in slots: `rows` of its chain, ascending; their slots' first
+    granules, and checksums (n, cells)."""
+
+    memory: Memory
+    put: PutRequest
+    number: int
+    rows: Rows
+    granules: c.U32
+    checksums: c.U64
+
+    def post(self, epoch: int) -> bool:
+        """Writes their headers and posts them; False, and nobody sees them, where that cannot be:
+        without a board, on a full one, with a time to live, after a namespace was dropped."""
+        memory, put = self.memory, self.put
+        if memory.board is None or put.ttl_ms or memory.index.namespace_epoch != epoch:
+            return False
+        keys = put.chain[self.rows]
+        self._write_headers(keys)
+        return memory.board.post(
+            self.number,
+            key_words(keys),
+            length=put.namespace.layout.block_bytes,
+            granules=self.granules,
+            generations=memory.generations,
         )
-        if len(slots) < len(hashes):
-            granules, sums = _spread(written - first, len(hashes), granules, sums)
-        more = self._wanted(slot_granules(layout), len(slots))
+
+    def commit(self, absent: Rows, more: int) -> c.Commit:
+        """What shows them by a call; the answer is about all blocks from the first of the absent
+        ones on."""
+        put, first = self.put, int(absent[0])
+        hashes, granules, sums = put.chain[first:], self.granules, self.checksums
+        if len(granules) < len(hashes):
+            granules, sums = _spread(self.rows - first, len(hashes), granules, sums)
         return c.Commit(
-            namespace=number,
+            namespace=self.number,
             put_id=put.put_id,
             hashes=hashes,
             granules=granules,
@@ -202,13 +257,46 @@ class Writer:
             more=more,
         )
 
-    def _wanted(self, size: int, n: int) -> int:
-        """How many slots to ask for, so that the next put of n blocks finds them here."""
-        if not self._ahead:
-            return 0
-        left = self.stock.count(size)
-        most = limits.MAX_AHEAD_BYTES // (size * limits.GRANULE_BYTES)
-        return max(0, min(max(n, _FEWEST_AHEAD), most) - left) if left < n else 0
+    def _write_headers(self, keys: c.U8) -> None:
+        put, rows, n = self.put, self.rows, len(self.rows)
+        parents, positions = np.zeros_like(keys), np.full(n, -1, np.int32)
+        if put.position >= 0:
+            positions = (put.position + rows).astype(np.int32)
+            parents = put.chain[rows - 1]
+            if not rows[0]:
+                parents[0] = np.frombuffer(put.parent, np.uint8) if put.parent else 0
+        headers = pack_many(
+            namespace=self.number,
+            keys=keys,
+            put_ids=put.put_id * n,
+            length=put.namespace.layout.block_bytes,
+            checksums=self.checksums,
+            parents=parents,
+            positions=positions,
+        )
+        write_headers(self.memory.pool, self.granules, headers)
+
+
+def _filled(
+    memory: Memory,
+    put: PutRequest,
+    number: int,
+    *,
+    rows: Rows,
+    slots: list[int],
+    by: Deadline,
+) -> _Filled:
+    """Copies these blocks of the put into the slots."""
+    granules = np.array(slots, np.uint32)
+    sums = copy_all_in(
+        memory,
+        put.namespace.layout,
+        put.part,
+        sources=put.addresses[rows],
+        slots=granules,
+        end_s=by.end_s,
+    )
+    return _Filled(memory, put, number, rows, granules, sums)
 
 
 def _spread(rows: npt.NDArray[np.intp], n: int, slots: c.U32, sums: c.U64) -> tuple[c.U32, c.U64]:

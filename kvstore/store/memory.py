@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.index.boards import Boards
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreMemory:
@@ -15,9 +17,11 @@ class StoreMemory:
 
     pool: uint8, a multiple of a granule. generations: uint64, one a granule. new_index: makes
     zeroed memory (uint8) of so many bytes for the next index; the one before will soon be retired,
-    and readers ask for the new one. Where it raises OSError, the one before stays in use.
+    and readers ask for the new one. Where it raises OSError, the one before stays in use. boards:
+    where clients that write slots post blocks, None where there are no such clients.
     """
 
     pool: npt.NDArray[np.uint8]
     generations: npt.NDArray[np.uint64]
     new_index: Callable[[int], npt.NDArray[np.uint8]]
+    boards: Boards | None = None

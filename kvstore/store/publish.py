@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import limits
-from kvstore.block import pack_many, pack_parts
+from kvstore.block import pack_many, pack_parts, write_headers
 from kvstore.commands import U8, U32, U64
 from kvstore.store.blocks import IdArray
 from kvstore.store.deadlines import Due
@@ -17,6 +17,7 @@ from kvstore.store.shelf import DRAM_TIER, Shelf
 
 NO_PARENT = bytes(limits.KEY_BYTES)  # what a header says where no parent is known
 NO_ROW = -1
+_ONE = np.uint64(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,7 +27,7 @@ class Whole:
     keys and parents: (n, 32), a parent of zeros where it is unknown. put_ids: n times 16 bytes.
     checksums: (n, cells). positions: int32 (n,), -1 where unknown. ttl_ms: int64 (n,), 0 for ever.
     before: int64 (n,), the row of the block's parent where it comes earlier among these, `NO_ROW`
-    else.
+    else. written: their headers are in their slots too.
     """
 
     keys: U8
@@ -38,6 +39,7 @@ class Whole:
     positions: npt.NDArray[np.int32]
     ttl_ms: npt.NDArray[np.int64]
     before: npt.NDArray[np.int64]
+    written: bool = False
 
 
 def publish(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.bool_]:
@@ -46,11 +48,12 @@ def publish(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.
     Returns which of them found a place in the index: bool (n,). The others, which were there
     already or met a full index, are as before but for their headers.
     """
-    _write_headers(shelf, namespace, whole)
+    if not whole.written:
+        _write_headers(shelf, namespace, whole)
     shelf.lose(shelf.catalog.make_room(len(whole.ids)))
     parents = _stored_parents(shelf, namespace, whole)
     generations = shelf.memory.generations
-    generations[whole.granules] += np.uint64(1)  # even: stable
+    generations[whole.granules] = stable(generations[whole.granules])
     shown = shelf.catalog.insert(
         whole.keys,
         namespace=namespace.id,
@@ -111,7 +114,7 @@ def publish_one(shelf: Shelf, namespace: Namespace, whole: WholeBlock) -> bool:
     if whole.parent != NO_PARENT:
         asked = np.frombuffer(whole.parent, np.uint8).reshape(1, -1)
         parent = int(shelf.catalog.find(namespace.id, asked)[0])
-    generation = int(generations[whole.granule]) + 1  # even: stable
+    generation = int(generations[whole.granule]) + 1 & ~1  # see `stable`
     generations[whole.granule] = generation
     shown = shelf.catalog.insert_one(
         whole.key,
@@ -135,6 +138,12 @@ def publish_one(shelf: Shelf, namespace: Namespace, whole: WholeBlock) -> bool:
     if whole.ttl_ms:
         shelf.deadlines.set(Due.EXPIRY, ids, shelf.now_ms + whole.ttl_ms)
     return True
+
+
+def stable(generations: U64) -> U64:
+    """Even: those of slots whose bytes stay as they are. Slots of a client's stock have these from
+    the start, so that what is posted keeps the generation that it was posted with."""
+    return (generations + _ONE) & ~_ONE
 
 
 def _stored_parents(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.int64]:
@@ -179,6 +188,4 @@ def _write_headers(shelf: Shelf, namespace: Namespace, whole: Whole) -> None:
         parents=whole.parents,
         positions=whole.positions,
     )
-    pool = shelf.memory.pool[: shelf.room.slabs.total_bytes]
-    rows = pool.reshape(-1, limits.GRANULE_BYTES)
-    rows[whole.granules, : headers.shape[1]] = headers
+    write_headers(shelf.memory.pool, whole.granules, headers)

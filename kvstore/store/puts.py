@@ -66,7 +66,7 @@ class Pending:
 @dataclass(slots=True, eq=False)
 class Connection:
     """What one client holds. `put_bytes`: of slots of puts that it has begun; `stock`: block ids of
-    slots without a key, by granule, `stock_bytes` of them."""
+    slots without a key, by granule, `stock_bytes` of them. `board`: the number of its board."""
 
     puts: dict[PutKey, Pending] = field(default_factory=dict)
     leases: dict[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
@@ -74,6 +74,7 @@ class Connection:
     put_bytes: int = 0
     stock: dict[int, int] = field(default_factory=dict)
     stock_bytes: int = 0
+    board: int | None = None
 
     @property
     def granted_bytes(self) -> int:

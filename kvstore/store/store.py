@@ -15,7 +15,14 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.errors import InvalidArgument, KVStoreError, PermissionDenied, ResourceExhausted
+from kvstore.errors import (
+    InvalidArgument,
+    KVStoreError,
+    PermissionDenied,
+    ProtocolError,
+    ResourceExhausted,
+)
+from kvstore.index.boards import BoardKeeper
 from kvstore.nvme.ops import Outcome
 from kvstore.nvme.volume import Volume
 from kvstore.store.blocks import NO_BLOCK, BlockState
@@ -68,6 +75,7 @@ class Store:
         self.nvme = NvmeTier(self._shelf, nvme, run=instance_id)
         self._intake = Intake(self._shelf)
         self._stock = Stock(self._shelf, self._intake.puts)
+        self._boards = BoardKeeper(memory.boards) if memory.boards else None
         self._connections: dict[int, Connection] = {}
         self._next_connection = self._next_lease = 1
 
@@ -112,8 +120,13 @@ class Store:
             )
         number = self._next_connection
         self._next_connection += 1
-        self._connections[number] = Connection()
+        board = self._boards.open() if self._boards else None
+        self._connections[number] = Connection(board=board)
         return number
+
+    def board_of(self, connection: int) -> int | None:
+        """The number of the board that the client may post to."""
+        return self._connections[connection].board
 
     def disconnect(self, connection: int, *, writes: bool = True) -> bool:
         """The connection closed while its process may live: what it holds goes to quarantine.
@@ -121,7 +134,9 @@ class Store:
         writes: whether that process can write the pool; else its slots come back now. Returns
         True when nothing is held, and the connection is forgotten at once.
         """
+        self.adopt()
         who = self._connections[connection]
+        self._close_board(who)
         self.nvme.tickets.forget(connection)
         held = list(who.puts.values())
         self._intake.drop(held)
@@ -129,14 +144,18 @@ class Store:
             self._intake.let_go(held, connection, who)
             self._stock.take_all(who)
         if who.holds_nothing:
+            self._free_board(who)
             del self._connections[connection]
         return who.holds_nothing
 
     def holder_died(self, connection: int) -> None:
         """The process behind the connection is gone: everything it held is given back."""
+        self.adopt()
         who = self._connections.pop(connection, None)
         if who is None:
             return
+        self._close_board(who)
+        self._free_board(who)
         held = list(who.puts.values())
         self._intake.drop(held)
         self._intake.let_go(held, connection, who)
@@ -154,10 +173,28 @@ class Store:
         """
         self._shelf.now_ms = max(self._shelf.now_ms, now_ms)
         who = self._connections[connection]
+        self.adopt()
         result = _HANDLERS[type(command)](self, connection, who, command)
         if self._shelf.places.volumes:
             self.nvme.pump()
         return result
+
+    def adopt(self) -> None:
+        """Takes over what clients have posted by now, so that whatever follows knows of it."""
+        boards = self._boards
+        if boards is None or not boards.pending:
+            return
+        for who in self._connections.values():
+            if who.board is None:
+                continue
+            try:
+                rows = boards.posted(who.board)
+            except ProtocolError:  # closed, or written to by somebody who may not: nobody looks
+                boards.close(who.board)
+                continue
+            if len(rows):
+                self._stock.adopt(who, rows)
+                boards.move_on(who.board, len(rows))
 
     def make_room(self) -> None:
         """Does what can wait until answers are out: the evictions for slots that are likely to be
@@ -193,6 +230,16 @@ class Store:
             corrupted=self._shelf.counters.corrupted,
             **self.nvme.gauges(),
         )
+
+    def _close_board(self, who: Connection) -> None:
+        """Nobody looks at what is posted there any more."""
+        if self._boards and who.board is not None:
+            self._boards.close(who.board)
+
+    def _free_board(self, who: Connection) -> None:
+        """Who holds no slot can post nothing."""
+        if self._boards and who.board is not None:
+            self._boards.free(who.board)
 
     def _describe(self) -> c.Description:
         spaces = list(self._shelf.namespaces)
@@ -441,6 +488,7 @@ _HANDLERS: dict[type, Callable[[Store, int, Connection, Any], c.Result | Deferre
     c.Abort: lambda store, number, who, command: store._intake.abort(number, who, command),
     c.Grant: lambda store, _number, who, command: store._stock.grant(who, command),
     c.Commit: lambda store, _number, who, command: store._stock.commit(who, command),
+    c.Adopt: lambda store, _number, who, command: store._stock.ask_ahead(who, command),
     c.GiveBack: lambda store, _number, who, command: store._stock.give_back(who, command),
     c.Lease: lambda store, _number, who, command: store._lease(who, command),
     c.Fetch: lambda store, number, _who, command: store.nvme.fetch(number, command),

@@ -40,8 +40,10 @@ from kvstore_server.tenants import Tenant, Tenants
 
 _COPY_THREADS = 2  # more do not help: a copy is bound by the memory, not by the cores
 _FULL_PAUSE_S = 0.1
-_GRANTING = frozenset((c.Reserve, c.Grant, c.Commit, c.Lease))
-_WRITTEN = frozenset((c.Seal, c.Grant, c.Commit))  # what a client does that writes the pool itself
+_GRANTING = frozenset((c.Reserve, c.Grant, c.Commit, c.Adopt, c.Lease))
+_WRITTEN = frozenset(
+    (c.Seal, c.Grant, c.Commit, c.Adopt)
+)  # what a client does that writes the pool itself
 _START_S = 5.0  # how long to wait for another daemon that is just starting in the same folder
 
 log = structlog.get_logger()
@@ -186,7 +188,7 @@ class ChannelServer:
         self._guarded(peer, lambda: self._welcome(peer))
 
     def _welcome(self, peer: Peer) -> None:
-        arenas = peer.tenant.arenas
+        arenas, board = peer.tenant.arenas, peer.tenant.store.board_of(peer.connection)
         assert arenas.index
         welcome = wire.Welcome(
             version=wire.WIRE_VERSION,
@@ -195,8 +197,11 @@ class ChannelServer:
             prefaulted=int(arenas.prefaulted),
             pool_bytes=arenas.pool.nbytes,
             index_bytes=arenas.index.nbytes,
+            boards_bytes=arenas.boards.nbytes if arenas.boards else 0,
+            board=-1 if board is None else board,
         )
-        peer.send(welcome, (arenas.pool.fd, arenas.generations.fd, arenas.index.fd))
+        fds = [arenas.pool.fd, arenas.generations.fd, arenas.index.fd]
+        peer.send(welcome, [*fds, arenas.boards.fd] if arenas.boards else fds)
 
     def _ready(self, peer: Peer) -> None:
         def work() -> None:
@@ -283,7 +288,7 @@ class ChannelServer:
             raise PermissionDenied("who may not write the pool seals what it has staged")
         if kind in wire.COMMANDS:
             self._give(peer, self._handle(peer, record))
-            if kind is c.Commit:
+            if kind is c.Commit or kind is c.Adopt:
                 peer.tenant.store.make_room()
         elif kind is wire.SealStaged:
             self._copy_in(peer, record)

@@ -14,7 +14,7 @@ import pytest
 from faults.workers import content, hashes, is_right, layout, says, tell, worker
 
 from daemon import Daemon, daemon
-from kvstore import Hit, Miss, MissReason
+from kvstore import Hit, Miss, MissReason, limits
 from kvstore.commands import Stats
 from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore_client import KVStoreClient
@@ -198,10 +198,16 @@ def test_a_stopped_daemon_costs_no_more_than_the_deadline(server: Daemon) -> Non
         try:
             # What shared memory holds can still be read: it needs nobody's help.
             assert client.match(namespace, hashes(4)).count == 4
-            result = client.put(
-                namespace, hashes(1, seed=3), [content(0, 1, BLOCK_BYTES)], timeout_s=0.3
-            )
-            assert result.not_stored == 1
+            # Nor do puts, as long as there are slots that were granted before.
+            puts = 0
+            while True:
+                key = hashes(1, seed=100 + puts)
+                block = [content(puts, 1, BLOCK_BYTES)]
+                if client.put(namespace, key, block, timeout_s=0.3).not_stored:
+                    break
+                assert client.match(namespace, key).count == 1
+                puts += 1
+            assert 0 < puts <= limits.MAX_CASTS
             with pytest.raises((DeadlineExceeded, Unavailable)):
                 client.stats(timeout_s=0.3)
         finally:

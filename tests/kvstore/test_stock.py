@@ -53,7 +53,7 @@ def numbers(*slots: int) -> c.U32:
 def test_a_commit_shows_blocks_with_their_headers_and_stable_slots(n: int) -> None:
     rig = Rig()
     slots, hashes = granted(rig, n), keys(*range(n))
-    assert (rig.generations[slots] % 2 == 1).all()
+    before = rig.generations[slots].copy()
     parent = keys(99)[0].tobytes()
     answer = committed(rig, hashes, slots, parent=parent, position=5)
     assert answer.status.tolist() == [c.CommitStatus.STORED] * n
@@ -63,6 +63,7 @@ def test_a_commit_shows_blocks_with_their_headers_and_stable_slots(n: int) -> No
     assert rows.granules.tolist() == slots.tolist()
     assert rows.generations.tolist() == rig.generations[slots].tolist()
     assert (rows.generations % 2 == 0).all()
+    assert (rows.generations == before).all()  # so that it can be posted with it too
     chain = [parent, *(h.tobytes() for h in hashes)]
     for i, slot in enumerate(slots.tolist()):
         header = unpack(rig.pool[slot * limits.GRANULE_BYTES :])
@@ -75,9 +76,11 @@ def test_what_is_there_already_leaves_its_slot_with_the_client(n: int) -> None:
     rig = Rig()
     rig.put(keys(*range(n)))
     slots = granted(rig, n)
+    before = rig.generations[slots].copy()
     answer = committed(rig, keys(*range(n)), slots)
     assert answer.status.tolist() == [c.CommitStatus.EXISTS] * n
-    assert (rig.generations[slots] % 2 == 1).all()
+    assert (rig.generations[slots] % 2 == 0).all()
+    assert (rig.generations[slots] > before).all()  # nothing was shown with these
     others = keys(*range(10, 10 + n))
     assert committed(rig, others, slots).status.tolist() == [c.CommitStatus.STORED] * n
 
@@ -334,4 +337,4 @@ def test_a_commit_that_meets_a_full_index_leaves_the_slots() -> None:
     for n in (1, 2):
         answer = committed(rig, keys(*range(5, 5 + n)), slots[2 : 2 + n])
         assert answer.status.tolist() == [c.CommitStatus.NO_SPACE] * n
-        assert (rig.generations[slots[2 : 2 + n]] % 2 == 1).all()
+        assert (rig.generations[slots[2 : 2 + n]] % 2 == 0).all()

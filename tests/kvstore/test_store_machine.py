@@ -325,6 +325,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.reserve((who + 1) % 3, space, numbers, put_id, (1,), -1, -1, 0, seal)
 
     def granted(self, key: Key, put_id: bytes, granule: int, layout: Layout, ttl_ms: int) -> Put:
+        assert int(self.generations[granule]) % 2, "a slot that is written has an odd generation"
         self.is_nobodys(granule, layout)
         put = Put(key, put_id, granule, layout, ttl_ms, set(range(layout.n_cells)))
         self.puts[key] = put
@@ -332,7 +333,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     def is_nobodys(self, granule: int, layout: Layout) -> None:
         """A slot that was just granted."""
-        assert int(self.generations[granule]) % 2, "a slot that is written has an odd generation"
         taken = {
             g
             for put in {*self.puts.values(), *self.held.values()}
@@ -346,6 +346,7 @@ class StoreMachine(RuleBasedStateMachine):
         for granule in granules:
             self.is_nobodys(granule, layout)
             self.stock[me, granule] = layout
+            assert int(self.generations[granule]) % 2 == 0, "what is posted keeps its generation"
 
     @rule(who=WHO, space=SPACE, n=st.sampled_from([1, 2, 5]))
     def grant(self, who: int, space: int, n: int) -> None:
