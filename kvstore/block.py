@@ -59,7 +59,7 @@ _KEY_AT, _PUT_AT, _PARENT_AT, _POSITION_AT = (
     for name in ("key", "put_id", "parent", "position")
 )
 _SUMS_AT = _FIXED.size // 4
-_NO_PARENT = bytes(limits.KEY_BYTES)
+NO_PARENT = bytes(limits.KEY_BYTES)
 _NO_POSITION = -1
 _SUM_BYTES = 8
 
@@ -91,7 +91,7 @@ class BlockHeader:
         _check_checksums(self.checksums)
         if self.parent is not None:
             _check_bytes("parent", self.parent, limits.KEY_BYTES)
-            if self.parent == _NO_PARENT:
+            if self.parent == NO_PARENT:
                 raise InvalidArgument("parent", "all zeros stand for an unknown parent")
         if self.position is not None:
             _check_uint("position", self.position, (1 << 31) - 1)
@@ -122,7 +122,7 @@ def pack(header: BlockHeader) -> bytes:
         put_id=header.put_id,
         length=header.length,
         checksums=header.checksums,
-        parent=header.parent or _NO_PARENT,
+        parent=header.parent or NO_PARENT,
         position=_NO_POSITION if header.position is None else header.position,
     )
 
@@ -166,7 +166,7 @@ def pack_many(
     n, n_cells = checksums.shape
     fixed = _FIXED.pack(
         *(MAGIC, VERSION, 0, n_cells, length, namespace),
-        *(bytes(limits.KEY_BYTES), bytes(PUT_ID_BYTES), _NO_PARENT, 0),
+        *(bytes(limits.KEY_BYTES), bytes(PUT_ID_BYTES), NO_PARENT, 0),
     )
     packed = np.zeros((n, header_bytes(n_cells)), np.uint8)
     _fill_headers(
@@ -252,6 +252,10 @@ class Headers:
     fields: npt.NDArray[np.void]
     checksums: npt.NDArray[np.uint64]
     own: npt.NDArray[np.uint64]
+
+    def only(self, rows: npt.NDArray[np.bool_]) -> Headers:
+        """Some of them; rows: bool (n,)."""
+        return Headers(self.sound[rows], self.fields[rows], self.checksums[rows], self.own[rows])
 
 
 def copied_headers(addresses: npt.NDArray[np.uint64], n_cells: int) -> npt.NDArray[np.uint8]:
@@ -365,7 +369,7 @@ def _from_checked(whole: bytes, n_cells: int) -> BlockHeader:
             put_id=put_id,
             length=length,
             checksums=sums.astype(np.uint64),
-            parent=None if parent == _NO_PARENT else parent,
+            parent=None if parent == NO_PARENT else parent,
             position=None if position == _NO_POSITION else position,
         )
     except InvalidArgument as error:  # sound bytes, but not such as `pack` writes

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import commands as c
+from kvstore.index.boards import BOARDS_BYTES, Boards
 from kvstore.layout import Attention, Layout
 from kvstore.store import Store, StoreMemory
 
@@ -26,16 +27,26 @@ BLOCKS_PER_MIB = 85  # of LAYOUT: 8,448 bytes with the header, in slots of 12 Ki
 class Rig:
     """A store of `blocks` slots with one connection and one namespace."""
 
-    def __init__(self, pool: int = 1 << 20, max_blocks: int = 512, policy: str = "lru") -> None:
+    def __init__(
+        self,
+        pool: int = 1 << 20,
+        max_blocks: int = 512,
+        policy: str = "lru",
+        *,
+        boards: bool = False,
+    ) -> None:
+        """boards: whether clients have some to post to."""
         self.now_ms = 1_000_000
         self.indexes: list[npt.NDArray[np.uint8]] = []
         self.pool = np.zeros(pool, np.uint8)
         self.generations = np.zeros(pool // 4096, np.uint64)
+        self.boards = Boards.create(np.zeros(BOARDS_BYTES, np.uint8)) if boards else None
         self.store = Store(
             StoreMemory(
                 pool=self.pool,
                 generations=self.generations,
                 new_index=self._new_index,
+                boards=self.boards,
             ),
             secret=b"s" * 32,
             instance_id=7,

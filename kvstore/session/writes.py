@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import pack_many, write_headers
+from kvstore.block import NO_PARENT, pack_many, pack_parts, write_headers
 from kvstore.errors import (
     DeadlineExceeded,
     KVStoreError,
@@ -229,7 +229,10 @@ class _Filled:
         if memory.board is None or put.ttl_ms or memory.index.namespace_epoch != epoch:
             return False
         keys = put.chain[self.rows]
-        self._write_headers(keys)
+        if len(keys) == 1:
+            self._write_header(keys)
+        else:
+            self._write_headers(keys)
         return memory.board.post(
             self.number,
             key_words(keys),
@@ -256,6 +259,24 @@ class _Filled:
             ttl_ms=put.ttl_ms,
             more=more,
         )
+
+    def _write_header(self, keys: c.U8) -> None:
+        """`_write_headers` of one, which costs a fourth so."""
+        put, row = self.put, int(self.rows[0])
+        parent = b""
+        if put.position >= 0:
+            parent = put.chain[row - 1].tobytes() if row else put.parent
+        header = pack_parts(
+            namespace=self.number,
+            key=keys.tobytes(),
+            put_id=put.put_id,
+            length=put.namespace.layout.block_bytes,
+            checksums=self.checksums[0],
+            parent=parent or NO_PARENT,
+            position=put.position + row if put.position >= 0 else -1,
+        )
+        at = int(self.granules[0]) * limits.GRANULE_BYTES
+        self.memory.pool[at : at + len(header)] = np.frombuffer(header, np.uint8)
 
     def _write_headers(self, keys: c.U8) -> None:
         put, rows, n = self.put, self.rows, len(self.rows)

@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
+from kvstore.block import NO_PARENT
 from kvstore.errors import InvalidArgument, LayoutMismatch, ResourceExhausted
 from kvstore.store.blocks import IdArray
 from kvstore.store.checks import cell_mask, check_hashes, check_put, check_reserve
 from kvstore.store.deadlines import Due
 from kvstore.store.namespaces import Namespace
-from kvstore.store.publish import NO_PARENT, NO_ROW, Whole, publish
+from kvstore.store.publish import NO_ROW, Whole, publish
 from kvstore.store.puts import Connection, GrantedBlocks, Pending, Puts, bits
 from kvstore.store.shelf import Shelf
 

@@ -8,14 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import limits
-from kvstore.block import pack_many, pack_parts, write_headers
+from kvstore.block import NO_PARENT, pack_many, pack_parts, write_headers
 from kvstore.commands import U8, U32, U64
 from kvstore.store.blocks import IdArray
 from kvstore.store.deadlines import Due
 from kvstore.store.namespaces import Namespace
 from kvstore.store.shelf import DRAM_TIER, Shelf
 
-NO_PARENT = bytes(limits.KEY_BYTES)  # what a header says where no parent is known
 NO_ROW = -1
 _ONE = np.uint64(1)
 
@@ -84,7 +83,8 @@ def publish(shelf: Shelf, namespace: Namespace, whole: Whole) -> npt.NDArray[np.
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WholeBlock:
-    """One block whose bytes are all in its slot. checksums: (cells,). parent: zeros if unknown."""
+    """One block whose bytes are all in its slot. checksums: (cells,). parent: zeros if unknown.
+    written: its header is there too."""
 
     key: bytes
     put_id: bytes
@@ -94,21 +94,14 @@ class WholeBlock:
     parent: bytes
     position: int
     ttl_ms: int
+    written: bool = False
 
 
 def publish_one(shelf: Shelf, namespace: Namespace, whole: WholeBlock) -> bool:
     """`publish` of one block: the same steps, without arrays, which cost more than the work."""
-    at, generations = whole.granule * limits.GRANULE_BYTES, shelf.memory.generations
-    header = pack_parts(
-        namespace=namespace.id,
-        key=whole.key,
-        put_id=whole.put_id,
-        length=namespace.layout.block_bytes,
-        checksums=whole.checksums,
-        parent=whole.parent,
-        position=whole.position,
-    )
-    shelf.pool_bytes[at : at + len(header)] = header
+    generations = shelf.memory.generations
+    if not whole.written:
+        _write_header(shelf, namespace, whole)
     shelf.lose(shelf.catalog.make_room(1))
     parent = -1
     if whole.parent != NO_PARENT:
@@ -176,6 +169,20 @@ def _link(
     linked = shown & (parents >= 0)
     if linked.any():
         shelf.blocks.link(whole.ids[linked], parents[linked].astype(np.uint32))
+
+
+def _write_header(shelf: Shelf, namespace: Namespace, whole: WholeBlock) -> None:
+    header = pack_parts(
+        namespace=namespace.id,
+        key=whole.key,
+        put_id=whole.put_id,
+        length=namespace.layout.block_bytes,
+        checksums=whole.checksums,
+        parent=whole.parent,
+        position=whole.position,
+    )
+    at = whole.granule * limits.GRANULE_BYTES
+    shelf.pool_bytes[at : at + len(header)] = header
 
 
 def _write_headers(shelf: Shelf, namespace: Namespace, whole: Whole) -> None:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import PUT_ID_BYTES, Headers, header_bytes, read_headers
+from kvstore.block import NO_PARENT, PUT_ID_BYTES
 from kvstore.errors import (
     InvalidArgument,
     LayoutMismatch,
@@ -15,13 +15,10 @@ from kvstore.errors import (
     ResourceExhausted,
     StaleNamespace,
 )
-from kvstore.index.format import W_CHECK, W_SPACE, Words, checks_of
-from kvstore.index.reader import Lookup
 from kvstore.store.blocks import IdArray
 from kvstore.store.checks import check_commit
 from kvstore.store.namespaces import Namespace
 from kvstore.store.publish import (
-    NO_PARENT,
     NO_ROW,
     Whole,
     WholeBlock,
@@ -30,10 +27,9 @@ from kvstore.store.publish import (
     stable,
 )
 from kvstore.store.puts import Connection, Puts
-from kvstore.store.shelf import DRAM_TIER, Shelf
+from kvstore.store.shelf import Shelf
 
 _NOTHING = np.empty(0, np.uint32)
-_HALF = np.uint64(32)
 # Plain numbers, because numpy takes long to find out that a member of an enumeration is one.
 _STORED, _EXISTS = int(c.CommitStatus.STORED), int(c.CommitStatus.EXISTS)
 _IN_PROGRESS, _NO_SPACE = int(c.CommitStatus.IN_PROGRESS), int(c.CommitStatus.NO_SPACE)
@@ -49,7 +45,7 @@ class Stock:
     def __init__(self, shelf: Shelf, puts: Puts) -> None:
         self._shelf, self._puts = shelf, puts
         self._next = (0, 0)  # the size and the number of slots that were asked for ahead last
-        self._latest: IdArray = _NOTHING  # blocks that the last commit stored
+        self._latest: IdArray = _NOTHING  # blocks that the last put stored
         self.nbytes = 0
 
     def grant(self, who: Connection, command: c.Grant) -> c.Granted:
@@ -82,17 +78,6 @@ class Stock:
         more = self._ahead(who, namespace, command.more) if command.more else _NOTHING
         return c.Committed(status=status, granules=more)
 
-    def adopt(self, who: Connection, rows: Words) -> None:
-        """Takes over blocks that the connection has posted: rows (n, 8) of its board. What is there
-        already, or is not as its row and header say, is nobody's any more."""
-        spaces = rows[:, W_SPACE] >> _HALF
-        first = 0
-        while first < len(rows):
-            others = np.flatnonzero(spaces[first:] != spaces[first])
-            end = first + int(others[0]) if len(others) else len(rows)
-            self._adopt_in(who, int(spaces[first]), rows[first:end])
-            first = end
-
     def ask_ahead(self, who: Connection, command: c.Adopt) -> c.Granted:
         """The slots that go with the answer to who has posted."""
         try:
@@ -101,8 +86,12 @@ class Stock:
             return c.Granted(granules=_NOTHING)
         return c.Granted(granules=self._ahead(who, namespace, command.more))
 
+    def stored(self, ids: IdArray) -> None:
+        """What a connection has put last."""
+        self._latest = ids
+
     def make_room(self) -> None:
-        """Evicts and takes now what the next commit like the last would else wait for, but nothing
+        """Evicts and takes now what the next put like the last would else wait for, but nothing
         that the last one stored: where all else is in use, who put that may soon want it."""
         (slot_bytes, n), self._next = self._next, (0, 0)
         if not n:
@@ -115,80 +104,14 @@ class Stock:
         held = command.granules.tolist()
         if any(granule not in who.stock for granule in held) or len(set(held)) != len(held):
             raise PermissionDenied("a slot is not in this connection's stock, or is named twice")
-        self._shelf.free(self._remove(who, held))
+        self._shelf.free(self.remove(who, held))
         return c.Count(blocks=len(held))
 
     def take_all(self, who: Connection) -> None:
         """The holder cannot write any more."""
-        self._shelf.free(self._remove(who, list(who.stock)))
+        self._shelf.free(self.remove(who, list(who.stock)))
 
     # -- inside ------------------------------------------------------------------------
-
-    def _adopt_in(self, who: Connection, number: int, rows: Words) -> None:
-        """`adopt` of rows of one namespace."""
-        shelf = self._shelf
-        lookup = Lookup(rows)
-        granules = lookup.granules.astype(np.uint32)
-        _, first = np.unique(granules, return_index=True)
-        held = np.array([g in who.stock for g in granules.tolist()], np.bool_)
-        held &= np.isin(np.arange(len(rows)), first)
-        rows, granules = rows[held], granules[held]
-        ids = self._remove(who, granules.tolist())
-        try:
-            namespace = shelf.namespaces.get(number)
-        except StaleNamespace:
-            shelf.free(ids)
-            return
-        headers = self._headers_of(namespace, granules)
-        sound = self._are_sound(namespace, Lookup(rows), headers)
-        shelf.free(ids[~sound])
-        fields, ids = headers.fields[sound], ids[sound]
-        n = len(ids)
-        if not n:
-            return
-        follows = np.zeros(n, np.bool_)
-        follows[1:] = (fields["parent"][1:] == fields["key"][:-1]).all(axis=1)
-        whole = Whole(
-            keys=np.ascontiguousarray(fields["key"]),
-            put_ids=fields["put_id"].tobytes(),
-            ids=ids,
-            granules=granules[sound],
-            checksums=headers.checksums[sound],
-            parents=np.ascontiguousarray(fields["parent"]),
-            positions=np.ascontiguousarray(fields["position"]),
-            ttl_ms=np.zeros(n, np.int64),
-            before=np.where(follows, np.arange(n) - 1, NO_ROW),
-            written=True,
-        )
-        shown = publish(shelf, namespace, whole)
-        self._latest = ids[shown]
-        if not shown.all():
-            keys = whole.keys[~shown]
-            found = shelf.catalog.find(namespace.id, keys)
-            shelf.policy.touch(shelf.live(found))
-            shelf.counters.dropped += int((found < 0).sum())
-            shelf.free(ids[~shown])
-
-    def _headers_of(self, namespace: Namespace, granules: c.U32) -> Headers:
-        """Those that the slots' writer has made."""
-        n_cells, pool = namespace.layout.n_cells, self._shelf.memory.pool
-        slots = pool[: self._shelf.room.slabs.total_bytes].reshape(-1, limits.GRANULE_BYTES)
-        return read_headers(slots[granules, : header_bytes(n_cells)], n_cells)
-
-    def _are_sound(
-        self, namespace: Namespace, posted: Lookup, headers: Headers
-    ) -> npt.NDArray[np.bool_]:
-        """Whether header, row and slot are of one block of the namespace: bool (n,)."""
-        fields, granules = headers.fields, posted.granules
-        length = namespace.layout.block_bytes
-        sound = headers.sound & (checks_of(posted.rows) == posted.rows[:, W_CHECK])
-        sound &= (fields["key"] == posted.rows.view(np.uint8)[:, : limits.KEY_BYTES]).all(axis=1)
-        sound &= (fields["namespace"] == namespace.id) & (fields["length"] == length)
-        sound &= (posted.lengths == length) & (posted.tiers == DRAM_TIER)
-        sound &= posted.generations == self._shelf.memory.generations[granules]
-        sizes = self._sizes(granules.astype(np.uint32))
-        sound &= sizes * limits.GRANULE_BYTES == namespace.slot_bytes
-        return np.asarray(sound, np.bool_)
 
     def _blocks(self, who: Connection, namespace: Namespace, granules: c.U32) -> list[int | None]:
         """The block id of each slot, None where none is named. `PermissionDenied` for a slot that
@@ -308,7 +231,7 @@ class Stock:
         status[ours[shown]] = _STORED
         self._latest = whole.ids[shown]
         self._renew(whole.granules[~shown])
-        self._remove(who, whole.granules[shown].tolist())
+        self.remove(who, whole.granules[shown].tolist())
 
     def _ahead(self, who: Connection, namespace: Namespace, n: int) -> c.U32:
         """More slots for later, as long as all that lie idle are a small part of the pool."""
@@ -338,9 +261,12 @@ class Stock:
         who.stock_bytes += more
         self.nbytes += more
 
-    def _remove(self, who: Connection, granules: list[int]) -> IdArray:
+    def remove(self, who: Connection, granules: list[int]) -> IdArray:
         """These slots are no longer in the stock; returns their blocks' ids."""
         blocks = [who.stock.pop(granule) for granule in granules]
+        if len(blocks) == 1:
+            self._count(who, -self._shelf.room.slabs.class_of(granules[0]))
+            return np.array(blocks, np.uint32)
         sizes = self._sizes(np.array(granules, np.uint32))
         self._count(who, -int(sizes.sum()) * limits.GRANULE_BYTES)
         return np.array(blocks, np.uint32)

@@ -19,12 +19,11 @@ from kvstore.errors import (
     InvalidArgument,
     KVStoreError,
     PermissionDenied,
-    ProtocolError,
     ResourceExhausted,
 )
-from kvstore.index.boards import BoardKeeper
 from kvstore.nvme.ops import Outcome
 from kvstore.nvme.volume import Volume
+from kvstore.store.adoption import Adoption
 from kvstore.store.blocks import NO_BLOCK, BlockState
 from kvstore.store.checks import check_hashes
 from kvstore.store.deadlines import Due
@@ -75,7 +74,7 @@ class Store:
         self.nvme = NvmeTier(self._shelf, nvme, run=instance_id)
         self._intake = Intake(self._shelf)
         self._stock = Stock(self._shelf, self._intake.puts)
-        self._boards = BoardKeeper(memory.boards) if memory.boards else None
+        self._adoption = Adoption(self._shelf, self._stock, memory.boards)
         self._connections: dict[int, Connection] = {}
         self._next_connection = self._next_lease = 1
 
@@ -120,8 +119,7 @@ class Store:
             )
         number = self._next_connection
         self._next_connection += 1
-        board = self._boards.open() if self._boards else None
-        self._connections[number] = Connection(board=board)
+        self._connections[number] = Connection(board=self._adoption.open_board())
         return number
 
     def board_of(self, connection: int) -> int | None:
@@ -136,7 +134,7 @@ class Store:
         """
         self.adopt()
         who = self._connections[connection]
-        self._close_board(who)
+        self._adoption.close_board(who)
         self.nvme.tickets.forget(connection)
         held = list(who.puts.values())
         self._intake.drop(held)
@@ -144,7 +142,7 @@ class Store:
             self._intake.let_go(held, connection, who)
             self._stock.take_all(who)
         if who.holds_nothing:
-            self._free_board(who)
+            self._adoption.free_board(who)
             del self._connections[connection]
         return who.holds_nothing
 
@@ -154,8 +152,8 @@ class Store:
         who = self._connections.pop(connection, None)
         if who is None:
             return
-        self._close_board(who)
-        self._free_board(who)
+        self._adoption.close_board(who)
+        self._adoption.free_board(who)
         held = list(who.puts.values())
         self._intake.drop(held)
         self._intake.let_go(held, connection, who)
@@ -181,20 +179,7 @@ class Store:
 
     def adopt(self) -> None:
         """Takes over what clients have posted by now, so that whatever follows knows of it."""
-        boards = self._boards
-        if boards is None or not boards.pending:
-            return
-        for who in self._connections.values():
-            if who.board is None:
-                continue
-            try:
-                rows = boards.posted(who.board)
-            except ProtocolError:  # closed, or written to by somebody who may not: nobody looks
-                boards.close(who.board)
-                continue
-            if len(rows):
-                self._stock.adopt(who, rows)
-                boards.move_on(who.board, len(rows))
+        self._adoption.adopt(self._connections.values())
 
     def make_room(self) -> None:
         """Does what can wait until answers are out: the evictions for slots that are likely to be
@@ -230,16 +215,6 @@ class Store:
             corrupted=self._shelf.counters.corrupted,
             **self.nvme.gauges(),
         )
-
-    def _close_board(self, who: Connection) -> None:
-        """Nobody looks at what is posted there any more."""
-        if self._boards and who.board is not None:
-            self._boards.close(who.board)
-
-    def _free_board(self, who: Connection) -> None:
-        """Who holds no slot can post nothing."""
-        if self._boards and who.board is not None:
-            self._boards.free(who.board)
 
     def _describe(self) -> c.Description:
         spaces = list(self._shelf.namespaces)

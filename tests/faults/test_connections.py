@@ -254,6 +254,52 @@ def test_a_put_of_whole_blocks_goes_into_a_namespace_that_was_dropped_meanwhile(
         assert (target[0] == block[0]).all()
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_put_broken_off_once_it_is_shown_never_writes_there_again(
+    direct: Daemon, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    first = [content(key, 1, BLOCK_BYTES) for key in range(n)]
+    with connected(direct) as session:
+        namespace = session.open_namespace(f"broken off {n}", LAYOUT)
+        assert session.put(namespace, hashes(n, seed=20), first).stored == n
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session._link, "cast", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.put(namespace, hashes(n, seed=21), first)
+        for seed in range(22, 30):
+            others = [content(100 + key, seed, BLOCK_BYTES) for key in range(n)]
+            assert session.put(namespace, hashes(n, seed=seed), others).stored == n
+        found = [np.zeros(BLOCK_BYTES, np.uint8) for _ in range(n)]
+        got = session.get_into(namespace, hashes(n, seed=21), found)
+        assert all(isinstance(each, Hit) for each in got)
+        np.testing.assert_array_equal(found, first)
+
+
+def test_where_the_board_is_full_a_put_shows_its_blocks_by_a_call(
+    direct: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = [content(1, 1, BLOCK_BYTES)]
+    with connected(direct) as session:
+        namespace = session.open_namespace("full board", LAYOUT)
+        assert session.put(namespace, hashes(1, seed=40), block).stored == 1
+        calls = Counter[str]()
+        real = session._link.call
+
+        def counted(command: c.Command, timeout_s: float) -> c.Result:
+            calls[type(command).__name__] += 1
+            return real(command, timeout_s)
+
+        monkeypatch.setattr(session._link, "call", counted)
+        monkeypatch.setattr("kvstore.index.boards.BOARD_ROWS", 0)
+        assert session.put(namespace, hashes(1, seed=41), block).stored == 1
+        assert calls == {"Commit": 1}
+        assert session.match(namespace, hashes(1, seed=41)).count == 1
+
+
 def test_a_client_that_closes_gives_its_empty_slots_back(direct: Daemon) -> None:
     """Its process lives on, so that nothing else could give them back."""
     with ChannelSession(str(direct.socket)) as watching:

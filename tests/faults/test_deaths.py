@@ -190,6 +190,28 @@ def mapped_pools() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:kvstore-pool")
 
 
+def test_what_a_client_put_before_it_was_killed_is_there(server: Daemon) -> None:
+    """The daemon had not heard of it: its last word was on the board alone."""
+    with (
+        KVStoreClient(server.target) as client,
+        worker("untold", server.target, BLOCK_BYTES, 8) as writer,
+    ):
+        namespace = client.open_namespace("race", layout(BLOCK_BYTES))
+        assert says(writer) == "stored 8"
+        target = [np.zeros(BLOCK_BYTES, np.uint8) for _ in range(8)]
+        for _ in range(2):  # while it lives, and after
+            assert client.match(namespace, hashes(8, seed=1)).count == 8
+            assert all(
+                isinstance(each, Hit)
+                for each in client.get_into(namespace, hashes(8, seed=1), target)
+            )
+            assert all(is_right(block, key) for key, block in enumerate(target))
+            if writer.poll() is None:
+                writer.kill()
+                eventually(client, lambda now: now.connections == 1)
+        assert client.stats().blocks == 8
+
+
 def test_a_stopped_daemon_costs_no_more_than_the_deadline(server: Daemon) -> None:
     with KVStoreClient(server.target) as client:
         put_all(client, 4, BLOCK_BYTES)

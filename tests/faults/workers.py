@@ -139,6 +139,18 @@ def seal_unstaged(client: KVStoreClient, block_bytes: int, n_keys: int) -> None:
     sys.stdin.readline()
 
 
+def put_untold(client: KVStoreClient, block_bytes: int, n_keys: int) -> None:
+    """Puts all keys, of which the daemon is told nothing, and waits."""
+    assert isinstance(client._session, ChannelSession)
+    connection: Any = client._session._now()
+    connection._link.cast = lambda *_: None
+    namespace = client.open_namespace("race", layout(block_bytes))
+    blocks = [content(key, 1, block_bytes) for key in range(n_keys)]
+    result = client.put(namespace, hashes(n_keys, seed=1), blocks)
+    print(f"stored {result.stored}", flush=True)
+    sys.stdin.readline()
+
+
 def main() -> None:
     """The process."""
     role, target, *numbers = sys.argv[1:]
@@ -148,6 +160,7 @@ def main() -> None:
         "view": hold_view,
         "mid-put": stop_in_mid_put,
         "unstaged": seal_unstaged,
+        "untold": put_untold,
     }
     with KVStoreClient(target) as client:
         roles[role](client, *map(int, numbers))  # type: ignore[operator]

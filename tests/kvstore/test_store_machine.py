@@ -28,9 +28,11 @@ from hypothesis.stateful import (
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import cell_checksums, header_bytes, unpack
+from kvstore.block import NO_PARENT, cell_checksums, header_bytes, pack_parts, unpack
 from kvstore.errors import ResourceExhausted, StaleNamespace
 from kvstore.index import IndexReader, IndexView
+from kvstore.index.boards import BOARDS_BYTES, Board, Boards
+from kvstore.index.format import key_words
 from kvstore.layout import Attention, Layout
 from kvstore.store import Store, StoreMemory
 
@@ -117,12 +119,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.now_ms = 1_000_000
         self.pool = np.zeros(POOL_BYTES, np.uint8)
         self.generations = np.zeros(POOL_BYTES // limits.GRANULE_BYTES, np.uint64)
+        self.boards = Boards.create(np.zeros(BOARDS_BYTES, np.uint8))
         self.readers: list[IndexReader] = []
         self.indexes: list[npt.NDArray[np.uint8]] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(limits, "FIRST_INDEX_BLOCKS", FIRST_INDEX_BLOCKS)
             self.store = Store(
-                StoreMemory(pool=self.pool, generations=self.generations, new_index=self.new_index),
+                StoreMemory(
+                    pool=self.pool,
+                    generations=self.generations,
+                    new_index=self.new_index,
+                    boards=self.boards,
+                ),
                 secret=b"s" * 32,
                 instance_id=7,
                 max_blocks=MAX_BLOCKS,
@@ -152,7 +160,8 @@ class StoreMachine(RuleBasedStateMachine):
         while len(self.readers) < len(self.indexes):
             if self.readers:
                 assert self.readers[-1].retired
-            self.readers.append(IndexReader(IndexView.open(self.indexes[len(self.readers)])))
+            view = IndexView.open(self.indexes[len(self.readers)])
+            self.readers.append(IndexReader(view, self.boards))
         assert not self.readers[-1].retired
         return self.readers[-1]
 
@@ -435,6 +444,75 @@ class StoreMachine(RuleBasedStateMachine):
         for row in set(range(len(keys))) - set(places):
             there = keys[row] in self.stored
             assert status[row] == (c.CommitStatus.EXISTS if there else c.CommitStatus.NO_SPACE)
+
+    @rule(
+        who=WHO,
+        space=SPACE,
+        numbers=SOME_KEYS,
+        put_id=st.sampled_from(PUT_IDS),
+        parent=st.integers(-1, N_KEYS - 1),
+        more=st.sampled_from([0, 0, 3]),
+        told=st.booleans(),
+    )
+    def post(
+        self,
+        who: int,
+        space: int,
+        numbers: list[int],
+        put_id: bytes,
+        parent: int,
+        more: int,
+        told: bool,
+    ) -> None:
+        """A client shows blocks by itself; the store hears of it, or finds out as it does next."""
+        me, namespace, layout = self.connections[who], self.ids[space], SPACES[space][1]
+        keys = [(namespace, KEYS[n].tobytes()) for n in numbers]
+        keys = [key for key in keys if key not in self.puts]
+        slots = self.stock_of(me, layout)[: len(keys)]
+        keys = keys[: len(slots)]
+        number = self.store.board_of(me)
+        if number is None or not keys:
+            return
+        before = KEYS[parent].tobytes() if parent >= 0 else NO_PARENT
+        for key, granule in zip(keys, slots, strict=True):
+            every = set(range(layout.n_cells))
+            sums = self.write(Put(key, put_id, granule, layout, 0, every), every)
+            header = pack_parts(
+                namespace=namespace,
+                key=key[1],
+                put_id=put_id,
+                length=layout.block_bytes,
+                checksums=sums,
+                parent=before,
+                position=-1,
+            )
+            start = granule * limits.GRANULE_BYTES
+            self.pool[start : start + len(header)] = np.frombuffer(header, np.uint8)
+            before = key[1]
+        hashes = np.frombuffer(b"".join(key for _, key in keys), np.uint8).reshape(-1, 32)
+        posted = Board(self.boards, number).post(
+            namespace,
+            key_words(hashes),
+            length=layout.block_bytes,
+            granules=np.array(slots, np.uint32),
+            generations=self.generations,
+        )
+        assert posted
+        assert self.reader().lookup(namespace, hashes).found.all()
+        granted = np.empty(0, np.uint32)
+        if told:
+            result = self.do(c.Adopt(namespace=namespace, more=more), who)
+            assert isinstance(result, c.Granted)
+            granted = result.granules
+        else:
+            self.store.adopt()
+        places = self.reader().lookup(namespace, hashes).granules.tolist()
+        for key, granule, place in zip(keys, slots, places, strict=True):
+            del self.stock[me, granule]
+            if place == granule:
+                assert key not in self.stored
+                self.stored[key] = Stored(put_id, granule, 0)
+        self.add_to_stock(me, granted.tolist(), layout)
 
     @precondition(lambda self: self.stock)
     @rule(data=st.data(), how=st.sampled_from(["write", "write", "give back"]))
