@@ -460,7 +460,8 @@ def reader() -> tuple[str, Callable[[], object]]:
 
 def _decode() -> Callable[[], object]:
     """GQA of 64 sequences of 8192 tokens, 2 GiB of KV."""
-    from kvstore_kernels.gqa_decode import GqaForm, GqaWorkspace, gqa_decode
+    from kvstore_kernels.gqa_decode import gqa_decode
+    from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace
 
     batch, length, tokens = 64, 8192, 16
     form = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=tokens)

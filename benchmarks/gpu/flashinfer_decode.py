@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvstore_kernels.gqa_decode import GqaForm
+from kvstore_kernels.gqa_form import GqaForm
 
 SPACE_BYTES = 256 << 20
 BACKENDS = ("fa2", "persistent")

@@ -180,7 +180,8 @@ def plan_us(shape: Shape, mod: str) -> float:
 
 def gqa_us(shape: Shape, mod: str) -> float:
     """Of the hand-written kernel. Raises ImportError without it, ValueError where it cannot."""
-    from kvstore_kernels.gqa_decode import GqaForm, GqaWorkspace, gqa_decode
+    from kvstore_kernels.gqa_decode import gqa_decode
+    from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace
 
     if mod == "alibi":
         raise ValueError("the kernel has no ALiBi")

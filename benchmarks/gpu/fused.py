@@ -1,12 +1,13 @@
 """Decode with new tokens: rotated and written by a launch before, and by the decode kernel itself.
 
-`python -m benchmarks.gpu.fused` prints a row for each shape: microseconds of both ways, taken in
-turns, and what one launch saves. Each timed call begins with a launch that writes the queries, keys
-and values, as a layer's projections do, since it is behind such a launch that a decode step's next
-one starts; `producer` is that launch alone. Calls are in a graph over page tables of their own,
-together several times as large as the L2. A row counts only if its pages have the same bytes
-either way (of latents up to the last bit, since their norm is summed in another order), its output
-agrees with float64, and a hundred launches give the same bits.
+`python -m benchmarks.gpu.fused` prints a row for each kernel (`gqa_decode`, `mla_decode` and the
+ring of tiles) and shape: microseconds of both ways, taken in turns, and what one launch saves. Each
+timed call begins with a launch that writes the queries, keys and values, as a layer's projections
+do, since it is behind such a launch that a decode step's next one starts; `producer` is that launch
+alone. Calls are in a graph over page tables of their own, together several times as large as the
+L2. A row counts only if its pages have the same bytes either way (of latents up to the last bit,
+since their norm is summed in another order), its output agrees with float64, and a hundred launches
+give the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -25,13 +27,16 @@ import triton
 
 from benchmarks.gpu.timing import graph_us, rotations
 from kvstore_kernels.fused import NewLatents, NewTokens, rotate_first
-from kvstore_kernels.gqa_decode import GqaForm, GqaWorkspace, config_for, gqa_decode
+from kvstore_kernels.gqa_decode import gqa_decode
+from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace, config_for
 from kvstore_kernels.gqa_reference import gqa_reference
 from kvstore_kernels.mla_decode import MlaForm, MlaWorkspace, mla_decode
 from kvstore_kernels.mla_reference import RANK, WIDTH, mla_reference
+from kvstore_kernels.mla_ring import MlaRingForm, MlaRingWorkspace, mla_decode_ring
 
 GQA = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=16)
 MLA = MlaForm(heads=16, scale=192**-0.5)
+RING = MlaRingForm(heads=16, scale=192**-0.5)
 POOL_TOKENS = 1 << 20
 ROUNDS = 3
 LEAST_CALLS = 4
@@ -46,7 +51,7 @@ class Row:
     """One line of the table."""
 
     name: str
-    form: GqaForm | MlaForm
+    form: GqaForm | MlaForm | MlaRingForm
     lengths: tuple[int, ...]
 
 
@@ -80,8 +85,12 @@ def rows() -> list[Row]:
         Row("mla 16 x 4096, 2 new", replace(MLA, q_tokens=2), mla["16 x 4096"]),
         Row("mla 64 x 4096, 2 new", replace(MLA, q_tokens=2), mla["64 x 4096"]),
     ]
-    of_gqa = [Row(f"gqa {name}", GQA, lengths) for name, lengths in gqa.items()]
-    return [*of_gqa, *(Row(f"mla {name}", MLA, lengths) for name, lengths in mla.items()), *more]
+    return [
+        *(Row(f"gqa {name}", GQA, lengths) for name, lengths in gqa.items()),
+        *(Row(f"mla {name}", MLA, lengths) for name, lengths in mla.items()),
+        *(Row(f"ring {name}", RING, lengths) for name, lengths in mla.items()),
+        *more,
+    ]
 
 
 class Work(Protocol):
@@ -191,11 +200,11 @@ class GqaWork(Common):
         return self.relative(out, gqa_reference(q, self.k, self.v, table, lengths, self.form))
 
 
-class MlaWork(Common):
-    """Of `mla_decode`."""
+class LatentWork(Common, ABC):
+    """What both kernels for latents have."""
 
-    def __init__(self, row: Row, form: MlaForm, pool: torch.Tensor) -> None:
-        super().__init__(row, sum(row.lengths) * form.token_bytes)
+    def __init__(self, row: Row, form: MlaForm | MlaRingForm, pool: torch.Tensor) -> None:
+        super().__init__(row, sum(row.lengths) * WIDTH * BF16.itemsize)
         self.form = form
         pages = POOL_TOKENS // form.page_tokens
         shape = (pages, form.page_tokens, WIDTH)
@@ -205,8 +214,6 @@ class MlaWork(Common):
         self.q_rope = random(*self.shape, form.heads, WIDTH - RANK)
         self.cos, self.sin = random(2, *self.shape, (WIDTH - RANK) // 2).unbind()
         self.norm = random(RANK)
-        self.workspace = MlaWorkspace(form, max_sequences=len(row.lengths), device="cuda")
-        self.workspace.load(self.workspace.plan(row.lengths))
         self.out = torch.empty(*self.shape, form.heads, RANK, dtype=BF16, device="cuda")
 
     def produce(self) -> object:
@@ -227,8 +234,11 @@ class MlaWork(Common):
         q, new = self.new(at)
         if not fused:
             q = rotate_first(q, new, self.pages, None)
-        arguments = (q, self.pages, self.tables[at], self.lengths, self.workspace)
-        return mla_decode(*arguments, append=new if fused else None, out=self.out)
+        return self.attend(q, at, new if fused else None)
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, at: int, append: NewLatents | None) -> torch.Tensor:
+        """By the kernel."""
 
     def written(self, at: int) -> torch.Tensor:
         return self.pages[self.page_ids[at].flatten(), self.offsets.flatten()].view(torch.int16)
@@ -239,6 +249,32 @@ class MlaWork(Common):
         table, lengths = self.tables[0][self.chosen], self.lengths[self.chosen]
         want = mla_reference(q, self.pages, table, lengths, scale=self.form.scale)
         return self.relative(out, want)
+
+
+class MlaWork(LatentWork):
+    """Of `mla_decode`."""
+
+    def __init__(self, row: Row, form: MlaForm, pool: torch.Tensor) -> None:
+        super().__init__(row, form, pool)
+        self.workspace = MlaWorkspace(form, max_sequences=len(row.lengths), device="cuda")
+        self.workspace.load(self.workspace.plan(row.lengths))
+
+    def attend(self, q: torch.Tensor, at: int, append: NewLatents | None) -> torch.Tensor:
+        arguments = (q, self.pages, self.tables[at], self.lengths, self.workspace)
+        return mla_decode(*arguments, append=append, out=self.out)
+
+
+class RingWork(LatentWork):
+    """Of `mla_decode_ring`."""
+
+    def __init__(self, row: Row, form: MlaRingForm, pool: torch.Tensor) -> None:
+        super().__init__(row, form, pool)
+        self.workspace = MlaRingWorkspace(form, max_sequences=len(row.lengths), device="cuda")
+        self.workspace.load(self.workspace.plan(row.lengths))
+
+    def attend(self, q: torch.Tensor, at: int, append: NewLatents | None) -> torch.Tensor:
+        arguments = (q, self.pages, self.tables[at], self.workspace)
+        return mla_decode_ring(*arguments, append=append, out=self.out)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -255,7 +291,7 @@ def check(work: Work) -> float:
     written = work.written(0).clone()
     # Neighbours in bfloat16 are neighbours as integers.
     apart = (written.int() - expected.int()).abs()
-    last_bits = isinstance(work, MlaWork)
+    last_bits = isinstance(work, LatentWork)
     if int(apart.max()) > int(last_bits) or (apart > 0).float().mean() > 1e-2:
         raise ArithmeticError(f"pages differ in {int((apart > 0).sum())} places")
     differ = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -318,6 +354,8 @@ def work_of(row: Row, pool: torch.Tensor) -> Work:
     """Its inputs over that pool."""
     if isinstance(row.form, GqaForm):
         return GqaWork(row, row.form, pool)
+    if isinstance(row.form, MlaRingForm):
+        return RingWork(row, row.form, pool)
     return MlaWork(row, row.form, pool)
 
 

@@ -27,7 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.flashinfer_decode import BACKENDS, Pages, backends
 from benchmarks.gpu.timing import graph_us, rotations
-from kvstore_kernels.gqa_decode import GqaConfig, GqaForm, GqaWorkspace, config_for, gqa_decode
+from kvstore_kernels.gqa_decode import gqa_decode
+from kvstore_kernels.gqa_form import GqaConfig, GqaForm, GqaWorkspace, config_for
 from kvstore_kernels.gqa_reference import gqa_reference
 
 FORM = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=16)

@@ -59,7 +59,8 @@ def random(*shape: int) -> torch.Tensor:
 
 def gqa(batch: int, context: int) -> Callable[[], object]:
     """One launch of the hand-written kernel."""
-    from kvstore_kernels.gqa_decode import GqaForm, GqaWorkspace, gqa_decode
+    from kvstore_kernels.gqa_decode import gqa_decode
+    from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace
 
     form = GqaForm(heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, page_tokens=PAGE_TOKENS)
     table, lengths = paged(batch, context, PAGE_TOKENS)

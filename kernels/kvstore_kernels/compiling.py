@@ -1,7 +1,8 @@
 """Kernels compiled without a GPU, for what the compiler says of them: registers, spills, memory.
 
-Each kernel's file lists the specialisations that its launcher uses as `variants()`. Works with
-Triton 3.6 and later; `python -m kvstore_kernels.compiling` prints one JSON object of all.
+Each launcher's file, or one beside it, lists the specialisations that it uses as `variants()`.
+Works with Triton 3.6 and later; `python -m kvstore_kernels.compiling` prints one JSON object of
+all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-MODULES = ("collate", "experts", "gqa_decode", "mla_decode", "mla_gluon", "mla_ring", "step")
+MODULES = ("collate", "experts", "gqa_variants", "mla_decode", "mla_gluon", "mla_ring", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,7 +88,7 @@ class _Runner(Protocol):
 
 class _GqaRunner:
     def __init__(self, request: Request, device: torch.device, fixed: bool) -> None:
-        from kvstore_kernels.gqa_decode import GqaForm, GqaWorkspace, config_for
+        from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace, config_for
 
         form = GqaForm(
             heads=request.heads,

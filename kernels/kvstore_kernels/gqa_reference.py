@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore_kernels.gqa_decode import GqaForm
+from kvstore_kernels.gqa_form import GqaForm
 
 
 def gqa_reference(

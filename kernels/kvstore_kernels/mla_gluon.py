@@ -39,19 +39,14 @@ The order of every sum is fixed by the schedule, so equal inputs give bitwise eq
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kvstore_kernels.checks import check_tensor, require
+from kvstore_kernels.checks import require
 from kvstore_kernels.compiling import Variant
 from kvstore_kernels.mla_gluon_schedule import (
     COLUMNS,
@@ -61,46 +56,26 @@ from kvstore_kernels.mla_gluon_schedule import (
     plan_tiles,
 )
 from kvstore_kernels.mla_gluon_seesaw import THREADS_REGISTERS, seesaw_kernel
-from kvstore_kernels.mla_reference import RANK, WIDTH
+from kvstore_kernels.mla_hopper import (
+    MlaHopperForm,
+    MlaHopperWorkspace,
+    check_pages,
+    check_tensors,
+    launch,
+    multiprocessors,
+    output_of,
+    signature_of,
+)
+from kvstore_kernels.mla_reference import RANK
 
-LOG2_E = math.log2(math.e)
 TILE_ROWS = 64
-BLOCK_TOKENS = 64
-MAX_Q_TOKENS = 4
-ALIGNED_ELEMENTS = 8  # 16 bytes, as tensor maps want addresses and strides
 
 OPTIONS = MappingProxyType({"num_warps": 4, "maxnreg": THREADS_REGISTERS})
-_BOX = [1, 64, 64]
-_BOX_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MlaTilesForm:
-    """What an attention layer's launches have in common. Raises KernelArgumentError.
-
-    heads: query heads. q_tokens: new tokens of each sequence, 1 to 4, all of them in the pages
-    already. page_tokens: a multiple of 64. scale: of the scores.
-    """
-
-    heads: int
-    scale: float
-    q_tokens: int = 1
-    page_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        require(self.heads >= 1, "heads", "must be at least 1")
-        require(self.scale > 0, "scale", "must be above 0")
-        require(1 <= self.q_tokens <= MAX_Q_TOKENS, "q_tokens", f"must be 1 to {MAX_Q_TOKENS}")
-        require(
-            self.page_tokens >= 1 and self.page_tokens % BLOCK_TOKENS == 0,
-            "page_tokens",
-            f"must be a multiple of {BLOCK_TOKENS}",
-        )
-
-    @property
-    def rows(self) -> int:
-        """Query rows of a sequence."""
-        return self.heads * self.q_tokens
+class MlaTilesForm(MlaHopperForm):
+    """A `MlaHopperForm` whose new tokens are in the pages already."""
 
     @property
     def tiles(self) -> int:
@@ -108,7 +83,7 @@ class MlaTilesForm:
         return -(-self.rows // TILE_ROWS)
 
 
-class MlaTilesWorkspace:
+class MlaTilesWorkspace(MlaHopperWorkspace[MlaTilesForm]):
     """The buffers of fixed address that launches of one form need: the schedule, partial results.
 
     One workspace serves all layers of a model, one launch after another; launches that may run at
@@ -128,13 +103,9 @@ class MlaTilesWorkspace:
         device: torch.device | str,
         workers: int | None = None,
     ) -> None:
-        require(max_sequences >= 1, "max_sequences", "must be at least 1")
-        self.form = form
-        self.device = torch.empty(0, device=device).device  # with its index
-        self.max_sequences = max_sequences
-        self.workers = workers or _multiprocessors(self.device)
+        super().__init__(form, max_sequences=max_sequences, device=device, workers=workers)
         require(
-            form.tiles <= self.workers <= max(_multiprocessors(self.device), form.tiles),
+            form.tiles <= self.workers <= max(multiprocessors(self.device), form.tiles),
             "workers",
             f"must be {form.tiles} to the number of the device's multiprocessors",
         )
@@ -156,13 +127,7 @@ class MlaTilesWorkspace:
     def load(self, schedule: TileSchedule) -> None:
         """Makes the launches that follow on this stream, captured ones too, do this schedule.
         Modifies records. Raises KernelArgumentError when it is for more than max_sequences."""
-        require(
-            len(schedule.lengths) <= self.max_sequences
-            and len(schedule.records) <= len(self.records),
-            "schedule",
-            f"must be for at most {self.max_sequences} sequences",
-        )
-        self.records[: len(schedule.records)].copy_(torch.from_numpy(schedule.records))
+        self._load("schedule", schedule.records, schedule.lengths, self.records)
         self.schedule = schedule
 
 
@@ -191,122 +156,36 @@ def mla_decode_tiles(
     alone. With `check` it raises KernelArgumentError, which waits for the GPU. Raises
     KernelArgumentError for wrong shapes, dtypes, devices, strides, and for tensors on the CPU.
     """
-    _check_tensors(q, pages, page_table, workspace)
-    if out is None:
-        out = torch.empty((*q.shape[:3], RANK), dtype=q.dtype, device=q.device)
-    check_tensor("out", out, shape=(*q.shape[:3], RANK), dtypes=(q.dtype,), device=q.device)
-    require(out.is_contiguous(), "out", "must be contiguous")
+    lengths = workspace.schedule.lengths
+    check_tensors(q, pages, page_table, workspace, lengths)
+    out = output_of(q, out)
     if check:
-        _check_pages(page_table, len(pages), workspace)
+        check_pages(page_table, len(pages), workspace.form.page_tokens, lengths)
     require(q.device.type == "cuda", "q", f"must be on a CUDA device, not {q.device}")
     if len(q):
-        _launch(q, pages, page_table, workspace, out)
+        launch(
+            seesaw_kernel,
+            workspace,
+            q,
+            pages,
+            page_table,
+            (workspace.records, out, workspace.partials, workspace.lse, workspace.counters),
+            (),
+            q_rows=TILE_ROWS,
+            options=OPTIONS,
+        )
     return out
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _check_tensors(
-    q: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, workspace: MlaTilesWorkspace
-) -> None:
-    form, device, batch = workspace.form, workspace.device, len(workspace.schedule.lengths)
-    bf16 = (torch.bfloat16,)
-    check_tensor("q", q, shape=(batch, form.q_tokens, form.heads, WIDTH), dtypes=bf16)
-    require(q.device == device, "workspace", f"must be on {q.device}, not {device}")
-    spaced = form.q_tokens == 1 or q.stride(1) == form.heads * q.stride(2)
-    require(spaced, "q", "must have heads and tokens evenly spaced")
-    check_tensor(
-        "pages", pages, shape=(None, form.page_tokens, WIDTH), dtypes=bf16, device=q.device
-    )
-    require(len(pages) > 0, "pages", "must not be empty")
-    _check_aligned("q", q)
-    _check_aligned("pages", pages)
-    check_tensor(
-        "page_table", page_table, shape=(batch, None), dtypes=(torch.int32,), device=q.device
-    )
-    tokens = page_table.shape[1] * form.page_tokens
-    longest = int(workspace.schedule.lengths.max(initial=0))
-    require(longest <= tokens, "page_table", f"must have pages for {longest} tokens, not {tokens}")
-
-
-def _check_aligned(name: str, tensor: torch.Tensor) -> None:
-    strides = [s for size, s in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
-    require(
-        tensor.data_ptr() % 16 == 0 and not any(s % ALIGNED_ELEMENTS for s in strides),
-        name,
-        "must have its address and strides in whole 16 bytes",
-    )
-
-
-def _check_pages(page_table: torch.Tensor, n_pages: int, workspace: MlaTilesWorkspace) -> None:
-    used = -(-workspace.schedule.lengths // workspace.form.page_tokens)
-    table = page_table.cpu().numpy()
-    numbers = table[np.arange(table.shape[1]) < used[:, None]]
-    require(
-        bool(((numbers >= 0) & (numbers < n_pages)).all()),
-        "page_table",
-        f"must have pages of the pool, 0 to {n_pages - 1}",
-    )
-
-
-def _described(tensor: torch.Tensor) -> Any:
-    """A tensor map over (outer, rows, 576), in boxes of one outer, 64 rows and 64 columns."""
-    outer, rows, width = tensor.shape
-    row = tensor.stride(1) if rows > 1 else width
-    return TensorDescriptor(
-        tensor,
-        [outer, rows, width],
-        [tensor.stride(0) if outer > 1 else rows * row, row, 1],
-        _BOX,
-        _BOX_LAYOUT,
-    )
-
-
-def _launch(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    page_table: torch.Tensor,
-    workspace: MlaTilesWorkspace,
-    out: torch.Tensor,
-) -> None:
-    form = workspace.form
-    kernel: Any = seesaw_kernel
-    kernel[(workspace.workers,)](
-        _described(q.flatten(1, 2)),
-        _described(pages),
-        page_table,
-        workspace.records,
-        out,
-        workspace.partials,
-        workspace.lse,
-        workspace.counters,
-        form.scale * LOG2_E,
-        page_table.stride(0),
-        form.page_tokens,
-        form.rows,
-        form.heads,
-        form.q_tokens,
-        launch_pdl=True,
-        **OPTIONS,
-    )
 
 
 def variants() -> Iterator[Variant]:
     """The one specialisation, which serves all forms."""
-    boxes = f"tensordesc<bf16[1, 64, 64],{_BOX_LAYOUT!r}>"
-    pointers = {"page_table": "*i32", "records": "*i32", "out": "*bf16", "partials": "*fp32",
-                "lse": "*fp32", "counters": "*i32"}  # fmt: skip
-    sizes = dict.fromkeys(("table_stride", "page_tokens", "rows", "heads", "q_tokens"), "i32")
-    signature = {"q_desc": boxes, "kv_desc": boxes, **pointers, "scale": "fp32", **sizes}
+    buffers = {"records": "*i32", "out": "*bf16", "partials": "*fp32", "lse": "*fp32",
+               "counters": "*i32"}  # fmt: skip
     yield Variant(
         name="mla tiles",
         kernel=seesaw_kernel,
-        signature=signature,
-        aligned=tuple(pointers),
+        signature=signature_of(buffers, q_rows=TILE_ROWS),
+        aligned=("page_table", *buffers),
         options=OPTIONS,
         gluon=True,
         max_registers=THREADS_REGISTERS,

@@ -36,71 +36,46 @@ inputs give bitwise equal outputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kvstore_kernels.checks import check_tensor, require
+from kvstore_kernels.checks import require
 from kvstore_kernels.compiling import Variant
 from kvstore_kernels.fused import NewLatents, check_latents, check_places, latent_geometry
 from kvstore_kernels.mla_decode import NEW, dense_new
-from kvstore_kernels.mla_reference import RANK, WIDTH
+from kvstore_kernels.mla_hopper import (
+    MlaHopperForm,
+    MlaHopperWorkspace,
+    check_pages,
+    check_tensors,
+    launch,
+    output_of,
+    signature_of,
+)
+from kvstore_kernels.mla_reference import RANK
 from kvstore_kernels.mla_ring_kernel import THREADS_REGISTERS, ring_kernel
 from kvstore_kernels.mla_ring_schedule import (
     COLUMNS,
-    TILE_TOKENS,
     RingList,
     most_items,
     most_partials,
     plan_ring,
 )
 
-LOG2_E = math.log2(math.e)
 ROWS = 16
-MAX_Q_TOKENS = 4
 MOST_ITEMS = (1 << 16) - 1  # they are counted in half a word
-ALIGNED_ELEMENTS = 8  # 16 bytes, as tensor maps want addresses and strides
 
 OPTIONS = MappingProxyType({"num_warps": 4, "maxnreg": THREADS_REGISTERS})
-_PANEL = 64  # columns of a box: 128 bytes, the widest swizzle
-_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MlaRingForm:
-    """What an attention layer's launches have in common. Raises KernelArgumentError.
-
-    heads: query heads. q_tokens: new tokens of each sequence, 1 to 4, all of them in the pages
-    already or written by the launch. page_tokens: a multiple of 64. scale: of the scores.
-    """
-
-    heads: int
-    scale: float
-    q_tokens: int = 1
-    page_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        require(self.heads >= 1, "heads", "must be at least 1")
-        require(self.scale > 0, "scale", "must be above 0")
-        require(1 <= self.q_tokens <= MAX_Q_TOKENS, "q_tokens", f"must be 1 to {MAX_Q_TOKENS}")
-        require(
-            self.page_tokens >= 1 and self.page_tokens % TILE_TOKENS == 0,
-            "page_tokens",
-            f"must be a multiple of {TILE_TOKENS}",
-        )
-
-    @property
-    def rows(self) -> int:
-        """Query rows of a sequence."""
-        return self.heads * self.q_tokens
+class MlaRingForm(MlaHopperForm):
+    """A `MlaHopperForm` whose new tokens are in the pages already, or written by the launch."""
 
     @property
     def groups(self) -> int:
@@ -108,7 +83,7 @@ class MlaRingForm:
         return -(-self.rows // ROWS)
 
 
-class MlaRingWorkspace:
+class MlaRingWorkspace(MlaHopperWorkspace[MlaRingForm]):
     """The buffers of fixed address that launches of one form need: the items, partial results.
 
     One workspace serves all layers of a model, one launch after another; launches that may run at
@@ -128,11 +103,7 @@ class MlaRingWorkspace:
         device: torch.device | str,
         workers: int | None = None,
     ) -> None:
-        require(max_sequences >= 1, "max_sequences", "must be at least 1")
-        self.form = form
-        self.device = torch.empty(0, device=device).device  # with its index
-        self.max_sequences = max_sequences
-        self.workers = workers or _multiprocessors(self.device)
+        super().__init__(form, max_sequences=max_sequences, device=device, workers=workers)
         size = 1 + most_items(max_sequences, form.groups, self.workers)
         require(size <= MOST_ITEMS, "max_sequences", f"must make at most {MOST_ITEMS} items")
         partials = most_partials(self.workers)
@@ -151,12 +122,7 @@ class MlaRingWorkspace:
     def load(self, planned: RingList) -> None:
         """Makes the launches that follow on this stream, captured ones too, do this list. Modifies
         items. Raises KernelArgumentError when it is for more than max_sequences."""
-        require(
-            len(planned.lengths) <= self.max_sequences and len(planned.items) <= len(self.items),
-            "planned",
-            f"must be for at most {self.max_sequences} sequences",
-        )
-        self.items[: len(planned.items)].copy_(torch.from_numpy(planned.items))
+        self._load("planned", planned.items, planned.lengths, self.items)
         self.planned = planned
 
 
@@ -188,81 +154,19 @@ def mla_decode_ring(
     the GPU. Raises KernelArgumentError for wrong shapes, dtypes, devices, strides, and for tensors
     on the CPU.
     """
-    _check_tensors(q, pages, page_table, workspace)
-    if out is None:
-        out = torch.empty((*q.shape[:3], RANK), dtype=q.dtype, device=q.device)
-    check_tensor("out", out, shape=(*q.shape[:3], RANK), dtypes=(q.dtype,), device=q.device)
-    require(out.is_contiguous(), "out", "must be contiguous")
+    lengths, page_tokens = workspace.planned.lengths, workspace.form.page_tokens
+    check_tensors(q, pages, page_table, workspace, lengths)
+    out = output_of(q, out)
     if append is not None:
         check_latents(q, append, RANK)
     if check:
-        _check_pages(page_table, len(pages), workspace)
+        check_pages(page_table, len(pages), page_tokens, lengths)
         if append is not None:
-            check_places(append, page_table, workspace.planned.lengths, workspace.form.page_tokens)
+            check_places(append, page_table, lengths, page_tokens)
     require(q.device.type == "cuda", "q", f"must be on a CUDA device, not {q.device}")
     if len(q):
         _launch(q, pages, page_table, workspace, append, out)
     return out
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _check_tensors(
-    q: torch.Tensor, pages: torch.Tensor, page_table: torch.Tensor, workspace: MlaRingWorkspace
-) -> None:
-    form, device, batch = workspace.form, workspace.device, len(workspace.planned.lengths)
-    bf16 = (torch.bfloat16,)
-    check_tensor("q", q, shape=(batch, form.q_tokens, form.heads, WIDTH), dtypes=bf16)
-    require(q.device == device, "workspace", f"must be on {q.device}, not {device}")
-    spaced = form.q_tokens == 1 or q.stride(1) == form.heads * q.stride(2)
-    require(spaced, "q", "must have heads and tokens evenly spaced")
-    tokens = (None, form.page_tokens, WIDTH)
-    check_tensor("pages", pages, shape=tokens, dtypes=bf16, device=q.device)
-    require(len(pages) > 0, "pages", "must not be empty")
-    _check_aligned("q", q)
-    _check_aligned("pages", pages)
-    int32 = (torch.int32,)
-    check_tensor("page_table", page_table, shape=(batch, None), dtypes=int32, device=q.device)
-    has = page_table.shape[1] * form.page_tokens
-    longest = int(workspace.planned.lengths.max(initial=0))
-    require(longest <= has, "page_table", f"must have pages for {longest} tokens, not {has}")
-
-
-def _check_aligned(name: str, tensor: torch.Tensor) -> None:
-    strides = [s for size, s in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1]
-    require(
-        tensor.data_ptr() % 16 == 0 and not any(s % ALIGNED_ELEMENTS for s in strides),
-        name,
-        "must have its address and strides in whole 16 bytes",
-    )
-
-
-def _check_pages(page_table: torch.Tensor, n_pages: int, workspace: MlaRingWorkspace) -> None:
-    used = -(-workspace.planned.lengths // workspace.form.page_tokens)
-    table = page_table.cpu().numpy()
-    numbers = table[np.arange(table.shape[1]) < used[:, None]]
-    require(
-        bool(((numbers >= 0) & (numbers < n_pages)).all()),
-        "page_table",
-        f"must have pages of the pool, 0 to {n_pages - 1}",
-    )
-
-
-def _described(tensor: torch.Tensor, height: int) -> Any:
-    """A tensor map over (outer, rows, 576), in boxes of one outer, so many rows, 64 columns."""
-    outer, rows, width = tensor.shape
-    row = tensor.stride(1) if rows > 1 else width
-    return TensorDescriptor(
-        tensor,
-        [outer, rows, width],
-        [tensor.stride(0) if outer > 1 else rows * row, row, 1],
-        [1, height, _PANEL],
-        _LAYOUT,
-    )
 
 
 def _launch(
@@ -273,27 +177,17 @@ def _launch(
     append: NewLatents | None,
     out: torch.Tensor,
 ) -> None:
-    form = workspace.form
-    kernel: Any = ring_kernel
-    kernel[(workspace.workers,)](
-        _described(q.flatten(1, 2), ROWS),
-        _described(pages, TILE_TOKENS),
+    results = (out, workspace.partials, workspace.lse, workspace.counters, workspace.claims)
+    launch(
+        ring_kernel,
+        workspace,
+        q,
+        pages,
         page_table,
-        workspace.items,
-        out,
-        workspace.partials,
-        workspace.lse,
-        workspace.counters,
-        workspace.claims,
-        form.scale * LOG2_E,
-        page_table.stride(0),
-        form.page_tokens,
-        form.rows,
-        form.heads,
-        form.q_tokens,
-        *_new(append, pages),
-        launch_pdl=True,
-        **OPTIONS,
+        (workspace.items, *results),
+        _new(append, pages),
+        q_rows=ROWS,
+        options=OPTIONS,
     )
 
 
@@ -310,14 +204,9 @@ def _new(new: NewLatents | None, pages: torch.Tensor) -> list[Any]:
 
 def variants() -> Iterator[Variant]:
     """Without new tokens one specialisation serves all forms; with them, it has their strides."""
-    boxes = {
-        name: f"tensordesc<bf16[1, {height}, {_PANEL}],{_LAYOUT!r}>"
-        for name, height in (("q_desc", ROWS), ("kv_desc", TILE_TOKENS))
-    }
-    pointers = {"page_table": "*i32", "items": "*i32", "out": "*bf16", "partials": "*fp32",
-                "lse": "*fp32", "counters": "*i64", "claims": "*i32"}  # fmt: skip
-    sizes = dict.fromkeys(("table_stride", "page_tokens", "rows", "heads", "q_tokens"), "i32")
-    signature = boxes | pointers | {"scale": "fp32"} | sizes
+    buffers = {"items": "*i32", "out": "*bf16", "partials": "*fp32", "lse": "*fp32",
+               "counters": "*i64", "claims": "*i32"}  # fmt: skip
+    signature = signature_of(buffers, q_rows=ROWS)
     numbers = dict.fromkeys(("n_pages", "page_stride", "token_stride"), "i32")
     new = dict(zip(NEW, (*["*bf16"] * 5, *["*i64"] * 2), strict=True)) | {"pages_ptr": "*bf16"}
     for name, more, geometry in (

@@ -22,7 +22,8 @@ barrier says that an item's result is stored. Weights are written and read by th
 
 Results. An item that is all of its sequence writes the output. A part leaves a partial result,
 columns by rows. Blocks whose first items were parts keep these: without more items, they merge
-their sequences, each some of the columns. For whom a block may wait then, see `_meet`.
+their sequences, each some of the columns. For whom a block may wait then, see
+`mla_ring_merge.meet`.
 """
 
 # A kernel's functions are inlined and their arguments have no Python types.
@@ -41,48 +42,47 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvstore_kernels import mla_ring_schedule as schedule
 from kvstore_kernels.mla_gluon_parts import (
     BARRIER,
     BLOCK,
     FLAT,
     HIDDEN,
     NEVER,
-    PANEL,
     RANK,
     SWIZZLED,
-    TAIL,
-    load_panel,
-    load_tail,
-    locate,
     new_barrier,
     sync,
     tokens_in,
     viewed,
 )
-from kvstore_kernels.mla_ring_append import FEW, append_tokens, rotate_queries
+from kvstore_kernels.mla_ring_append import FEW
+from kvstore_kernels.mla_ring_items import (
+    AT_END,
+    AT_ONCE,
+    COLUMNS,
+    GROUP_WARPS,
+    KEEPS,
+    first_new,
+    hear,
+    load_parts,
+    load_span,
+    tiles_of,
+)
+from kvstore_kernels.mla_ring_merge import meet
+from kvstore_kernels.mla_ring_warps import (
+    BUFFERS,
+    announce,
+    load_sides,
+    load_tiles,
+    write_tokens,
+)
 
-BUFFERS = gl.constexpr(3)
 THREADS_REGISTERS = 168
-
-LATENT_BYTES = gl.constexpr(64 * 512 * 2)
-QUERY_BYTES, LATENT_QUERY_BYTES = gl.constexpr(16 * 576 * 2), gl.constexpr(16 * 512 * 2)
-HIGH = gl.constexpr(1 << 16)  # one, in the upper half of a word that holds two counters
-LOW = gl.constexpr((1 << 16) - 1)
-COMES, CLAIM, LEAVES = gl.constexpr(1 << 16), gl.constexpr(1 << 32), gl.constexpr(1 << 48)
 
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 BY_ROW = gl.constexpr(gl.SliceLayout(0, ACC.value))
 BY_TOKEN = gl.constexpr(gl.SliceLayout(1, ACC.value))
 WEIGHTS = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))
-ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-GROUP_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-COLUMNS = gl.constexpr(schedule.COLUMNS)
-KEEPERS = gl.constexpr(schedule.KEEPERS)
-KEEPS = gl.constexpr(schedule.KEEPS)
-PIECES = gl.constexpr(schedule.PIECES)
-AT_END = gl.constexpr(schedule.AT_END)
-AT_ONCE = gl.constexpr(schedule.AT_ONCE)
 
 
 @gluon.jit
@@ -92,196 +92,6 @@ def _new_barriers(HOW_MANY: gl.constexpr, COUNT: gl.constexpr):
     for at in gl.static_range(HOW_MANY):
         mbarrier.init(bars.index(at), count=COUNT)
     return bars
-
-
-@gluon.jit
-def _tiles_of(first, end):
-    """At least one, so that all items take the same steps."""
-    return gl.maximum((end - first + BLOCK - 1) // BLOCK, 1)
-
-
-@gluon.jit
-def _page_at(table, token, end, page_tokens):
-    """The page that has a tile, which then has tokens; -1 is outside of the pool, and so zeros."""
-    return gl.load(table + token // page_tokens, mask=token < end, other=-1)
-
-
-@gluon.jit
-def _span(items, item):
-    """(sequence, group, first token, end)."""
-    at = items + (1 + item) * COLUMNS
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-
-
-@gluon.jit
-def _parts(items, item):
-    """(partial, counter, parts, part)."""
-    at = items + (1 + item) * COLUMNS
-    return gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7)
-
-
-@gluon.jit
-def _newest(items, item, q_tokens):
-    """The position of the first of the sequence's last so many tokens."""
-    return gl.load(items + (1 + item) * COLUMNS + 8) - q_tokens
-
-
-@gluon.jit
-def _tell(item, line, number):
-    """Gives all others the next item, or that there is none."""
-    queue, told, heard = line
-    mbarrier.wait(heard.index(number & 1), (number >> 1 & 1) ^ 1)
-    queue.index(number & 1).store(gl.full([1], item, gl.int32, ONE_WARP))
-    sync()
-    mbarrier.arrive(told.index(number & 1))
-
-
-@gluon.jit
-def _listen(line, number, LAYOUT: gl.constexpr):
-    """The next item, or a negative number if there is none."""
-    queue, told, _ = line
-    mbarrier.wait(told.index(number & 1), number >> 1 & 1)
-    item = gl.max(queue.index(number & 1).load(LAYOUT), 0)
-    sync()
-    return item
-
-
-@gluon.jit
-def _hear(line, number, LAYOUT: gl.constexpr):
-    """The same; what it was read from is free then."""
-    item = _listen(line, number, LAYOUT)
-    heard = line[2]
-    mbarrier.arrive(heard.index(number & 1))
-    return item
-
-
-@gluon.jit
-def _claim(items, claims, workers):
-    """The next item that nobody has. If there is none: -1 if all workers have started, else -2.
-
-    The word counts claims, and workers that have started in its upper half. Each worker claims in
-    vain once, and the last of them sets the word back for the next launch.
-    """
-    claim = gl.atomic_add(claims, 1, sem="relaxed", scope="gpu")
-    count = gl.load(items)
-    claimed = claim & LOW
-    if claimed + 1 == gl.maximum(count, workers):
-        gl.store(claims, 0)
-    nothing = gl.where(claim // HIGH == workers, -1, -2)
-    return gl.where(workers + claimed < count, workers + claimed, nothing)
-
-
-@gluon.jit
-def _load_tiles(kv_desc, page_table, items, item, claims, table_stride, page_tokens, ring, bars,
-                line, appends):  # fmt: skip
-    full, free, written = bars
-    workers = gl.num_programs(0)
-    gl.atomic_add(claims, HIGH, sem="relaxed", scope="gpu")
-    number = 0
-    tiles = 0
-    if item < 0:
-        item = _claim(items, claims, workers)
-    while item >= 0:
-        _tell(item, line, number)
-        sequence, _, first, end = _span(items, item)
-        newest = _newest(items, item, appends)
-        table = page_table + sequence.to(gl.int64) * table_stride
-        # So many ahead as there are buffers, whose latencies are then one.
-        page = _page_at(table, first, end, page_tokens)
-        second = _page_at(table, first + BLOCK, end, page_tokens)
-        third = _page_at(table, first + 2 * BLOCK, end, page_tokens)
-        for tile in range(_tiles_of(first, end)):
-            token = first + tile * BLOCK
-            inner = token % page_tokens + tokens_in(token, end) - BLOCK
-            buffer = tiles % BUFFERS
-            mbarrier.wait(free.index(buffer), (tiles // BUFFERS & 1) ^ 1)
-            if gl.minimum(token + BLOCK, end) > newest:
-                mbarrier.wait(written, number & 1)
-            panels = viewed(ring.index(buffer), [8, 64, 64])
-            mbarrier.expect(full.index(buffer), LATENT_BYTES)
-            for panel in gl.static_range(8):
-                load_panel(
-                    kv_desc,
-                    [page, inner, panel * PANEL],
-                    full.index(buffer),
-                    panels.index(panel),
-                )
-            page = second
-            second = third
-            third = _page_at(table, token + 3 * BLOCK, end, page_tokens)
-            tiles += 1
-        number += 1
-        item = _claim(items, claims, workers)
-    _tell(item, line, number)
-
-
-@gluon.jit
-def _load_sides(q_desc, kv_desc, page_table, items, table_stride, page_tokens, q, tail, bars,
-                line, appends):  # fmt: skip
-    q_full, q_free, tail_full, tail_free, written = bars
-    tiles = 0
-    number = 0
-    item = _hear(line, number, ONE_WARP)
-    while item >= 0:
-        sequence, group, first, end = _span(items, item)
-        mbarrier.wait(q_free, (number & 1) ^ 1)
-        row = group * FEW
-        if appends > 0:
-            mbarrier.expect(q_full, LATENT_QUERY_BYTES)
-        else:
-            mbarrier.expect(q_full, QUERY_BYTES)
-            load_panel(q_desc, [sequence, row, TAIL], q_full, q.index(8))
-        for panel in gl.static_range(8):
-            load_panel(q_desc, [sequence, row, panel * PANEL], q_full, q.index(panel))
-        table = page_table + sequence.to(gl.int64) * table_stride
-        newest = _newest(items, item, appends)
-        for tile in range(_tiles_of(first, end)):
-            token = first + tile * BLOCK
-            page, inner = locate(table, token, end, page_tokens)
-            mbarrier.wait(tail_free, (tiles & 1) ^ 1)
-            if gl.minimum(token + BLOCK, end) > newest:
-                mbarrier.wait(written, number & 1)
-            load_tail(kv_desc, page, inner, tail_full, tail)
-            tiles += 1
-        number += 1
-        item = _hear(line, number, ONE_WARP)
-
-
-@gluon.jit
-def _write(new, strides, pages, items, sizes, q, bars, line, eps):
-    """New tokens to the pages, and the queries' rope part to shared memory."""
-    q_full, q_free, written = bars
-    number = 0
-    item = _hear(line, number, ONE_WARP)
-    while item >= 0:
-        sequence, group, _, end = _span(items, item)
-        newest = _newest(items, item, sizes[2])
-        # Also what keeps this warp from being two items ahead of who waits for `written`.
-        mbarrier.wait(q_free, (number & 1) ^ 1)
-        rotate_queries(new, strides, sequence, group, sizes, q)
-        mbarrier.arrive(q_full)
-        append_tokens(new, strides, pages, sequence, newest, end, sizes[2], eps)
-        mbarrier.arrive(written)
-        number += 1
-        item = _hear(line, number, ONE_WARP)
-
-
-@gluon.jit
-def _announce(items, counters, stored, line):
-    """Counts the arrival of partial results that the group has stored, which then need not wait
-    until they are there."""
-    number = 0
-    item = _listen(line, number, ONE_WARP)
-    while item >= 0:
-        _, counter, parts, _ = _parts(items, item)
-        keeps = gl.load(items + (1 + item) * COLUMNS + KEEPS)
-        mbarrier.wait(stored, number & 1)
-        if (parts > 1) & (keeps != AT_ONCE):
-            gl.atomic_add(counters + counter, 1, sem="release", scope="gpu")
-        # Not before: so the group is no more than one item ahead.
-        mbarrier.arrive(line[2].index(number & 1))
-        number += 1
-        item = _listen(line, number, ONE_WARP)
 
 
 @gluon.jit
@@ -336,11 +146,11 @@ def _group(q, ring, tail, weights, bars, line, items, sizes, scale, results):
     tiles = 0
     number = 0
     kept = -1
-    item = _hear(line, number, GROUP_WARPS)
+    item = hear(line, number, GROUP_WARPS)
     while item >= 0:
-        sequence, group, first, end = _span(items, item)
-        partial, _, parts, _ = _parts(items, item)
-        unseen = _newest(items, item, q_tokens) + 1
+        sequence, group, first, end = load_span(items, item)
+        partial, _, parts, _ = load_parts(items, item)
+        unseen = first_new(items, item, q_tokens) + 1
         keeps = gl.load(items + (1 + item) * COLUMNS + KEEPS)
         at = group * FEW + gl.arange(0, FEW, BY_ROW)
         seen = unseen + gl.minimum(at // heads, q_tokens - 1)
@@ -350,7 +160,7 @@ def _group(q, ring, tail, weights, bars, line, items, sizes, scale, results):
         total = gl.full([64, FEW], 0.0, gl.float32, ACC)
         acc = gl.full([RANK, FEW], 0.0, gl.float32, ACC)
         mbarrier.wait(q_full, number & 1)
-        count = _tiles_of(first, end)
+        count = tiles_of(first, end)
         for tile in range(count):
             token = first + tile * BLOCK
             buffer = tiles % BUFFERS
@@ -384,136 +194,12 @@ def _group(q, ring, tail, weights, bars, line, items, sizes, scale, results):
         sync()
         mbarrier.arrive(stored)
         if keeps == AT_ONCE:
-            _meet(out, partials, lse, counters, items, item, rows, False, 1)
+            meet(out, partials, lse, counters, items, item, rows, False, 1)
         kept = gl.where(keeps == AT_END, item, kept)
         number += 1
-        item = _hear(line, number, GROUP_WARPS)
+        item = hear(line, number, GROUP_WARPS)
     if kept >= 0:
-        _meet(out, partials, lse, counters, items, kept, rows, item == -1, 0)
-
-
-@gluon.jit
-def _meet(out, partials, lse, counters, items, item, rows, patient, ARRIVE: gl.constexpr):
-    """Merges the parts of an item's (sequence, group), together with all who keep one of these.
-
-    Called once it has no more items by a block of threads that keeps one, and else, with ARRIVE,
-    by each part once it is stored. patient: all blocks have started. They have all items then, and
-    none waits before these are done, so it may wait for all parts. So may the last to come here.
-    Whoever may not wait leaves the merging to others.
-
-    A counter has arrivals, those who came here, claims of shares to merge, and those who left, in
-    16 bits each. Who stays makes one claim in vain, so that the last to touch the counter knows
-    that it is. It makes it zero again.
-    """
-    sequence, group, _, _ = _span(items, item)
-    partial, counter, parts, part = _parts(items, item)
-    keepers = gl.load(items + (1 + item) * COLUMNS + KEEPERS)
-    pieces = gl.load(items + (1 + item) * COLUMNS + PIECES)
-    counters += counter
-    target = out + (sequence * rows + group * FEW).to(gl.int64) * RANK
-    limit = rows - group * FEW
-    lead = partial - part
-    # With ARRIVE, all threads' stores came before a barrier, and it before the atomic, which
-    # releases them to the whole GPU; it acquires the other parts'.
-    come = COMES + gl.where(patient, CLAIM, 0) + ARRIVE
-    word = gl.atomic_add(counters, come, sem="acq_rel", scope="gpu")
-    size = (pieces + keepers - 1) // keepers
-    shares = (pieces + size - 1) // size
-    stays = patient | (_field(word, COMES) == keepers - 1)
-    if stays:
-        if not patient:
-            word = gl.atomic_add(counters, CLAIM, sem="acq_rel", scope="gpu")
-        word += ARRIVE
-        if pieces == 2:
-            word = _merge(target, partials, lse, counters, word, lead, parts, size, limit, 4, 256)
-        elif pieces == 4:
-            word = _merge(target, partials, lse, counters, word, lead, parts, size, limit, 8, 128)
-        elif pieces == 32:
-            word = _merge(target, partials, lse, counters, word, lead, parts, size, limit, 32, 16)
-        else:
-            word = _merge(target, partials, lse, counters, word, lead, parts, size, limit, 128, 4)
-    else:
-        word = gl.atomic_add(counters, LEAVES, sem="relaxed", scope="gpu")
-    if _field(word, CLAIM) + _field(word, LEAVES) + 1 == shares + keepers:
-        gl.store(counters, 0)
-
-
-@gluon.jit
-def _field(word, UNIT: gl.constexpr):
-    """The counter whose unit that is."""
-    return (word // UNIT).to(gl.int32) & LOW
-
-
-@gluon.jit
-def _merge(target, partials, lse, counters, word, lead, parts, size, limit, DEPTH: gl.constexpr,
-           WIDTH: gl.constexpr):  # fmt: skip
-    """Merges the share of `size` pieces that is claimed, and then those that nobody else has.
-
-    word: the counter when the claim was made. Returns what it was at the claim in vain. After that
-    it is looked at no more, since others may have set it back.
-    """
-    pieces: gl.constexpr = RANK // WIDTH
-    claim = _field(word, CLAIM)
-    if claim * size < pieces:
-        arrived = word
-        while _field(arrived, 1) < parts:
-            arrived = gl.atomic_add(counters, 0, sem="acquire", scope="gpu")
-    while claim * size < pieces:
-        for piece in range(claim * size, gl.minimum((claim + 1) * size, pieces)):
-            _merge_piece(target, partials, lse, lead, parts, piece, limit, DEPTH, WIDTH)
-        word = gl.atomic_add(counters, CLAIM, sem="relaxed", scope="gpu")
-        claim = _field(word, CLAIM)
-    return word
-
-
-@gluon.jit
-def _merge_piece(target, partials, lse, lead, parts, piece, limit, DEPTH: gl.constexpr,
-                 WIDTH: gl.constexpr):  # fmt: skip
-    """WIDTH columns, DEPTH partial results at a time, always in the order of the parts, so that
-    equal inputs give equal bits."""
-    SPREAD: gl.constexpr = [2, 4, 4] if WIDTH == 4 else [1, 8, 4]
-    WARPS: gl.constexpr = [4, 1, 1] if WIDTH < 32 else [1, 4, 1]
-    CUBE: gl.constexpr = gl.BlockedLayout([1, 1, 4], SPREAD, WARPS, [2, 1, 0])
-    FACE: gl.constexpr = gl.SliceLayout(0, CUBE)  # columns, rows
-    SHARES: gl.constexpr = gl.SliceLayout(1, CUBE)  # parts, rows
-    LINE: gl.constexpr = gl.SliceLayout(0, SHARES)
-    depth = gl.arange(0, DEPTH, gl.SliceLayout(1, SHARES))
-    line = gl.arange(0, FEW, LINE)
-    at = gl.arange(0, FEW, gl.SliceLayout(0, FACE))
-    column = piece * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(1, FACE))
-    place = column[:, None] * FEW + at[None, :]
-    best = gl.full([FEW], NEVER, gl.float32, LINE)
-    total = gl.full([FEW], 0.0, gl.float32, LINE)
-    acc = gl.full([WIDTH, FEW], 0.0, gl.float32, FACE)
-    for done in range(0, parts, DEPTH):
-        there = done + depth < parts
-        partial = lead + done + depth
-        # Past the L1, which knows nothing of what other multiprocessors have written.
-        logs = gl.load(
-            lse + partial[:, None] * FEW + line[None, :],
-            mask=there[:, None],
-            other=HIDDEN,
-            cache_modifier=".cg",
-        )
-        start = gl.convert_layout(partial, gl.SliceLayout(1, gl.SliceLayout(2, CUBE)))
-        held = gl.convert_layout(there, gl.SliceLayout(1, gl.SliceLayout(2, CUBE)))
-        values = gl.load(
-            partials + (start.to(gl.int64) * (FEW * RANK))[:, None, None] + place[None, :, :],
-            mask=held[:, None, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = gl.maximum(best, gl.max(logs, 0))
-        fade = gl.exp2(best - higher)
-        shares = gl.exp2(logs - higher[None, :])
-        total = total * fade + gl.sum(shares, 0)
-        fades = gl.convert_layout(fade, gl.SliceLayout(0, FACE))
-        acc = acc * fades[None, :] + gl.sum(values * shares[:, None, :], 0)
-        best = higher
-    totals = gl.convert_layout(total, gl.SliceLayout(0, FACE))
-    result = acc / gl.where(totals > 0, totals, 1.0)[None, :]
-    places = target + at[None, :] * RANK + column[:, None]
-    gl.store(places, result.to(gl.bfloat16), mask=(at < limit)[None, :])
+        meet(out, partials, lse, counters, items, kept, rows, item == -1, 0)
 
 
 @gluon.jit(
@@ -581,7 +267,7 @@ def ring_kernel(
     arrivals = (items, counters, stored, line)
     if n is None:
         gl.warp_specialize(
-            [(_group, group), (_load_tiles, tiles), (_load_sides, sides), (_announce, arrivals)],
+            [(_group, group), (load_tiles, tiles), (load_sides, sides), (announce, arrivals)],
             [1, 1, 1],
             [40, 40, 40],
         )
@@ -596,10 +282,10 @@ def ring_kernel(
         gl.warp_specialize(
             [
                 (_group, group),
-                (_load_tiles, tiles),
-                (_load_sides, sides),
-                (_announce, arrivals),
-                (_write, writer),
+                (load_tiles, tiles),
+                (load_sides, sides),
+                (announce, arrivals),
+                (write_tokens, writer),
             ],
             [1, 1, 1, 1],
             [40, 40, 40, 88],

@@ -18,7 +18,6 @@ whose header and checksums say so when the store, or a reader that verifies, loo
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,17 +194,11 @@ class Boards:
         """Fills in the rows of those keys (n, 4) whose rows in `found` (n, 8) are zeros."""
         _find_now(self.words, self.rows, keys, namespace, found)
 
-
-class Board:
-    """The one that a client posts to. Thread-safe."""
-
-    def __init__(self, boards: Boards, number: int) -> None:
-        self._boards, self._number = boards, number
-        self._lock = threading.Lock()
-        self._closed = False
+    # -- of the client that has a board, one thread at a time ----------------------------
 
     def post(
         self,
+        board: int,
         namespace: int,
         keys: Words,
         *,
@@ -216,25 +209,11 @@ class Board:
         """Shows blocks whose headers and bytes are in their slots: keys (n, 4), payload bytes of
         each, first granules (n,). generations: of all granules. False, with nothing shown, where
         the board has no room for all of them, or is closed."""
-        with self._lock:
-            if self._closed or len(keys) > self._room:
-                return False
-            _post_now(
-                *(self._boards.words, self._boards.rows, self._number, keys, namespace, length),
-                *(granules, generations),
-            )
-            return True
-
-    @property
-    def _room(self) -> int:
-        words, number = self._boards.words, self._number
-        ahead = int(words[_POSTED + number]) - int(words[_ADOPTED + number])
-        return BOARD_ROWS - ahead if ahead >= 0 else 0
-
-    def close(self) -> None:
-        """Nothing is posted any more: soon the board is another client's."""
-        with self._lock:
-            self._closed = True
+        ahead = int(self.words[_POSTED + board]) - int(self.words[_ADOPTED + board])
+        if ahead < 0 or len(keys) > BOARD_ROWS - ahead:
+            return False
+        _post_now(self.words, self.rows, board, keys, namespace, length, granules, generations)
+        return True
 
 
 class BoardKeeper:

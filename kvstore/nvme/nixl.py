@@ -24,11 +24,11 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
 
 import numpy as np
 
 from kvstore.errors import Unavailable
+from kvstore.nixl_binding import Bindings, Native
 from kvstore.nvme.disk import Buffer
 from kvstore.nvme.format import aligned
 from kvstore.transfer.base import U64, Pieces
@@ -46,56 +46,12 @@ _ANY_SIZE = 1 << 62  # of a file
 _TRIED_BYTES = 1 << 16
 
 
-class _Native(Protocol):
-    """What is used of `nixlAgent` in NIXL's bindings."""
-
-    def createBackend(self, name: str, parameters: dict[str, str]) -> int: ...  # noqa: N802
-    def registerMem(self, descriptors: object, backends: list[int]) -> None: ...  # noqa: N802
-    def createXferReq(  # noqa: N802, PLR0917
-        self,
-        operation: object,
-        local: object,
-        remote: object,
-        peer: str,
-        notification: bytes,
-        backends: list[int],
-    ) -> int: ...
-    def postXferReq(self, handle: int, notification: bytes) -> object: ...  # noqa: N802
-    def getXferStatus(self, handle: int) -> object: ...  # noqa: N802
-    def releaseXferReq(self, handle: int) -> None: ...  # noqa: N802
-
-
-class _Config(Protocol):
-    useProgThread: bool  # noqa: N815
-    useListenThread: bool  # noqa: N815
-
-
-class _Lists(Protocol):
-    def __call__(self, memory: object, rows: object) -> object: ...
-
-
-class _Bindings(Protocol):
-    """What is used of NIXL's bindings."""
-
-    DRAM_SEG: object
-    FILE_SEG: object
-    NIXL_READ: object
-    NIXL_WRITE: object
-    NIXL_IN_PROG: object
-    NIXL_SUCCESS: object
-    nixlXferDList: _Lists  # noqa: N815
-    nixlRegDList: _Lists  # noqa: N815
-
-    def nixlAgentConfig(self) -> _Config: ...  # noqa: N802
-    def nixlAgent(self, name: str, config: _Config) -> _Native: ...  # noqa: N802
-
-
 class NixlEngine:
     """Reads and writes one file: see `kvstore.nvme.disk.Engine`."""
 
     def __init__(self, fd: int) -> None:
         """`Unavailable` where NIXL or its plugin is not here, or the system has no queue left."""
-        bindings = cast(_Bindings, load())
+        bindings = load()
         self._free: queue.SimpleQueue[_Agent] = queue.SimpleQueue()
         try:
             for _ in range(_AGENTS):
@@ -149,11 +105,11 @@ def why_not() -> str:
 class _Agent:
     """One agent of NIXL, with a queue of its own. For one thread at a time."""
 
-    def __init__(self, bindings: _Bindings, fd: int) -> None:
+    def __init__(self, bindings: Bindings, fd: int) -> None:
         self._bindings, self._fd = bindings, fd
         self._name = f"kvstore-nvme-{secrets.token_hex(8)}"
         self._backends: list[int] = []
-        self._agent: _Native | None = self._made()
+        self._agent: Native | None = self._made()
 
     def move(self, pieces: Pieces, *, reads: bool) -> None:
         """Moves the pieces between memory and the file, where `remote` are offsets. OSError."""
@@ -187,12 +143,12 @@ class _Agent:
         if status != self._bindings.NIXL_SUCCESS:
             raise OSError(errno.EIO, f"NIXL's transfer ended as {status}")
 
-    def _own(self) -> _Native:
+    def _own(self) -> Native:
         if self._agent is None:
             self._agent = self._made()
         return self._agent
 
-    def _made(self) -> _Native:
+    def _made(self) -> Native:
         config = self._bindings.nixlAgentConfig()
         config.useProgThread = config.useListenThread = False
         agent = self._bindings.nixlAgent(self._name, config)

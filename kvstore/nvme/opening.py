@@ -14,7 +14,7 @@ from kvstore.errors import Corrupted, InvalidArgument, KVStoreError, ProtocolErr
 from kvstore.nvme.disk import FileDisk, MakeEngine, Pread, WaryDisk
 from kvstore.nvme.format import VOLUME_ID_BYTES, Disk, Geometry, Superblock, pack_superblock
 from kvstore.nvme.nixl import NixlEngine
-from kvstore.nvme.recovery import read_superblock
+from kvstore.nvme.superblock import read_superblock
 from kvstore.nvme.volume import Volume
 from kvstore.sizes import format_size
 

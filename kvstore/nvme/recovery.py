@@ -8,7 +8,7 @@ verified: of these, a power cut may have kept any part. Then the log takes away 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,18 +17,14 @@ import numpy.typing as npt
 from kvstore import limits
 from kvstore.errors import Corrupted, InvalidArgument, KVStoreError, ProtocolError
 from kvstore.layout import Layout
+from kvstore.nvme.forget_log import Forgotten, Log, read_log
 from kvstore.nvme.format import (
     ENTRY,
     HEADER_GRANULES,
-    LOG_HALVES,
-    LOG_RECORD,
-    SUPERBLOCKS,
     U8,
-    WHOLE_USE,
     BatchHead,
     Disk,
     Geometry,
-    LogSector,
     Rows,
     SegmentHeader,
     Superblock,
@@ -38,11 +34,20 @@ from kvstore.nvme.format import (
     head_granules,
     unpack_footer,
     unpack_head,
-    unpack_log_sector,
     unpack_segment_header,
-    unpack_superblock,
 )
 from kvstore.nvme.slots import check_slot
+
+__all__ = [
+    "Log",
+    "Problem",
+    "RecoveredSegment",
+    "Survey",
+    "Use",
+    "highest_sequence",
+    "recover",
+    "survey",
+]
 
 _UNIT = limits.GRANULE_BYTES
 _READ_BYTES = 8 << 20  # of slots at a time, and of one slot at least
@@ -50,21 +55,6 @@ _UNKNOWN_USES = 1 << 32  # more than there can have been since the last one that
 _NOT_READABLE = (Corrupted, ProtocolError)
 
 Stop = Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Log:
-    """What must not come back, and where the log goes on.
-
-    half, epoch: of the active half; 0 and 0 where nothing was ever logged. next_number: of its
-    next sector. next_epoch: higher than any that was ever begun. records: (n,) LOG_RECORD.
-    """
-
-    half: int
-    epoch: int
-    next_number: int
-    next_epoch: int
-    records: Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,67 +108,6 @@ class RecoveredSegment:
     damaged: int
 
 
-def read_superblock(disk: Disk) -> Superblock | None:
-    """What the volume is, from either copy; None if it was never formatted (both are zeros).
-
-    Raises ProtocolError for other contents or a version that is not ours, Corrupted for two damaged
-    copies or a volume that was cut short, OSError where no copy is sound and one cannot be read.
-    """
-    if disk.nbytes < SUPERBLOCKS * _UNIT:
-        return None
-    failures: list[OSError | KVStoreError] = []
-    raw = aligned(_UNIT)
-    for copy in range(SUPERBLOCKS):
-        try:
-            disk.read(copy * _UNIT, [raw])
-            if not raw.any():
-                continue
-            found = unpack_superblock(raw)
-        except (OSError, *_NOT_READABLE) as error:
-            failures.append(error)
-            continue
-        if found.geometry.nbytes > disk.nbytes:
-            raise Corrupted(
-                f"the volume has {found.geometry.nbytes} bytes, its disk only {disk.nbytes}"
-            )
-        return found
-    # What cannot be read could be sound; what fails its checksum once was; the rest never was.
-    for kind in (OSError, Corrupted, ProtocolError):
-        for failure in failures:
-            if isinstance(failure, kind):
-                raise failure
-    return None
-
-
-def read_log(disk: Disk, volume: Superblock) -> Log:
-    """The log as the volume's last life left it.
-
-    The first to be logged after a start begins the other half, with `next_epoch`. Sectors behind
-    the last valid one may be left of a life that crashed, and would be valid again once there is
-    one between. Raises OSError: it is then unknown what must not come back.
-    """
-    size = volume.geometry.log_granules * _UNIT
-    raw = aligned(size)
-    active, epoch, next_number = 0, 0, 0
-    records: Rows = np.empty(0, LOG_RECORD)
-    highest = 0
-    for half in range(LOG_HALVES):
-        disk.read(volume.geometry.log_offset(half, 0), [raw])
-        sectors = _sectors(raw, volume.volume_id)
-        highest = max([highest, *(found[0].epoch for found in sectors if found)])
-        run = _valid_run(sectors)
-        if run and run[0][0].epoch > epoch:
-            active, epoch, next_number = half, run[0][0].epoch, len(run)
-            records = np.concatenate([rows for _, rows in run])
-    return Log(
-        half=active,
-        epoch=epoch,
-        next_number=next_number,
-        next_epoch=highest + 1,
-        records=records,
-    )
-
-
 def survey(disk: Disk, volume: Superblock, *, stop: Stop) -> Survey | None:
     """Reads the log and all segment headers; None if `stop` said so. Raises OSError for the log."""
     log = read_log(disk, volume)  # first: without it nothing else is of use
@@ -227,7 +156,7 @@ def recover(
     if found is None:
         return
     reader = _Reader(disk, volume.geometry, stop)
-    forgotten = _Forgotten(found.log.records)
+    forgotten = Forgotten(found.log.records)
     for use in found.uses:
         if forgotten.whole(use.header):
             continue
@@ -239,7 +168,8 @@ def recover(
             problem = Problem(segment=use.header.segment, sequence=use.header.sequence, error=error)
             found.problems.append(problem)
             continue
-        yield forgotten.live(segment, volume.geometry.footer_granule(segment.slot_granules))
+        gone = forgotten.granules(segment.segment, segment.sequence)
+        yield _without(segment, gone, volume.geometry.footer_granule(segment.slot_granules))
 
 
 class _StoppedError(Exception):
@@ -266,69 +196,18 @@ class _Reader:
         return room
 
 
-class _Forgotten:
-    """The log's records, by segment."""
-
-    def __init__(self, records: Rows) -> None:
-        self._records = records[np.argsort(records["segment"], kind="stable")]
-        # As searchsorted wants them, or it would convert all of them each time.
-        self._segments = self._records["segment"].astype(np.int64)
-
-    def whole(self, header: SegmentHeader) -> bool:
-        """Whether this use of the segment is over."""
-        records = self._of(header.segment)
-        over = records["sequence"][records["granule"] == WHOLE_USE]
-        return bool((over >= np.uint64(header.sequence)).any())
-
-    def live(self, segment: RecoveredSegment, end: int) -> RecoveredSegment:
-        """The segment without the blocks that must not come back. end: where its footer begins."""
-        records = self._of(segment.segment)
-        gone = records["granule"][records["sequence"] == segment.sequence]
-        if not len(gone):
-            return segment
-        kept = ~np.isin(segment.entries["granule"], gone)
-        # The log outlived a block that a crash took: one written in its place would be hidden.
-        full = bool((gone >= segment.next_granule).any())
-        return dataclasses.replace(
-            segment,
-            entries=segment.entries[kept],
-            next_granule=end if full else segment.next_granule,
-        )
-
-    def _of(self, segment: int) -> Rows:
-        first, end = np.searchsorted(self._segments, [segment, segment + 1])
-        return self._records[first:end]
-
-
-def _sectors(raw: U8, volume_id: bytes) -> list[tuple[LogSector, Rows] | None]:
-    """Each sector of a half, None where there is no valid one of this volume; the records share
-    memory with `raw`."""
-    found: list[tuple[LogSector, Rows] | None] = []
-    for number in range(len(raw) // _UNIT):
-        try:
-            sector, records = unpack_log_sector(raw[number * _UNIT : (number + 1) * _UNIT])
-        except _NOT_READABLE:
-            found.append(None)
-            continue
-        valid = sector.volume_id == volume_id and sector.number == number
-        found.append((sector, records) if valid else None)
-    return found
-
-
-def _valid_run(
-    sectors: Sequence[tuple[LogSector, Rows] | None],
-) -> list[tuple[LogSector, Rows]]:
-    """Sector 0 and those that follow without a gap; nothing where the half is void."""
-    if not sectors or sectors[0] is None:
-        return []
-    first = sectors[0][0]
-    run: list[tuple[LogSector, Rows]] = []
-    for found in sectors:
-        if found is None or found[0].epoch != first.epoch:
-            break
-        run.append(found)
-    # Those that were to be durable before sector 0 was written: else the half was never begun.
-    return run if len(run) > first.base else []
+def _without(segment: RecoveredSegment, gone: npt.NDArray[np.uint32], end: int) -> RecoveredSegment:
+    """The segment without the blocks that must not come back. end: where its footer begins."""
+    if not len(gone):
+        return segment
+    kept = ~np.isin(segment.entries["granule"], gone)
+    # The log outlived a block that a crash took: one written in its place would be hidden.
+    full = bool((gone >= segment.next_granule).any())
+    return dataclasses.replace(
+        segment,
+        entries=segment.entries[kept],
+        next_granule=end if full else segment.next_granule,
+    )
 
 
 def _use_of(reader: _Reader, volume: Superblock, segment: int) -> Use | None:

@@ -15,7 +15,7 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, KVStoreError, ProtocolError, Unavailable
-from kvstore.index.boards import Board, Boards
+from kvstore.index.boards import Boards
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arena
@@ -23,6 +23,7 @@ from kvstore.session.control import Deadline
 from kvstore.session.fork import ForkGuard
 from kvstore.session.link import Granted, Memory, fill_directly
 from kvstore.session.local import LocalSession
+from kvstore.session.posting import Board
 from kvstore.session.resilient import ResilientSession
 from kvstore.session.staging import Staging
 

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.errors import DeadlineExceeded
-from kvstore.index.boards import Board
 from kvstore.index.reader import IndexReader
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
 from kvstore.session.copies import groups_of, in_parallel
 from kvstore.session.parts import Part, payload_offset
+from kvstore.session.posting import Board
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ import torch
 
 from kvstore_kernels.decode import DecodeWorkspace, Rules, decode_attention
 from kvstore_kernels.fused import New, NewLatents, NewTokens, rotate_first
-from kvstore_kernels.gqa_decode import GqaForm
+from kvstore_kernels.gqa_form import GqaForm
 from kvstore_kernels.gqa_reference import gqa_reference
 from kvstore_kernels.mla_decode import MlaForm
 from kvstore_kernels.mla_reference import RANK, WIDTH, mla_reference

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kvstore_kernels.errors import KernelArgumentError
-from kvstore_kernels.gqa_decode import GqaForm, GqaWorkspace, config_for, gqa_decode
+from kvstore_kernels.gqa_decode import gqa_decode
+from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace, config_for
 from kvstore_kernels.gqa_reference import gqa_reference
 
 FP8 = torch.float8_e4m3fn

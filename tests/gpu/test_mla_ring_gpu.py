@@ -4,96 +4,38 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.fused import NewLatents, rotate_first
-from kvstore_kernels.mla_reference import RANK, WIDTH, mla_reference
+from kvstore_kernels.mla_reference import RANK, WIDTH
 from kvstore_kernels.mla_ring import MlaRingForm, MlaRingWorkspace, mla_decode_ring
+from tests.gpu.latents import (
+    RAGGED,
+    TIMES,
+    LatentCase,
+    check_equal_bits,
+    check_replays,
+    check_wrong_pages,
+    ends,
+)
 
-TIMES = 100
-SCALE = 192**-0.5
-MOST_ERROR = 5e-3
-RAGGED = tuple(int(n) for n in np.random.default_rng(0).integers(256, 16_385, 64))
-SECONDS = 90  # for a first launch, compilation included
 
+class Case(LatentCase):
+    """Of `mla_decode_ring`."""
 
-class Case:
-    """A batch in random pages; all that must not be read is NaN, all that must be written too."""
+    form_class = MlaRingForm
+    workspace_class = MlaRingWorkspace
+    decode = staticmethod(mla_decode_ring)
+    most_error = 5e-3
 
-    def __init__(
-        self,
-        lengths: Any,
-        *,
-        heads: int = 16,
-        q_tokens: int = 1,
-        page_tokens: int = 64,
-        layers: int = 1,
-    ) -> None:
-        self.lengths = list(lengths)
-        self.form = MlaRingForm(
-            heads=heads, q_tokens=q_tokens, page_tokens=page_tokens, scale=SCALE
-        )
-        used = [-(-length // page_tokens) for length in lengths]
-        shape = (sum(used) + 2, layers, page_tokens, WIDTH)
-        pool = torch.full(shape, math.nan, device="cuda", dtype=torch.bfloat16)
-        self.pages = pool[:, layers - 1]
-        table = np.full((len(used), max(*used, 1, 1)), -7, np.int32)
-        order = np.random.default_rng(1).permutation(len(pool))
-        at, generator = 0, torch.Generator("cuda").manual_seed(1)
-        for sequence, (length, count) in enumerate(zip(lengths, used, strict=True)):
-            table[sequence, :count] = order[at : at + count]
-            at += count
-            tokens = torch.randn(count * page_tokens, WIDTH, generator=generator, device="cuda")
-            tokens[length:] = math.nan
-            mine = torch.from_numpy(table[sequence, :count]).cuda().long()
-            self.pages[mine] = tokens.bfloat16().view(count, page_tokens, WIDTH)
-        self.table = torch.from_numpy(table).cuda()
-        self.shape = (len(used), q_tokens, heads)
-        self.q = torch.randn(*self.shape, WIDTH, generator=generator, device="cuda").bfloat16()
-        self.workspace = self.planned()
-        self.out = torch.full((*self.shape, RANK), math.nan, device="cuda", dtype=torch.bfloat16)
-
-    def planned(self, **options: int) -> MlaRingWorkspace:
-        workspace = MlaRingWorkspace(
-            self.form, max_sequences=len(self.lengths), device="cuda", **options
-        )
-        workspace.partials.fill_(math.nan)
-        workspace.lse.fill_(math.nan)
-        workspace.load(workspace.plan(self.lengths))
-        return workspace
-
-    def launch(self, **options: Any) -> torch.Tensor:
-        options = {"out": self.out, "workspace": self.workspace, "q": self.q} | options
-        return mla_decode_ring(
-            options.pop("q"), self.pages, self.table, options.pop("workspace"), **options
-        )
-
-    def check(self, most: int = 8, pages: torch.Tensor | None = None) -> None:
-        """Of some sequences, the longest and the shortest among them."""
-        order = np.argsort(self.lengths, kind="stable")
-        chosen = order[np.unique(np.linspace(0, len(order) - 1, most).astype(int))].tolist()
-        assert not self.out.isnan().any()
-        for at in chosen:
-            expected = mla_reference(
-                self.q[at : at + 1],
-                self.pages if pages is None else pages,
-                self.table[at : at + 1].clamp(min=0),
-                torch.tensor([self.lengths[at]]),
-                scale=SCALE,
-            )[0]
-            difference = (self.out[at].double() - expected).norm()
-            assert difference <= MOST_ERROR * expected.norm(), (at, self.lengths[at])
-        self.check_words()
+    def __init__(self, lengths: Any, *, heads: int = 16, **options: int) -> None:
+        super().__init__(lengths, heads=heads, **options)
 
     def check_words(self) -> None:
-        assert not self.workspace.counters.any()
+        super().check_words()
         assert not self.workspace.claims.any()
 
     def new_tokens(self, *, interleaved: bool = True) -> NewLatents:
@@ -125,11 +67,7 @@ class Case:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ends(gpu: torch.device) -> None:
-    """The kernel ends: its first launch is in a process which is ended when it takes long."""
-    try:
-        subprocess.run([sys.executable, __file__], timeout=SECONDS, check=True)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"the first launch did not end in {SECONDS} s")
+    ends(__file__)
 
 
 BATCHES: dict[str, dict[str, Any]] = {
@@ -178,15 +116,7 @@ def test_any_number_of_workers(workers: int) -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_same_bits_a_hundred_times(name: str) -> None:
-    case = Case(TABLE[name])
-    first = case.launch().clone()
-    case.check()
-    differ = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(TIMES):
-        case.out.fill_(math.nan)
-        differ += (case.launch() != first).sum()
-    assert int(differ) == 0
-    case.check_words()
+    check_equal_bits(Case(TABLE[name]))
 
 
 @pytest.mark.parametrize("name", ["1 x 4096", "64 x 4096", "random"])
@@ -226,17 +156,7 @@ def test_several_new_tokens_in_the_launch(shape: tuple[int, int, int]) -> None:
 
 
 def test_a_graph_is_replayed_with_other_lengths() -> None:
-    case = Case([30_000, 1, 700, 129])
-    case.launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        case.launch()
-    for lengths in ([30_000, 1, 700, 129], [64, 1, 5, 128], [2999, 0, 640, 65]):
-        case.lengths = lengths
-        case.workspace.load(case.workspace.plan(lengths))
-        case.out.fill_(math.nan)
-        graph.replay()
-        case.check()
+    check_replays(Case([30_000, 1, 700, 129]), [64, 1, 5, 128], [2999, 0, 640, 65])
 
 
 @pytest.mark.parametrize("graphed", [False, True])
@@ -298,14 +218,8 @@ def test_parts_that_share_the_gpu_with_something_else() -> None:
 
 
 def test_pools_past_2_to_the_31_elements() -> None:
-    pages = 60_000  # 2.2 milliards of elements, 4.4 GB
     case = Case([640, 100])
-    pool = torch.empty(pages, 64, WIDTH, device="cuda", dtype=torch.bfloat16)
-    assert pool.numel() > 2**31
-    there = case.table >= 0
-    moved = torch.where(there, pages - 1 - case.table, case.table)
-    pool[moved[there].long()] = case.pages[case.table[there].long()]
-    case.pages, case.table = pool, moved.int()
+    case.move_far()
     new = case.new_tokens()
     q, case.q = case.q, case.q.clone()
     case.launch(q=q, append=new, check=True)
@@ -314,14 +228,7 @@ def test_pools_past_2_to_the_31_elements() -> None:
 
 
 def test_pages_outside_of_the_pool() -> None:
-    case = Case([200, 200])
-    good = case.launch().clone()
-    for wrong in (-1, len(case.pages), 2**31 - 1, -(2**31)):
-        case.table[0, 1] = wrong
-        with pytest.raises(KernelArgumentError, match="page_table"):
-            case.launch(check=True)
-        assert torch.equal(case.launch()[1], good[1])
-        assert not case.out.isnan().any()
+    check_wrong_pages(Case([200, 200]))
 
 
 def _first_launch() -> None:

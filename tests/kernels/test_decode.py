@@ -13,7 +13,7 @@ from kvstore_kernels.decode import DecodeWorkspace, Rules, Scales, decode_attent
 from kvstore_kernels.decode_choice import Request, Timing, choose
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.flex_masks import sliding_window
-from kvstore_kernels.gqa_decode import GqaForm
+from kvstore_kernels.gqa_form import GqaForm
 from kvstore_kernels.gqa_reference import gqa_reference
 from kvstore_kernels.mla_reference import mla_reference
 

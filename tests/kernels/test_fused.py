@@ -13,7 +13,7 @@ from kvstore_kernels import flex, gqa_decode, mla_decode, step
 from kvstore_kernels.decode import DecodeWorkspace, Rules, decode_attention
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.fused import New, NewLatents, NewTokens, rotate_first
-from kvstore_kernels.gqa_decode import GqaConfig, GqaForm, GqaWorkspace
+from kvstore_kernels.gqa_form import GqaConfig, GqaForm, GqaWorkspace
 from kvstore_kernels.gqa_reference import gqa_reference
 from kvstore_kernels.mla_decode import MlaConfig, MlaForm, MlaWorkspace, config_for
 from kvstore_kernels.mla_reference import RANK, WIDTH, mla_reference

@@ -13,7 +13,8 @@ import torch
 
 from kvstore_kernels import gqa_decode as module
 from kvstore_kernels.errors import KernelArgumentError
-from kvstore_kernels.gqa_decode import GqaConfig, GqaForm, GqaWorkspace, gqa_decode, plan_gqa
+from kvstore_kernels.gqa_decode import gqa_decode
+from kvstore_kernels.gqa_form import GqaConfig, GqaForm, GqaWorkspace, plan_gqa
 from kvstore_kernels.gqa_reference import gqa_reference
 from kvstore_kernels.worklist import END, FIRST, SEQUENCE
 
@@ -363,7 +364,7 @@ def test_a_workspace_wants_a_work_list_that_fits():
 PRINT_SHARED = """
 import json
 from kvstore_kernels.compiling import compile_for
-from kvstore_kernels.gqa_decode import variants
+from kvstore_kernels.gqa_variants import variants
 print(compile_for(next(variants())).shared_bytes)
 """
 

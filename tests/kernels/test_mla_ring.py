@@ -1,6 +1,5 @@
 """The ring of tiles: who attends to what, and the kernel itself run on the CPU in any order."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,17 +7,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.gluon_on_cpu import Boxes, DeadlockError, RaceError, launch
+from kernels.gluon_on_cpu import DeadlockError, RaceError
+from kernels.latents import (
+    LatentCase,
+    batches,
+    check_equal_bits,
+    check_every_token_once,
+    check_large_scores,
+    check_launches_in_a_row,
+    check_numbers,
+    check_wrong_pages,
+)
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kvstore_kernels import mla_gluon_parts as parts
 from kvstore_kernels import mla_ring_append as appending
+from kvstore_kernels import mla_ring_items as ring_items
 from kvstore_kernels import mla_ring_kernel as ring
 from kvstore_kernels import mla_ring_schedule as schedule
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.fused import NewLatents, latent_geometry, rotate_first
-from kvstore_kernels.mla_reference import RANK, WIDTH, mla_reference
-from kvstore_kernels.mla_ring import MlaRingForm, MlaRingWorkspace, _described, mla_decode_ring
+from kvstore_kernels.mla_reference import RANK, WIDTH
+from kvstore_kernels.mla_ring import MlaRingForm, MlaRingWorkspace
 from kvstore_kernels.mla_ring_schedule import (
     AT_END,
     AT_ONCE,
@@ -29,28 +39,11 @@ from kvstore_kernels.mla_ring_schedule import (
     most_partials,
     plan_ring,
 )
-from kvstore_kernels.worklist import (
-    COUNTER,
-    END,
-    FIRST,
-    GROUP,
-    LENGTH,
-    PART,
-    PARTIAL,
-    PARTS,
-    SEQUENCE,
-    WHOLE,
-)
-
-SCALE = 192**-0.5
+from kvstore_kernels.worklist import COUNTER, END, FIRST, LENGTH, PART, PARTS, SEQUENCE
 
 # ------------------------------------------------------------------------------------ lists
 
-batches = st.tuples(
-    st.lists(st.one_of(st.integers(0, 300), st.integers(0, 140_000)), min_size=1, max_size=40),
-    st.integers(1, 4),
-    st.sampled_from([1, 8, 33, 132]),
-)
+lists = batches(4, [1, 8, 33, 132])
 
 
 def items_of(found):
@@ -62,45 +55,27 @@ def tiles_of(items):
     return np.maximum(-(-(items[:, END] - items[:, FIRST]) // TILE_TOKENS), 1)
 
 
-@given(batches)
+@given(lists)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_every_token_of_every_group_is_attended_to_once(batch):
     lengths, groups, workers = batch
     items = items_of(plan_ring(lengths, groups=groups, workers=workers))
-    rows = iter(items[np.lexsort((items[:, PART], items[:, GROUP], items[:, SEQUENCE]))])
-    for sequence, length in enumerate(lengths):
-        for group in range(groups):
-            at, part, count = 0, 0, 1
-            while part < count:
-                row = next(rows)
-                count = row[PARTS]
-                assert row[[SEQUENCE, GROUP, FIRST, PART, LENGTH]].tolist() == [
-                    sequence, group, at, part, length,
-                ]  # fmt: skip
-                at, part = row[END], part + 1
-                assert at == length or at % TILE_TOKENS == 0
-            assert at == length
-    assert next(rows, None) is None
+    check_every_token_once(items, lengths, groups, TILE_TOKENS)
 
 
-@given(batches)
+@given(lists)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_partials_and_counters_are_numbered_without_gaps_and_few(batch):
     lengths, groups, workers = batch
     found = plan_ring(lengths, groups=groups, workers=workers)
     items = items_of(found)
+    check_numbers(items, found.n_partials, found.n_counters)
+    assert not items[items[:, PARTS] == 1][:, [KEEPERS, KEEPS]].any()
     assert len(items) <= most_items(len(lengths), groups, workers)
-    whole = items[:, PARTS] == 1
-    assert (items[whole][:, [PARTIAL, COUNTER]] == WHOLE).all()
-    assert not items[whole][:, [KEEPERS, KEEPS]].any()
-    cut = items[~whole]
-    assert sorted(cut[:, PARTIAL]) == list(range(found.n_partials))
-    meetings = {(*row[[SEQUENCE, GROUP]], row[COUNTER], row[PARTIAL] - row[PART]) for row in cut}
-    assert sorted(meeting[2] for meeting in meetings) == list(range(found.n_counters))
     assert found.n_partials <= most_partials(workers)
 
 
-@given(batches)
+@given(lists)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_whoever_merges_is_known_to_all(batch):
     lengths, groups, workers = batch
@@ -117,7 +92,7 @@ def test_whoever_merges_is_known_to_all(batch):
             assert (mine[:, KEEPERS] == mine[:, PARTS]).all()
 
 
-@given(batches)
+@given(lists)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_items_are_claimed_the_longest_first_and_end_together(batch):
     lengths, groups, workers = batch
@@ -147,7 +122,7 @@ def test_sequences_are_cut_where_it_pays(lengths, sizes):
     assert dict(zip(*np.unique(tiles, return_counts=True), strict=True)) == sizes
 
 
-@given(batches, st.integers(1, 9))
+@given(lists, st.integers(1, 9))
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_sequences_without_tokens_change_nothing_for_the_others(batch, more):
     lengths, groups, workers = batch
@@ -186,32 +161,17 @@ def test_wrong_lists_are_named(wrong, message):
 # ----------------------------------------------------------------------------------- kernel
 
 
-class Case:
-    """A batch in random pages; all that must not be read is NaN, all that must be written too."""
+class Case(LatentCase):
+    """For `ring_kernel`."""
 
-    def __init__(self, lengths, *, heads=16, q_tokens=1, workers=2, page_tokens=64, seed=0):
-        random = torch.Generator().manual_seed(seed)
-        self.form = MlaRingForm(
-            heads=heads, q_tokens=q_tokens, page_tokens=page_tokens, scale=SCALE
-        )
-        self.workers, self.lengths = workers, lengths
-        self.found = plan_ring(lengths, groups=self.form.groups, workers=workers)
-        used = [-(-length // page_tokens) for length in lengths]
-        self.pages = torch.full((sum(used) + 2, page_tokens, WIDTH), math.nan).bfloat16()
-        self.table = torch.full((len(lengths), max(*used, 1, 1)), -7, dtype=torch.int32)
-        numbers = torch.randperm(len(self.pages), generator=random).int()
-        for sequence, (length, count) in enumerate(zip(lengths, used, strict=True)):
-            mine, numbers = numbers[:count], numbers[count:]
-            self.table[sequence, :count] = mine
-            tokens = torch.full((count * page_tokens, WIDTH), math.nan)
-            tokens[:length] = torch.randn(length, WIDTH, generator=random)
-            self.pages[mine] = tokens.view(count, page_tokens, WIDTH).bfloat16()
-        shape = (len(lengths), q_tokens, heads)
-        self.q = torch.randn(*shape, WIDTH, generator=random).bfloat16()
-        partials = most_partials(workers)
-        self.out = torch.full((*shape, RANK), math.nan).bfloat16()
-        self.partials = torch.full((partials, RANK, 16), math.nan)
-        self.lse = torch.full((partials, 16), math.nan)
+    form_class = MlaRingForm
+
+    def __init__(self, lengths, *, heads=16, **options):
+        super().__init__(lengths, heads=heads, **options)
+        self.found = plan_ring(lengths, groups=self.form.groups, workers=self.workers)
+        partials = most_partials(self.workers)
+        self.partials = torch.full((partials, RANK, 16), torch.nan)
+        self.lse = torch.full((partials, 16), torch.nan)
         self.counters = torch.zeros(partials, dtype=torch.int64)
         self.claims = torch.zeros(1, dtype=torch.int32)
         self.new = None
@@ -229,7 +189,7 @@ class Case:
         page_ids = torch.where(position >= 0, self.table.gather(1, column), -1).long()
         offsets = position % form.page_tokens
         self.places = page_ids[position >= 0], offsets[position >= 0]
-        self.pages[self.places] = math.nan
+        self.pages[self.places] = torch.nan
         cos, sin = numbers(2, *shape[:2], 32)
         self.new = NewLatents(
             q_rope=numbers(*shape, 192)[..., 128:],
@@ -245,7 +205,7 @@ class Case:
         return self
 
     def run(self, *, seed=0, substitutes=None):
-        form, new = self.form, [None] * 12
+        new = [None] * 12
         if self.new is not None:
             some = self.new
             new = [some.q_rope, some.latents, some.norm, some.cos, some.sin]
@@ -254,49 +214,25 @@ class Case:
             strides = self.pages.stride()[:2]
             new += [some.page_ids, some.offsets, self.pages, len(self.pages), *strides]
             new.append(latent_geometry(some))
-        launch(
+        items = torch.from_numpy(self.found.items)
+        self.launch(
             ring.ring_kernel,
-            self.workers,
-            Boxes(self.q.flatten(1, 2)),
-            Boxes(self.pages),
-            self.table,
-            torch.from_numpy(self.found.items),
-            self.out,
-            self.partials,
-            self.lse,
-            self.counters,
-            self.claims,
-            form.scale * math.log2(math.e),
-            self.table.stride(0),
-            form.page_tokens,
-            form.rows,
-            form.heads,
-            form.q_tokens,
-            *new,
+            [items, self.out, self.partials, self.lse, self.counters, self.claims],
+            new,
             seed=seed,
-            substitutes={
-                parts.viewed: "viewed",
-                parts.load_panel: "load_panel",
-                parts.sync: "sync",
-                appending.fence_async_global: _nothing,
-                **(substitutes or {}),
-            },
+            substitutes={appending.fence_async_global: _nothing, **(substitutes or {})},
         )
         return self
 
     def expected(self):
-        q, pages = self.q, self.pages
-        if self.new is not None:
-            q, pages = q.clone(), self.before.clone()
-            rotate_first(q, self.new, pages, None)
-        lengths, table = torch.tensor(self.lengths), self.table.clamp(min=0)
-        return mla_reference(q, pages.nan_to_num(), table, lengths, scale=SCALE)
+        if self.new is None:
+            return super().expected()
+        q, pages = self.q.clone(), self.before.clone()
+        rotate_first(q, self.new, pages, None)
+        return self.reference(q, pages)
 
     def check(self):
-        wanted = self.expected()
-        largest = max(1.0, float(wanted.abs().max()))
-        torch.testing.assert_close(self.out.double(), wanted, rtol=0.02, atol=0.01 * largest)
-        assert (self.out.double() - wanted).norm() < 5e-3 * wanted.norm()
+        super().check(of_largest=True)
         assert not self.counters.any()
         assert not self.claims.any()
 
@@ -367,7 +303,7 @@ def test_nobody_waits_who_does_not_know_that_all_have_started():
         return torch.tensor(item if item < count else -2)
 
     case = Case([450, 300], workers=4)
-    case.run(substitutes={ring._claim: claim}).check()
+    case.run(substitutes={ring_items.claim_item: claim}).check()
 
 
 @pytest.mark.parametrize(
@@ -391,30 +327,19 @@ def test_new_tokens_are_written_by_who_reads_them(batch, interleaved):
 
 
 def test_equal_inputs_give_equal_bits_in_any_order():
-    outputs = [Case([300, 70], workers=4, seed=1).run(seed=seed).out for seed in range(3)]
-    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    check_equal_bits([Case([300, 70], workers=4, seed=1) for _ in range(3)])
 
 
 def test_launches_follow_each_other():
-    case = Case([900, 70, 3], workers=2).run(seed=0)
-    case.out.fill_(math.nan)
-    case.run(seed=1).check()
+    check_launches_in_a_row(Case([900, 70, 3], workers=2))
 
 
 def test_a_page_outside_of_the_pool_reads_as_zeros_for_its_sequence_alone():
-    case = Case([200, 200], workers=2)
-    expected = case.expected()
-    case.table[0, 1] = 2**31 - 1
-    case.run()
-    assert not case.out.isnan().any()
-    torch.testing.assert_close(case.out[1].double(), expected[1], rtol=0.02, atol=0.01)
+    check_wrong_pages(Case([200, 200], workers=2))
 
 
 def test_large_scores_keep_their_order():
-    case = Case([150], workers=1)
-    case.q *= 30
-    case.run()
-    assert (case.out.double() - case.expected()).norm() / case.expected().norm() < 5e-3
+    check_large_scores(Case([150], workers=1))
 
 
 # What is found when a step of the protocol is missing.
@@ -431,7 +356,7 @@ def _never_heard(line, number, _layout):
     [
         (parts.sync, _nothing, RaceError),
         (ring.fence_async_shared, _nothing, RaceError),
-        (ring._hear, _never_heard, DeadlockError),
+        (ring_items.hear, _never_heard, DeadlockError),
     ],
 )
 def test_a_missing_step_is_noticed(part, other, error):
@@ -443,81 +368,7 @@ def test_a_missing_step_is_noticed(part, other, error):
 # --------------------------------------------------------------------------------- launcher
 
 
-def arguments(**changes):
-    form = MlaRingForm(heads=16, scale=SCALE)
-    workspace = MlaRingWorkspace(form, max_sequences=2, device="cpu")
-    workspace.load(workspace.plan([100, 64]))
-    right = {
-        "q": torch.zeros(2, 1, 16, WIDTH, dtype=torch.bfloat16),
-        "pages": torch.zeros(4, 64, WIDTH, dtype=torch.bfloat16),
-        "page_table": torch.zeros(2, 2, dtype=torch.int32),
-        "workspace": workspace,
-    }
-    return {**right, **changes}
-
-
-def bf16(*shape):
-    return torch.zeros(*shape, dtype=torch.bfloat16)
-
-
-def new_latents(**changes):
-    some = Case([100, 64]).with_new_tokens().new
-    return replace(some, **changes)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"q": bf16(3, 1, 16, WIDTH)}, "q must have shape"),
-        ({"q": torch.zeros(2, 1, 16, WIDTH)}, "q must be bfloat16"),
-        ({"q": bf16(2, 1, 16, WIDTH + 4)[..., :WIDTH]}, "q must have its address and strides"),
-        ({"pages": bf16(4, 32, WIDTH)}, "pages must have shape"),
-        ({"pages": bf16(0, 64, WIDTH)}, "pages must not be empty"),
-        ({"pages": bf16(4, 64, WIDTH + 1)[..., 1:]}, "pages must have its address and strides"),
-        ({"pages": bf16(4, WIDTH, 64).mT}, "pages must have neighbouring elements"),
-        ({"page_table": torch.zeros(2, 2)}, "page_table must be int32"),
-        ({"page_table": torch.zeros(2, 1).int()}, "page_table must have pages for 100 tokens"),
-        ({"page_table": torch.full((2, 2), 4).int(), "check": True}, "page_table must have pages"),
-        ({"out": bf16(2, 1, 16, WIDTH)}, "out must have shape"),
-        ({"out": bf16(2, 1, 16, 1024)[..., :512]}, "out must be contiguous"),
-        ({"append": new_latents(norm=bf16(64))}, "append.norm must have shape"),
-        ({"append": new_latents(), "check": True}, "append.page_ids must have the page table's"),
-        ({}, "q must be on a CUDA device, not cpu"),
-    ],
-)
-def test_wrong_arguments_are_named(wrong, message):
-    with pytest.raises(KernelArgumentError, match=message):
-        mla_decode_ring(**arguments(**wrong))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"heads": 0}, "heads must be"),
-        ({"scale": 0.0}, "scale must be"),
-        ({"q_tokens": 5}, "q_tokens must be 1 to 4"),
-        ({"page_tokens": 96}, "page_tokens must be a multiple of 64"),
-    ],
-)
-def test_wrong_forms_are_named(wrong, message):
-    with pytest.raises(KernelArgumentError, match=message):
-        MlaRingForm(**{"heads": 16, "scale": SCALE, **wrong})
-
-
-def test_a_workspace_is_for_so_many_sequences():
-    workspace = arguments()["workspace"]
-    with pytest.raises(KernelArgumentError, match="planned must be for at most 2 sequences"):
-        workspace.load(workspace.plan([1, 2, 3]))
-    with pytest.raises(KernelArgumentError, match="max_sequences must be at least 1"):
-        MlaRingWorkspace(workspace.form, max_sequences=0, device="cpu")
+def test_a_workspace_is_for_so_many_items():
+    form = MlaRingForm(heads=16, scale=0.1)
     with pytest.raises(KernelArgumentError, match="max_sequences must make at most 65535 items"):
-        MlaRingWorkspace(workspace.form, max_sequences=1 << 16, device="cpu")
-
-
-def test_a_layer_of_a_pool_past_2_to_the_31_elements():
-    pool = torch.empty(1500, 61, 64, WIDTH, dtype=torch.bfloat16)  # never touched
-    assert pool.numel() > 2**31
-    described = _described(pool[:, 60], 64)
-    assert list(described.shape) == [1500, 64, WIDTH]
-    assert list(described.strides) == [61 * 64 * WIDTH, WIDTH, 1]
-    assert described.base.data_ptr() == pool.data_ptr() + 60 * 64 * WIDTH * 2
+        MlaRingWorkspace(form, max_sequences=1 << 16, device="cpu")

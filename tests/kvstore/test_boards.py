@@ -18,11 +18,11 @@ from kvstore.index.boards import (
     BOARD_ROWS,
     BOARDS,
     BOARDS_BYTES,
-    Board,
     BoardKeeper,
     Boards,
 )
 from kvstore.index.format import PAGE_BYTES, key_words
+from kvstore.session.posting import Board
 
 LENGTH = LAYOUT.block_bytes
 POSTED = PAGE_BYTES // 8  # the first of the counts of posted rows, in words

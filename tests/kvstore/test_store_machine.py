@@ -31,7 +31,7 @@ from kvstore import limits
 from kvstore.block import NO_PARENT, cell_checksums, header_bytes, pack_parts, unpack
 from kvstore.errors import ResourceExhausted, StaleNamespace
 from kvstore.index import IndexReader, IndexView
-from kvstore.index.boards import BOARDS_BYTES, Board, Boards
+from kvstore.index.boards import BOARDS_BYTES, Boards
 from kvstore.index.format import key_words
 from kvstore.layout import Attention, Layout
 from kvstore.store import Store, StoreMemory
@@ -490,7 +490,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.pool[start : start + len(header)] = np.frombuffer(header, np.uint8)
             before = key[1]
         hashes = np.frombuffer(b"".join(key for _, key in keys), np.uint8).reshape(-1, 32)
-        posted = Board(self.boards, number).post(
+        posted = self.boards.post(
+            number,
             namespace,
             key_words(hashes),
             length=layout.block_bytes,

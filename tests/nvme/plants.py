@@ -14,10 +14,11 @@ from kvstore.nvme import perform, recovery
 from kvstore.nvme.disk import WaryDisk
 from kvstore.nvme.ops import Outcome
 from kvstore.nvme.volume import Volume
-from kvstore.store import nvme
+from kvstore.store import nvme_adopting
 from kvstore.store.blocks import Blocks, BlockState
 from kvstore.store.fetching import Fetcher
 from kvstore.store.nvme import NvmeTier
+from kvstore.store.nvme_leaving import Leaving
 from kvstore.store.places import Places
 from kvstore.store.shelf import Shelf
 from kvstore.store.tickets import Tickets
@@ -73,11 +74,11 @@ def what_is_read_is_not_verified(patch: Patch) -> None:
 
 @plant("test_what_is_written_again_is_looked_at_first")
 def what_is_written_again_is_not_verified(patch: Patch) -> None:
-    leave, verify = NvmeTier._leave_with_care, perform._read_blocks
+    leave, verify = Leaving._leave_with_care, perform._read_blocks
     segments = set[tuple[int, int]]()  # volume, offset of those that make room
 
-    def leave_and_note(self: NvmeTier, use: Any) -> None:
-        segments.add((use.volume, self.volumes[use.volume].offset(use, 0)))
+    def leave_and_note(self: Leaving, use: Any) -> None:
+        segments.add((use.volume, self._shelf.places.volumes[use.volume].offset(use, 0)))
         leave(self, use)
 
     def read(op: Any, disk: Any, pool: Any) -> Any:
@@ -87,7 +88,7 @@ def what_is_written_again_is_not_verified(patch: Patch) -> None:
         _read(op, disk, pool)
         return _nothing_bad(op)
 
-    patch.setattr(NvmeTier, "_leave_with_care", leave_and_note)
+    patch.setattr(Leaving, "_leave_with_care", leave_and_note)
     patch.setattr(perform, "_read_blocks", read)
 
 
@@ -217,7 +218,7 @@ def a_segment_that_could_not_be_read_is_not_forgotten(patch: Patch) -> None:
 
 @plant("test_a_key_that_was_put_anew_before_it_was_found_keeps_its_own_time")
 def of_two_blocks_in_a_segment_the_first_is_found(patch: Patch) -> None:
-    patch.setattr(nvme, "_last_of_each", lambda keys: np.ones(len(keys), np.bool_))
+    patch.setattr(nvme_adopting, "_last_of_each", lambda keys: np.ones(len(keys), np.bool_))
 
 
 @plant("histories")
@@ -329,8 +330,9 @@ def nobody_looks_who_waits_when_an_operation_ends(patch: Patch) -> None:
     def hear(self: NvmeTier, outcome: Outcome) -> None:
         self._desk.hear(outcome)
         self._writer.pump()
-        self._settle_uses()
-        self._write_logs()
+        if self._leaving.settle():
+            self._writer.pump()
+        self._leaving.write_logs()
 
     patch.setattr(NvmeTier, "hear", hear)
 

@@ -23,7 +23,7 @@ from kvstore import limits
 from kvstore.block import header_bytes, unpack
 from kvstore.errors import KVStoreError, ResourceExhausted
 from kvstore.index import IndexReader, IndexView
-from kvstore.nvme import format as on_disk
+from kvstore.nvme import geometry as on_disk
 from kvstore.nvme.disk import WaryDisk
 from kvstore.nvme.format import (
     HEADER_GRANULES,

@@ -16,7 +16,7 @@ from nvme.sim_disk import SECTOR_BYTES
 
 from kvstore import commands as c
 from kvstore.errors import Corrupted, ProtocolError
-from kvstore.nvme.recovery import read_superblock
+from kvstore.nvme.superblock import read_superblock
 from kvstore.store import NvmePolicy
 
 AT_REST, RUNNING = 750, 750

@@ -17,6 +17,7 @@ from kvstore import block, limits
 from kvstore.errors import Corrupted, InvalidArgument, ProtocolError
 from kvstore.layout import Layout
 from kvstore.nvme import recovery
+from kvstore.nvme.forget_log import read_log
 from kvstore.nvme.format import (
     ENTRY,
     LOG_RECORD,
@@ -41,12 +42,11 @@ from kvstore.nvme.recovery import (
     RecoveredSegment,
     Survey,
     highest_sequence,
-    read_log,
-    read_superblock,
     recover,
     survey,
 )
 from kvstore.nvme.slots import check_slot, stamp_of
+from kvstore.nvme.superblock import read_superblock
 
 UNIT = limits.GRANULE_BYTES
 GEOMETRY = Geometry(segment_granules=48, n_segments=6, log_granules=6)
