@@ -3,9 +3,11 @@
 Puts and gets of one client at one node, of the caller's own arrays and of registered memory, beside
 NIXL by hand between two processes over the same transports in the same rounds: over the loopback
 device, where the kernel's copies are what takes time, and over one that is made as slow as a
-network's. Then a prompt's blocks from three nodes and from one, on loopback and where each node has
-a link of its own, and how long single gets take while nodes that hold one of two copies are killed.
-Links are made in network namespaces, where the kernel allows it. Every byte is compared.
+network's. In the same way what one host needs no network for: a client and its node left to
+themselves, and a client on the daemon's own channel. Then a prompt's blocks from three nodes and
+from one, on loopback and where each node has a link of its own, and how long single gets take while
+nodes that hold one of two copies are killed. Links are made in network namespaces, where the kernel
+allows it. Every byte is compared.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from benchmarks.daemon import Daemon, daemon
 from benchmarks.networks import BUCKET, Network, alone
 from benchmarks.samples import random_keys
 from benchmarks.transfer import RAW, RAW_LARGE, Way, spread
-from kvstore import Hit, Layout
+from kvstore import Hit, Layout, Session
 from kvstore.errors import KVStoreError
+from kvstore.memory import Arena
 from kvstore_client.cluster.session import ClusterSession
 from kvstore_proto.cluster.rpc import client_token
 
@@ -47,6 +50,7 @@ _POOL_BYTES = 1 << 30
 _RING_BYTES = 1 << 30  # views and buffers may hold half of it
 _HERE = "127.0.0.1"
 LOOPBACK = "loopback"
+ONE_HOST, CHANNEL = "one host, auto", "one host, channel"
 BESIDE, FAN_OUT = "beside_raw", "fan_out"
 _TIMEOUT_S = 30.0
 _READY_S = 30.0
@@ -138,7 +142,7 @@ def _free_ports(n: int) -> list[int]:
 class Mover:
     """Puts and gets of blocks of one size; what was put is dropped again."""
 
-    def __init__(self, session: ClusterSession, size: int, n: int) -> None:
+    def __init__(self, session: Session, size: int, n: int) -> None:
         layout = Layout.opaque(model="cluster", block_bytes=size, block_tokens=512)
         self._session = session
         self._space = session.open_namespace(f"bench-{size}-{n}", layout)
@@ -191,15 +195,21 @@ class Mover:
             raise RuntimeError("wrong bytes")
 
 
-def beside_raw(rounds: int, transfer: str) -> Document:
-    """Ours and NIXL by hand, in interleaved rounds: bytes a second by size and way."""
+def beside_raw(rounds: int, transfer: str, *, by_channel: bool = False) -> Document:
+    """Ours and NIXL by hand, in interleaved rounds: bytes a second by size and way. by_channel:
+    the node's store is reached as its own host's engines do it, and not as a cluster."""
     found: Document = {}
-    memory = np.full(BLOCKS * max(SIZES), 1, np.uint8)
-    with (
-        nodes(1, replicas=1, transfer=transfer) as (_, session),
-        contextlib.closing(Way(RAW, memory)) as plain,
-        contextlib.closing(Way(RAW_LARGE, memory)) as large,
-    ):
+    with contextlib.ExitStack() as stack:
+        arena = stack.enter_context(contextlib.closing(Arena.create("bench", BLOCKS * max(SIZES))))
+        memory = arena.array
+        memory[:] = 1
+        running, cluster = stack.enter_context(nodes(1, replicas=1, transfer=transfer))
+        session: Session = cluster
+        if by_channel:
+            session = stack.enter_context(running.daemons["a"].connect())
+        plain, large = (
+            stack.enter_context(contextlib.closing(Way(name, arena))) for name in (RAW, RAW_LARGE)
+        )
         movers = {size: Mover(session, size, BLOCKS) for size in SIZES}
         for turn in range(rounds + 1):
             for size, mover in movers.items():
@@ -365,7 +375,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement")
     parser.add_argument("--kills", type=int, default=6, help="of nodes, each in a new cluster")
-    parser.add_argument("--transfer", default="nixl", help="nixl, ucxx or grpc")
+    parser.add_argument(
+        "--transfer", default="nixl", help="of the parts over links: nixl, ucxx or grpc"
+    )
     parser.add_argument("--link", default="10gbit", help="to compare with NIXL over as well")
     parser.add_argument("--node-link", default="2gbit", help="that each of three nodes has")
     parser.add_argument("--only", choices=(BESIDE, FAN_OUT), help="a part, where links are made")
@@ -383,6 +395,8 @@ def main() -> None:
             "transfer": transfer,
             BESIDE: {
                 LOOPBACK: beside_raw(rounds, transfer),
+                ONE_HOST: beside_raw(rounds, "auto"),
+                CHANNEL: beside_raw(rounds, "auto", by_channel=True),
                 options.link: over_links(BESIDE, options.link, options),
             },
             FAN_OUT: {

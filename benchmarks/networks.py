@@ -12,10 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _COMMAND_S = 10.0
+_PAUSE_S = 0.02
 _ALONE = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 _TOOLS = ("unshare", "ip", "bridge")
 _TRY = "ip link add br0 type bridge && ip link add v0 type veth peer name v1"
@@ -134,7 +137,8 @@ class Network:
         """Ends all of these."""
         for name in self.addresses:
             _run(f"ip link set to-{name} up")
-            _run(f"bridge link set dev to-{name} state 3")
+            # A link that is just coming up has no state to be set yet, and forwards by itself then.
+            _run(f"bridge link set dev to-{name} state 3", again_while="Network is down")
             with self.inside(name):
                 _run("ip neighbour flush dev eth0 nud permanent")
 
@@ -158,8 +162,14 @@ def _own_space() -> int:
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _run(command: str) -> None:
-    done = subprocess.run(
-        command.split(), capture_output=True, text=True, timeout=_COMMAND_S, check=False
-    )
+def _run(command: str, *, again_while: str = "nothing of the kind") -> None:
+    """again_while: what the command says where it may just be too early."""
+    end_s, pace = time.monotonic() + _COMMAND_S, threading.Event()
+    while True:
+        done = subprocess.run(
+            command.split(), capture_output=True, text=True, timeout=_COMMAND_S, check=False
+        )
+        if again_while not in done.stderr or time.monotonic() >= end_s:
+            break
+        pace.wait(_PAUSE_S)
     assert done.returncode == 0, f"{command}: {done.stderr.strip()}"

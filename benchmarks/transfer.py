@@ -3,13 +3,15 @@
 Each agent, and NIXL by hand with the same UCX transports, reads and writes the same pieces in the
 same rounds: with UCX's own segments over TCP, and with the larger ones that ours has. NIXL by hand
 with the transports that UCX itself would choose shows what is given up because the other process
-could not refuse it (see `kvstore.transfer.nixl`).
+could not refuse it (see `kvstore.transfer.nixl`). Beside what moves bytes within one host, memcpy
+of the same pieces within one process, on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -24,8 +26,10 @@ from typing import Any
 import numpy as np
 
 from kvstore.errors import Unavailable
+from kvstore.memory import Arena
 from kvstore.transfer import nixl, ucxx
-from kvstore.transfer.base import Agent, Bytes1D, Pieces, TransferFailed
+from kvstore.transfer.apart import export
+from kvstore.transfer.base import U64, Agent, Bytes1D, Pieces, TransferFailed
 from kvstore.transfer.choose import make_agent
 from kvstore.transfer.stream import StreamAgent
 
@@ -36,6 +40,7 @@ OURS, RAW, RAW_ANY = "nixl", "NIXL by hand", "NIXL by hand, UCX's choice"
 RAW_LARGE = "NIXL by hand, large segments"
 _RAW = (RAW, RAW_LARGE, RAW_ANY)
 FRAMES = "grpc (frames over a socket)"
+SHARED, MEMCPY = "shm", "memcpy"
 _LEAST_BYTES = 64 << 20  # of a round's measurement: small pieces are moved several times
 _MEMORY_BYTES = PIECES * max(SIZES)
 _TIMEOUT_S = 60.0
@@ -134,14 +139,16 @@ def _agent(name: str, connection: Connection | None = None) -> Agent:
 
 def passive(name: str, control: Connection, frames: Connection) -> None:
     """The other process: memory to read from and to write to."""
-    memory = np.ones(_MEMORY_BYTES, np.uint8)
+    arena = Arena.create("bench", _MEMORY_BYTES)
+    memory = arena.array
+    memory[:] = 1
     if name in _RAW:
         raw = RawNixl(memory, name, passive=True)
         control.send((raw.describe(), memory.ctypes.data))
         control.recv()
         return
     with contextlib.closing(_agent(name)) as agent:
-        agent.register(memory)
+        export(agent, memory, arena.fd)
         if isinstance(agent, StreamAgent):
             agent.serve(ConnectionPipe(frames))
         control.send((agent.describe(), memory.ctypes.data))
@@ -151,7 +158,8 @@ def passive(name: str, control: Connection, frames: Connection) -> None:
 class Way:
     """One agent, connected to one in another process."""
 
-    def __init__(self, name: str, memory: Bytes1D) -> None:
+    def __init__(self, name: str, arena: Arena) -> None:
+        memory = arena.array
         self._control, far = Pipe()
         frames, far_frames = Pipe()
         self._process = multiprocessing.get_context("spawn").Process(
@@ -170,7 +178,7 @@ class Way:
             return
         agent = _agent(name, frames)
         self._close = agent.close
-        agent.register(memory)
+        export(agent, memory, arena.fd)
         remote = agent.connect(description, _TIMEOUT_S)
         self.moves = {
             "read": lambda pieces: remote.read(pieces, _TIMEOUT_S),
@@ -183,6 +191,29 @@ class Way:
         with contextlib.suppress(OSError):
             self._control.send(None)
         self._process.join()
+
+
+class Memcpy:
+    """The C library's copies between two memories of this process."""
+
+    def __init__(self, memory: Bytes1D) -> None:
+        self._other = np.ones_like(memory)
+        self.address = int(self._other.ctypes.data)
+        self.moves = {"read": self._read, "write": self._write}
+
+    def _read(self, pieces: Pieces) -> None:
+        self._copy(pieces.local, pieces.remote, pieces)
+
+    def _write(self, pieces: Pieces) -> None:
+        self._copy(pieces.remote, pieces.local, pieces)
+
+    def _copy(self, targets: U64, sources: U64, pieces: Pieces) -> None:
+        rows = zip(targets.tolist(), sources.tolist(), pieces.nbytes.tolist(), strict=True)
+        for target, source, nbytes in rows:
+            ctypes.memmove(target, source, nbytes)
+
+    def close(self) -> None:
+        """Nothing is left."""
 
 
 def spread(memory: Bytes1D, address: int, nbytes: int) -> Pieces:
@@ -204,17 +235,20 @@ def usable() -> Iterator[str]:
     with contextlib.suppress(Unavailable):
         ucxx.load()
         yield "ucxx"
-    yield FRAMES
+    yield from (FRAMES, SHARED, MEMCPY)
 
 
 def measure(rounds: int) -> Document:
     """Bytes a second of each way, by operation and size, in each round."""
-    memory = np.full(_MEMORY_BYTES, 2, np.uint8)
     found: Document = {}
     with contextlib.ExitStack() as stack:
-        ways = {
-            name: stack.enter_context(contextlib.closing(Way(name, memory))) for name in usable()
-        }
+        arena = stack.enter_context(contextlib.closing(Arena.create("bench", _MEMORY_BYTES)))
+        memory = arena.array
+        memory[:] = 2
+        ways: dict[str, Way | Memcpy] = {}
+        for name in usable():
+            made = Memcpy(memory) if name == MEMCPY else Way(name, arena)
+            ways[name] = stack.enter_context(contextlib.closing(made))
         for turn in range(rounds + 1):
             for op in ("read", "write"):
                 for size in SIZES:

@@ -65,3 +65,6 @@ TRANSFER_CLOSE_S = 5.0  # how long the end of a connection waits for the calls t
 STREAM_CHUNK_BYTES = 1 << 20  # of blocks' bytes in one frame of the transfer by stream
 STREAM_CHUNK_PIECES = 1024  # in one such frame
 STREAM_CHUNKS_AHEAD = 8  # asked for or sent, and not answered, on one connection
+MAX_SHARED_MEMORIES = 16  # that an agent hands to other processes of its host
+MAX_SHM_CONNECTIONS = 256  # of other processes that map what an agent shares
+SHM_HELLO_S = 0.5  # until memories were asked for, and handed over; then another way is taken

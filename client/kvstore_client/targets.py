@@ -21,7 +21,7 @@ from kvstore_client.remote import RemoteSession
 CLUSTER_SCHEME = "cluster://"
 _NO_BLOCKS_BYTES = 1 << 16  # of memory, where only questions are asked
 _MOST_MEMORY_BYTES = 1 << 40
-_TRANSFER = "nixl"  # as nodes have it that were told nothing
+_TRANSFER = "auto"  # as nodes have it that were told nothing
 _OPTIONS = ("transfer", "replicas", "arena", "ring")
 _FORMS = (
     "unix:///path/to/kvstore.sock, grpc+unix:///path/to/kvstore.grpc.sock, grpc://127.0.0.1:port or"

@@ -55,9 +55,11 @@ class ApartAgent:
         self._closed = False
         self.on_death: Callable[[], None] | None = None
 
-    def share(self, fd: int, memory: Bytes1D) -> None:
+    def share(self, fd: int, memory: Bytes1D, *, writable: bool = True) -> None:
         """Lets connected processes read and write a memfd, which is mapped here as `memory`. The
-        descriptor and the mapping stay the caller's, and outlive the agent."""
+        descriptor and the mapping stay the caller's, and outlive the agent. writable: of no use
+        here, as NIXL registers no memory for reading alone."""
+        del writable
         self._fd, self._memory = fd, memory
 
     def register(self, memory: Bytes1D) -> None:
@@ -156,12 +158,17 @@ class ApartAgent:
 
 @runtime_checkable
 class Shares(Protocol):
-    """An agent that takes shared memory, part of which is in a process that may die by itself."""
+    """An agent that takes shared memory."""
+
+    def share(self, fd: int, memory: Bytes1D, *, writable: bool = True) -> None:
+        """See `ApartAgent.share` and `ShmAgent.share`."""
+
+
+@runtime_checkable
+class Mortal(Protocol):
+    """An agent part of which is in a process that may die by itself."""
 
     on_death: Callable[[], None] | None
-
-    def share(self, fd: int, memory: Bytes1D) -> None:
-        """See `ApartAgent.share`."""
 
 
 def make_safe_agent(kind: str, name: str, pipes: Pipes = no_pipes) -> Agent:
@@ -181,10 +188,11 @@ def make_safe_agent(kind: str, name: str, pipes: Pipes = no_pipes) -> Agent:
     return ApartAgent(kind, name, active)
 
 
-def export(agent: Agent, memory: Bytes1D, fd: int) -> None:
-    """Registers a memfd that is mapped here with an agent of any sort."""
+def export(agent: Agent, memory: Bytes1D, fd: int, *, writable: bool = True) -> None:
+    """Registers a memfd that is mapped here with an agent of any sort. writable: whether others may
+    write to it; where it is not, agents that can refuse that do."""
     if isinstance(agent, Shares):
-        agent.share(fd, memory)
+        agent.share(fd, memory, writable=writable)
     else:
         agent.register(memory)
 

@@ -49,6 +49,10 @@ class Pieces:
 class Remote(Protocol):
     """The registered memory of another process."""
 
+    @property
+    def kind(self) -> str:
+        """The transport's name in settings, never auto."""
+
     def read(self, pieces: Pieces, timeout_s: float) -> None:
         """Copies from the other process to this one; all has arrived when it returns.
 
@@ -77,7 +81,7 @@ class Agent(Protocol):
 
     @property
     def kind(self) -> str:
-        """The transport's name in settings: nixl, ucxx or grpc."""
+        """The transport's name in settings: shm, nixl, ucxx, grpc or auto."""
 
     def register(self, memory: Bytes1D) -> None:
         """Lets connected processes read and write this memory (uint8, contiguous), for as long as
@@ -94,5 +98,11 @@ class Agent(Protocol):
         `ProtocolError` for a description that is none, `DeadlineExceeded`."""
 
     def close(self) -> None:
-        """Ends the agent. When it returns no byte lands in registered memory any more, whoever
-        sent it: this is what revokes a landing ring. Closes its remotes too."""
+        """Ends the agent, and closes its remotes. When it returns no byte lands in registered
+        memory any more, whoever sent it: this is what revokes a landing ring.
+
+        Memory that was shared for writing by `shm` is the exception: whoever has mapped it can
+        write to it until they notice. So it must hold nothing else from then on, as `LandingRing`
+        has it: each agent has a memfd of its own, made for it and given back after it. All that may
+        still be looked at there are blocks that landed whole and are viewed, and no writer has
+        their addresses: those of an unfinished one are not given out again."""

@@ -10,8 +10,8 @@ from kvstore.transfer.base import Agent
 from kvstore.transfer.stream import Pipes, StreamAgent, no_pipes
 
 _OVER_TCP = "over TCP, what others reach in a process of its own"
-KINDS = ("nixl", "ucxx", "grpc", "auto")
-AUTO = ("nixl", "grpc")  # of which `auto` uses the first one that both sides have
+KINDS = ("shm", "nixl", "ucxx", "grpc", "auto")
+AUTO = ("shm", "nixl", "grpc")  # of which `auto` uses the first one that both sides have
 
 
 def make_agent(
@@ -28,6 +28,10 @@ def make_agent(
     as others reach it, for ucxx; its name unless given. over_tcp: see `NixlAgent`.
     `InvalidArgument` for another kind, `Unavailable` where its library or device is not there.
     """
+    if kind == "shm":
+        from kvstore.transfer.shm import ShmAgent
+
+        return ShmAgent()
     if kind == "nixl":
         from kvstore.transfer.nixl import NixlAgent
 
@@ -52,9 +56,10 @@ class Availability:
 
 def available() -> list[Availability]:
     """Each kind, the fastest first. Loads the libraries that there are."""
-    from kvstore.transfer import nixl, ucxx
+    from kvstore.transfer import nixl, shm, ucxx
 
     found = [
+        _tried("shm", shm.boot_id, "between processes of one user on this host"),
         _tried("nixl", nixl.load, "over RDMA" if nixl.has_rdma() else _OVER_TCP),
         _tried("ucxx", ucxx.load, "copies at both ends"),
         Availability("grpc", True, "copies at both ends"),

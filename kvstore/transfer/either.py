@@ -1,13 +1,14 @@
 """An agent of several kinds: two of these use the first kind that both have.
 
 Which one that is is decided when they connect, so hosts with NIXL and hosts without it are in one
-cluster.
+cluster, and processes of one host need no network between them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import struct
+import time
 from collections.abc import Callable, Sequence
 
 from kvstore.errors import ProtocolError, Unavailable
@@ -44,10 +45,10 @@ class EitherAgent:
     def _apart(self) -> list[ApartAgent]:
         return [agent for agent in self.agents if isinstance(agent, ApartAgent)]
 
-    def share(self, fd: int, memory: Bytes1D) -> None:
-        """See `ApartAgent.share`."""
+    def share(self, fd: int, memory: Bytes1D, *, writable: bool = True) -> None:
+        """See `Shares.share`."""
         for agent in self.agents:
-            export(agent, memory, fd)
+            export(agent, memory, fd, writable=writable)
 
     def register(self, memory: Bytes1D) -> None:
         """Never: only memory that another process can map is of use here."""
@@ -65,6 +66,7 @@ class EitherAgent:
 
     def connect(self, description: bytes, timeout_s: float) -> Remote:
         """See `Agent`; by the first kind that both have and that reaches the other one."""
+        end_s = time.monotonic() + timeout_s
         theirs = parts_of(description)
         failed = TransferFailed(
             f"the other side has {', '.join(theirs) or 'nothing'}: none is here"
@@ -72,15 +74,16 @@ class EitherAgent:
         for agent in self.agents:
             if agent.kind in theirs:
                 try:
-                    return agent.connect(theirs[agent.kind], timeout_s)
+                    return agent.connect(theirs[agent.kind], max(0.0, end_s - time.monotonic()))
                 except TransferFailed as error:
                     failed = error
         raise failed
 
     def close(self) -> None:
         """See `Agent`."""
-        for agent in self.agents:
-            agent.close()
+        with contextlib.ExitStack() as stack:  # each of them, whatever one of them says
+            for agent in self.agents:
+                stack.callback(agent.close)
 
 
 def parts_of(description: bytes) -> dict[str, bytes]:

@@ -25,12 +25,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 
 from kvstore import limits
 from kvstore.errors import DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
+from kvstore.nixl_binding import Bindings, Native
 from kvstore.transfer import description as descriptions
 from kvstore.transfer.base import U64, Bytes1D, Pieces, TransferFailed
 from kvstore.transfer.registered import Regions, Registered, checked, merged
@@ -53,56 +54,7 @@ _PROBE_BYTES = 8
 _creating = threading.Lock()
 
 
-class _Native(Protocol):
-    """What is used of `nixlAgent` in NIXL's bindings."""
-
-    def createBackend(self, name: str, parameters: dict[str, str]) -> int: ...  # noqa: N802
-    def registerMem(self, descriptors: object, backends: list[int]) -> None: ...  # noqa: N802
-    def getLocalMD(self) -> bytes: ...  # noqa: N802
-    def loadRemoteMD(self, metadata: bytes) -> bytes | str: ...  # noqa: N802
-    def createXferReq(  # noqa: N802, PLR0917
-        self,
-        operation: object,
-        local: object,
-        remote: object,
-        peer: bytes | str,
-        notification: bytes,
-        backends: list[int],
-    ) -> int: ...
-    def postXferReq(self, handle: int, notification: bytes) -> object: ...  # noqa: N802
-    def getXferStatus(self, handle: int) -> object: ...  # noqa: N802
-    def releaseXferReq(self, handle: int) -> None: ...  # noqa: N802
-
-
-class _Config(Protocol):
-    useProgThread: bool  # noqa: N815
-    useListenThread: bool  # noqa: N815
-    syncMode: object  # noqa: N815
-    pthrDelay: int  # noqa: N815
-
-
-class _Lists(Protocol):
-    def __call__(self, memory: object, rows: object) -> object: ...
-
-
-class _Bindings(Protocol):
-    """What is used of NIXL's bindings. Its Python layer has no way to set `pthrDelay`, and with
-    the value that it sets a thread looks for work without a pause."""
-
-    DRAM_SEG: object
-    NIXL_READ: object
-    NIXL_WRITE: object
-    NIXL_SUCCESS: object
-    NIXL_IN_PROG: object
-    NIXL_THREAD_SYNC_STRICT: object
-    nixlXferDList: _Lists  # noqa: N815
-    nixlRegDList: _Lists  # noqa: N815
-
-    def nixlAgentConfig(self) -> _Config: ...  # noqa: N802
-    def nixlAgent(self, name: str, config: _Config) -> _Native: ...  # noqa: N802
-
-
-def load() -> _Bindings:
+def load() -> Bindings:
     """NIXL's bindings of the wheel that is installed; `Unavailable`."""
     problems = []
     # The wheels bring a libnl of their own. Where the host has one too, a process ends in a
@@ -113,7 +65,7 @@ def load() -> _Bindings:
         try:
             # Its __init__ says where NIXL looks for its plugins.
             importlib.import_module(wheel)
-            return cast(_Bindings, importlib.import_module(f"{wheel}._bindings"))
+            return cast(Bindings, importlib.import_module(f"{wheel}._bindings"))
         except ImportError as error:
             problems.append(f"{wheel}: {error}")
     raise Unavailable(f"no NIXL: pip install nixl-cu13 or nixl-cu12 ({'; '.join(problems)})")
@@ -210,6 +162,8 @@ class NixlAgent:
 
 class NixlRemote:
     """Another process's memory: see `kvstore.transfer.base.Remote`. Made by `NixlAgent`."""
+
+    kind = KIND
 
     def __init__(self, engine: _Engine, local: Regions, remote: Regions) -> None:
         self._engine, self._local, self._remote = engine, local, remote
@@ -311,7 +265,7 @@ class _Engine:
 
     def __init__(
         self,
-        bindings: _Bindings,
+        bindings: Bindings,
         name: str,
         ranges: Sequence[tuple[int, int]],
         *,
@@ -331,7 +285,7 @@ class _Engine:
             with ucx_environment(transports(rdma=rdma)):
                 backend = agent.createBackend("UCX", {})
             agent.registerMem(bindings.nixlRegDList(bindings.DRAM_SEG, rows), [backend])
-        self._agent: _Native | None = agent
+        self._agent: Native | None = agent
 
     def metadata(self) -> bytes:
         """What another agent of NIXL loads."""
@@ -383,7 +337,7 @@ class _Engine:
         if agent is not None and sys.getrefcount(agent) > 2:
             raise TransferFailed("somebody else holds the NIXL agent: its memory stays in use")
 
-    def _own(self) -> _Native:
+    def _own(self) -> Native:
         if self._agent is None:
             raise TransferFailed("this agent is closed")
         return self._agent
@@ -406,7 +360,7 @@ class _Engine:
             raise TransferFailed(f"{words}: {error}") from None
 
 
-def _errors(bindings: _Bindings) -> tuple[type[Exception], ...]:
+def _errors(bindings: Bindings) -> tuple[type[Exception], ...]:
     return tuple(
         each
         for name, each in vars(bindings).items()

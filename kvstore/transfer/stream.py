@@ -113,7 +113,8 @@ class StreamAgent:
             raise ProtocolError("an agent's token is too short")
         with self._gate:
             self._usable()
-        remote = StreamRemote(self._registered, self._pipes(body, timeout_s))
+        pipe = self._pipes(body, timeout_s)
+        remote = StreamRemote(self._registered, pipe, kind=self._kind)
         with self._gate:
             self._remotes = {each for each in self._remotes if not each.closed} | {remote}
             closed = self._closed
@@ -231,8 +232,8 @@ class _Call:
 class StreamRemote:
     """Another process's memory: see `kvstore.transfer.base.Remote`. Made by `StreamAgent`."""
 
-    def __init__(self, registered: Registered, pipe: FramePipe) -> None:
-        self._registered, self._pipe = registered, pipe
+    def __init__(self, registered: Registered, pipe: FramePipe, *, kind: str = KIND) -> None:
+        self._registered, self._pipe, self.kind = registered, pipe, kind
         # Held while bytes come into local memory: so nothing comes after `close`.
         self._changed = threading.Condition()
         # By number, in the order of sending. A chunk whose call has given up has no targets.

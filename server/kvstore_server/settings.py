@@ -222,8 +222,8 @@ class Settings(BaseSettings):
     node_weight: WholeNumber = Field(
         default=1, ge=1, le=limits.MAX_MEMBER_WEIGHT, description="This node's share of the blocks."
     )
-    transfer: Literal["nixl", "ucxx", "grpc", "auto"] = Field(
-        default="nixl", description="How blocks travel between hosts: nixl, ucxx, grpc or auto."
+    transfer: Literal["shm", "nixl", "ucxx", "grpc", "auto"] = Field(
+        default="auto", description="How blocks travel: shm, nixl, ucxx, grpc or auto."
     )
     repair_rate: ByteRate = Field(
         default=256 << 20, description="Bytes a second that bringing copies to nodes may take."

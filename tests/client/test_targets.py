@@ -89,7 +89,7 @@ def test_other_targets_are_refused_with_the_forms_there_are(text: str) -> None:
         ("cluster://secret@h:1", "is not HOST:PORT"),
         ("cluster://h:1#x", "is not HOST:PORT"),
         ("cluster://[::1:7", "is not HOST:PORT"),
-        ("cluster://h:1?transfer=carrier", "transfer is none of nixl, ucxx, grpc"),
+        ("cluster://h:1?transfer=carrier", "transfer is none of shm, nixl, ucxx, grpc"),
         ("cluster://h:1?transfer=", "transfer is none of"),
         ("cluster://h:1?replicas=0", "replicas must be 1 to 7"),
         ("cluster://h:1?replicas=8", "replicas must be 1 to 7"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ class Etcd(EtcdServer):
         self.stop(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Stops the process where it stands: connections stay open, nothing is answered."""
+        """Stops the process where it stands: connections stay open, nothing is answered. When this
+        returns all of its threads have stopped."""
         assert self.process
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         """Ends a `pause`."""

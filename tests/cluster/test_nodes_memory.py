@@ -18,7 +18,9 @@ BUSY_S = 20.0
 TURNS = 3 * CHAINS
 
 
-@pytest.fixture(scope="module", params=["nixl", "grpc"])
+@pytest.fixture(
+    scope="module", params=["shm", "nixl", pytest.param("grpc", marks=pytest.mark.long)]
+)
 def transfer(request: pytest.FixtureRequest) -> str:
     kind = str(request.param)
     if kind not in {each.kind for each in available() if each.usable}:

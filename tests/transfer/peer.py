@@ -24,6 +24,8 @@ import xxhash
 from transfer.pipes import SocketPipe
 
 from kvstore.errors import KVStoreError
+from kvstore.memory import Arena
+from kvstore.transfer.apart import export
 from kvstore.transfer.base import Agent, Pieces, TransferFailed
 from kvstore.transfer.stream import StreamAgent
 
@@ -50,7 +52,11 @@ def agent(kind: str, name: str) -> Iterator[Agent]:
     """An agent that is reached over loopback; closed at the end."""
     with contextlib.ExitStack() as stack:
         made: Agent
-        if kind == "nixl":
+        if kind == "shm":
+            from kvstore.transfer.shm import ShmAgent
+
+            made = ShmAgent()
+        elif kind == "nixl":
             from kvstore.transfer.nixl import NixlAgent
 
             made = NixlAgent(name, over_tcp=True)
@@ -180,9 +186,10 @@ def say(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-def passive(own: Agent, memory: np.ndarray) -> None:
+def passive(own: Agent, arena: Arena) -> None:
+    memory = arena.array
     memory[:] = pattern(memory.nbytes, 1)
-    own.register(memory)
+    export(own, memory, arena.fd)
     say(description=own.describe().hex(), address=memory.ctypes.data)
     for line in sys.stdin:
         if line.startswith("close"):
@@ -190,8 +197,9 @@ def passive(own: Agent, memory: np.ndarray) -> None:
         say(hash=xxhash.xxh3_64_intdigest(memory.data))
 
 
-def active(own: Agent, memory: np.ndarray) -> None:
-    own.register(memory)
+def active(own: Agent, arena: Arena) -> None:
+    memory = arena.array
+    export(own, memory, arena.fd)
     say()
     description, remote = sys.stdin.readline().split()
     connection = own.connect(bytes.fromhex(description), TIMEOUT_S)
@@ -208,9 +216,9 @@ def active(own: Agent, memory: np.ndarray) -> None:
 
 def main() -> None:
     role, kind, nbytes = sys.argv[1:]
-    memory = np.zeros(int(nbytes), np.uint8)
+    arena = Arena.create(role, int(nbytes))
     with agent(kind, role) as own:
-        {"passive": passive, "active": active}[role](own, memory)
+        {"passive": passive, "active": active}[role](own, arena)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def test_every_kind_that_is_usable_can_be_made() -> None:
     found = available()
     assert {each.kind for each in found} == set(KINDS)
     assert [each.kind for each in found[-2:] if each.usable] == ["grpc", "auto"]
+    assert "shm, else" in found[-1].words
     assert "grpc" in found[-1].words
     for each in found:
         if each.usable:
@@ -40,7 +41,7 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch: pytest.Monk
     for load, wanted in ((nixl.load, "nixl-cu13"), (ucxx.load, "ucxx-cu12")):
         with pytest.raises(Unavailable, match=f"pip install {wanted}"):
             load()
-    assert [each.kind for each in available() if each.usable] == ["grpc", "auto"]
+    assert [each.kind for each in available() if each.usable] == ["shm", "grpc", "auto"]
 
 
 @pytest.mark.skipif(nixl.has_rdma(), reason="has RDMA")

@@ -15,6 +15,8 @@ import xxhash
 from transfer.peer import TIMEOUT_S, Peer, agent, everything, pattern, peer
 
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ProtocolError
+from kvstore.memory import Arena
+from kvstore.transfer.apart import export
 from kvstore.transfer.base import Agent, Pieces, Remote, TransferFailed
 
 SMALL, LARGE = 8 << 20, 48 << 20
@@ -30,17 +32,20 @@ KINDS = [
         "grpc": ["kvstore"],
         "nixl": ["nixl_cu13", "nixl_cu12"],
         "ucxx": ["ucxx"],
+        "shm": ["kvstore"],
     }.items()
 ]
+# Of those where both sides take part in a transfer; what `shm` does instead is in test_shm.py.
+IN_TWO = KINDS[:-1]
 
 
 class Pair:
     """An agent here, connected to one in a peer."""
 
-    def __init__(self, own: Agent, other: Peer) -> None:
+    def __init__(self, own: Agent, other: Peer, arena: Arena) -> None:
         self.own, self.other = own, other
-        self.memory = np.zeros(other.nbytes, np.uint8)
-        own.register(self.memory)
+        self.memory = arena.array
+        export(own, self.memory, arena.fd)
         self.remote: Remote = own.connect(other.description, TIMEOUT_S)
 
     def pieces(self, rows: list[tuple[int, int, int]]) -> Pieces:
@@ -60,8 +65,12 @@ class Pair:
 
 @contextlib.contextmanager
 def connected(kind: str, nbytes: int) -> Iterator[Pair]:
-    with peer("passive", kind, nbytes) as other, agent(kind, "test") as own:
-        yield Pair(own, other)
+    with (
+        contextlib.closing(Arena.create("test", nbytes)) as arena,
+        peer("passive", kind, nbytes) as other,
+        agent(kind, "test") as own,
+    ):
+        yield Pair(own, other, arena)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -229,7 +238,7 @@ def test_a_peer_that_is_killed_in_mid_transfer_fails_the_call(kind: str, op: str
             pair.remote.read(pair.pieces([(0, 0, 8)]), TIMEOUT_S)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_TWO)
 def test_nothing_arrives_from_a_stopped_peer_after_close(kind: str) -> None:
     with connected(kind, LARGE) as pair:
         call = Background(lambda: forever(pair, pair.remote.read, 0.5))
@@ -248,7 +257,7 @@ def test_nothing_arrives_from_a_stopped_peer_after_close(kind: str) -> None:
         assert np.array_equal(pair.memory, after)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_TWO)
 def test_a_write_to_a_stopped_peer_meets_its_deadline(kind: str) -> None:
     with connected(kind, LARGE) as pair:
         pair.memory[:] = 9
@@ -266,7 +275,7 @@ def test_a_write_to_a_stopped_peer_meets_its_deadline(kind: str) -> None:
             assert pair.other.ask("hash")["hash"] == closed
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_TWO)
 def test_a_closed_agent_s_memory_is_not_written_by_a_peer_that_goes_on(kind: str) -> None:
     memory = np.zeros(LARGE, np.uint8)
     with peer("active", kind, LARGE) as other, agent(kind, "test") as own:
@@ -309,14 +318,19 @@ def test_nobody_there_is_told_in_time(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_registered_before_it_is_described(kind: str) -> None:
-    with agent(kind, "test") as own:
-        memory = np.zeros(4096, np.uint8)
+    with (
+        contextlib.closing(Arena.create("test", 4096)) as arena,
+        contextlib.closing(Arena.create("late", 4096)) as late,
+        agent(kind, "test") as own,
+    ):
+        memory = arena.array
         for bad in (memory[::2], memory.view(np.uint32), memory[:0], memory.reshape(2, -1)):
             with pytest.raises(InvalidArgument):
-                own.register(bad)  # type: ignore[arg-type]
-        own.register(memory)
+                export(own, bad, arena.fd)  # type: ignore[arg-type]
+        export(own, memory, arena.fd)
         with pytest.raises(InvalidArgument):
-            own.register(memory[100:200])
+            export(own, memory[100:200], arena.fd)
         own.describe()
         with pytest.raises(InvalidArgument):
-            own.register(np.zeros(4096, np.uint8))
+            export(own, late.array, late.fd)
+        del bad, memory

@@ -12,7 +12,7 @@ from kvstore import commands as c
 from kvstore.errors import InvalidArgument, KVStoreError
 from kvstore.memory import Arena
 from kvstore.session.buffers import HeldBlocks
-from kvstore.transfer.apart import Shares, export
+from kvstore.transfer.apart import Mortal, export
 from kvstore.transfer.base import Agent, Bytes1D
 
 _ALIGN = 4096
@@ -84,7 +84,8 @@ class _Life:
         self.dead = False
 
     def close(self) -> None:
-        """When it returns, nothing lands any more, and the memory is given back."""
+        """When it returns, nothing lands any more where anybody looks, and the memory is given
+        back for good: see `Agent.close`."""
         self.agent.close()
         self.arena = self.ring = np.empty(0, np.uint8)
         self.memory.close()
@@ -118,7 +119,7 @@ class LandingRing:
         except BaseException:
             agent.close()
             raise
-        if isinstance(agent, Shares):
+        if isinstance(agent, Mortal):
             agent.on_death = lambda: self._died(life)
         return life
 

@@ -75,7 +75,7 @@ class ClusterSession:
         *,
         token: str,
         timeout_s: float = 5.0,
-        transfer: str = "nixl",
+        transfer: str = "auto",
         replicas: int | None = None,
         tls: Tls | None = None,
         arena_bytes: int = ARENA_BYTES,

@@ -100,7 +100,8 @@ class _Process:
             await service.start(options.listen, self._tls)
             stack.push_async_callback(service.stop, DRAIN_S)
             if options.metrics_port is not None:
-                stack.callback(serve_metrics(node, options.metrics_port, asyncio.get_event_loop()))
+                loop = asyncio.get_event_loop()
+                stack.callback(serve_metrics(node, transfers, options.metrics_port, loop))
             running = asyncio.create_task(node.run())
             ending = _when_over(end)
             await asyncio.wait(
@@ -191,7 +192,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("ca", "cert", "key"):
         parser.add_argument(f"--etcd-{name}", type=Path, help="PEM file")
     parser.add_argument("--cluster", default="default", help="the cluster's name in etcd")
-    parser.add_argument("--transfer", default="nixl", help="nixl, ucxx, grpc or auto")
+    parser.add_argument("--transfer", default="auto", help="shm, nixl, ucxx, grpc or auto")
     parser.add_argument("--repair-rate", type=int, default=256 << 20, help="bytes a second")
     parser.add_argument("--secret-file", type=Path, required=True, help="the cluster's secret")
     parser.add_argument("--data-dir", type=Path, required=True, help="where the ledger lies")

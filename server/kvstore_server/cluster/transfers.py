@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError
-from kvstore.transfer.apart import Shares, export
+from kvstore.transfer.apart import Mortal, export
 from kvstore.transfer.base import Agent, Bytes1D, Pieces, Remote
+from kvstore.transfer.choose import KINDS
 
 log = structlog.get_logger()
 
@@ -25,9 +26,10 @@ class AgentTransfers:
 
     def __init__(self, agent: Agent, pool: Bytes1D, fd: int) -> None:
         self._agent = agent
-        export(agent, pool, fd)
+        self.moved_bytes = {kind: 0 for kind in KINDS if kind != "auto"}  # by what moved them
+        export(agent, pool, fd, writable=False)
         self._description = agent.describe()
-        if isinstance(agent, Shares):
+        if isinstance(agent, Mortal):
             agent.on_death = self._again
         self._threads = ThreadPoolExecutor(_THREADS, "kvstore-transfer")
         # Not with the others: what hangs there is ended by a close.
@@ -58,21 +60,27 @@ class AgentTransfers:
         loop = asyncio.get_running_loop()
         connect = functools.partial(self._agent.connect, agent, timeout_ms / 1e3)
         remote = await loop.run_in_executor(self._threads, connect)
-        return AgentMemory(remote, self._threads, self._closes)
+        return AgentMemory(remote, self._threads, self._closes, self.moved_bytes)
 
     def close(self) -> None:
-        """Ends the agent: no byte of the pool moves any more."""
+        """Ends the agent: nothing is moved to the pool any more, and no read of it that is not over
+        by then succeeds."""
         self._agent.close()
         self._threads.shutdown()
         self._closes.shutdown()
 
 
 class AgentMemory:
-    """`Memory` of a remote."""
+    """`Memory` of a remote. moved_bytes: by kind, to be counted up."""
 
     def __init__(
-        self, remote: Remote, threads: ThreadPoolExecutor, closes: ThreadPoolExecutor
+        self,
+        remote: Remote,
+        threads: ThreadPoolExecutor,
+        closes: ThreadPoolExecutor,
+        moved_bytes: dict[str, int],
     ) -> None:
+        self._moved_bytes = moved_bytes
         self._remote, self._threads, self._closes = remote, threads, closes
         self._turns = asyncio.Semaphore(_OF_ONE)
 
@@ -97,6 +105,7 @@ class AgentMemory:
         try:
             work = functools.partial(move, pieces, max(end_s - loop.time(), 1e-3))
             await loop.run_in_executor(self._threads, work)
+            self._moved_bytes[self._remote.kind] += pieces.total
         finally:
             self._turns.release()
 
