@@ -41,7 +41,7 @@ from kvstore.session.requests import PutRequest
 # should not; then nobody writes to the slots any more.
 _UNCHANGED = (StaleNamespace, DeadlineExceeded, Unavailable)
 Rows = npt.NDArray[np.intp]
-_FEWEST_AHEAD = 8  # slots to ask for ahead, so that small puts seldom ask
+_FEWEST_AHEAD = 16  # slots to ask for ahead, so that small puts seldom ask
 
 
 class SlotStock:
@@ -120,23 +120,25 @@ class Writer:
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = slot_granules(put.namespace.layout)
         self._link.take_answers(0)
-        spare = self.stock.count(size) - len(absent)
+        left = self.stock.count(size) - len(absent)
+        asks = left < 0 or self._wanted(size, len(absent), left) > 0
         # While much is copied the store can hear of it; a little is copied before it would wake.
-        in_the_end = 0 <= spare < len(absent) and len(absent) * put.part.nbytes <= ALONE_BYTES
-        if spare < (len(absent) if self._ahead else 0) and not in_the_end:
+        early = left < 0 or len(absent) * put.part.nbytes > ALONE_BYTES
+        if asks and early:
             before()
         slots = self._slots(size, number, len(absent), deadline)
         try:
             fill = _filled(memory, put, number, rows=absent[: len(slots)], slots=slots, by=deadline)
-            more = self._wanted(size, len(slots))
-            if in_the_end and more:
+            more = self._wanted(size, len(slots), self.stock.count(size))
+            if asks and not early:
                 before()
         except BaseException:
             self.stock.put(size, slots)
             raise
         # Whatever breaks this off, the slots are not written again: the blocks may be shown.
         if len(slots) == len(absent) and fill.post(epoch):
-            self._have_adopted(number, size, more, deadline)
+            if more:
+                self._have_adopted(number, size, more, deadline)
             return PutResult(stored=len(slots), existed=n - len(slots), waiting=0, not_stored=0)
         try:
             committed = self._link.call(fill.commit(absent, more), deadline.left_s)
@@ -191,8 +193,9 @@ class Writer:
         return slots
 
     def _have_adopted(self, number: int, size: int, more: int, deadline: Deadline) -> None:
-        """Tells the store that something was posted, and asks for slots. The blocks are shown
-        already: whatever becomes of this, they are put."""
+        """Asks for slots, and so lets the store take over what was posted by now, which is shown
+        already: whatever becomes of this, it is put. Small puts do this once in a while, because
+        the wake-up takes longer than the rest of the put, and the store less for several blocks."""
 
         def then(answer: object) -> None:
             if isinstance(answer, c.Granted):
@@ -201,13 +204,14 @@ class Writer:
         with contextlib.suppress(KVStoreError):
             self._link.cast(c.Adopt(namespace=number, more=more), deadline.left_s, then)
 
-    def _wanted(self, size: int, n: int) -> int:
-        """How many slots to ask for, so that the next put of n blocks finds them here."""
+    def _wanted(self, size: int, n: int, left: int) -> int:
+        """How many slots to ask for where so many are left, so that the next put of n blocks finds
+        them here; of small puts the next few, for which the answer may be late."""
         if not self._ahead:
             return 0
-        left = self.stock.count(size)
         most = limits.MAX_AHEAD_BYTES // (size * limits.GRANULE_BYTES)
-        return max(0, min(max(n, _FEWEST_AHEAD), most) - left) if left < n else 0
+        enough = min(max(n, _FEWEST_AHEAD), most)
+        return max(0, enough - left) if left < max(n, enough // 2) else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -144,6 +144,8 @@ class Store:
         if who.holds_nothing:
             self._adoption.free_board(who)
             del self._connections[connection]
+        if self._shelf.places.volumes:
+            self.nvme.pump()
         return who.holds_nothing
 
     def holder_died(self, connection: int) -> None:
