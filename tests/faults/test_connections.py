@@ -261,20 +261,25 @@ def test_a_put_broken_off_once_it_is_shown_never_writes_there_again(
     first = [content(key, 1, BLOCK_BYTES) for key in range(n)]
     with connected(direct) as session:
         namespace = session.open_namespace(f"broken off {n}", LAYOUT)
-        assert session.put(namespace, hashes(n, seed=20), first).stored == n
+        begun: list[int] = []
 
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
+        def put_for_ever() -> None:
+            while True:
+                begun.append(1000 + len(begun))
+                session.put(namespace, hashes(n, seed=begun[-1]), first)
+
         with monkeypatch.context() as patch:
             patch.setattr(session._link, "cast", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                session.put(namespace, hashes(n, seed=21), first)
-        for seed in range(22, 30):
+            with pytest.raises(KeyboardInterrupt):  # the first put that asks for slots
+                put_for_ever()
+        for seed in range(100, 130):
             others = [content(100 + key, seed, BLOCK_BYTES) for key in range(n)]
             assert session.put(namespace, hashes(n, seed=seed), others).stored == n
         found = [np.zeros(BLOCK_BYTES, np.uint8) for _ in range(n)]
-        got = session.get_into(namespace, hashes(n, seed=21), found)
+        got = session.get_into(namespace, hashes(n, seed=begun[-1]), found)
         assert all(isinstance(each, Hit) for each in got)
         np.testing.assert_array_equal(found, first)
 
