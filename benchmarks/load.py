@@ -1,9 +1,10 @@
 """The channel while gRPC is busy: `python -m benchmarks.load [--json FILE]`.
 
 One client on shared memory puts, gets and matches, while other processes do the same over gRPC:
-none, some at a bounded rate, or as fast as they can. Its own calls keep coming at one pace. What a
-process that only echoes would take in the daemon's place is measured beside it: more than that
-is ours, the rest is the machine's, where more wants to run than it has processors.
+none, some at a bounded rate, or as fast as they can. Its own calls keep coming at one pace. A bare
+round trip is made at a round's start, and again when a put has left the daemon something to do.
+What a process that only echoes would take in the daemon's place is measured beside it: more than
+that is ours, the rest is the machine's, where more wants to run than it has processors.
 """
 
 from __future__ import annotations
@@ -275,7 +276,8 @@ def measure_all(folder: Path, options: argparse.Namespace) -> Document:
             return isinstance(port.call(_NOTHING_READ, _TIMEOUT_S), commands.Count)
 
         caller = Caller(client, seed=0)
-        calls = {**caller.calls, "bare round trip": bare, "echo process": echo.call}
+        calls = {"bare round trip": bare, **caller.calls}
+        calls |= {"round trip behind a put": bare, "echo process": echo.call}
         pids = {"channel client": os.getpid(), "daemon's core": running.pid}
         pids |= {"gateway": running.gateway_pid(), "echo process": echo.pid}
         for name, (processes, period_s) in loads.items():
