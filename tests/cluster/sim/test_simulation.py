@@ -13,7 +13,7 @@ from cluster.sim.plans import PLANS
 from cluster.sim.simulation import Tally, run_seed
 
 SHORT = {
-    "ordinary": 60,
+    "ordinary": 44,
     "forgetful": 10,
     "parted": 14,
     "forsaken": 14,
@@ -21,7 +21,7 @@ SHORT = {
     "halting": 18,
     "cramped": 15,
     "restless": 14,
-    "piecemeal": 12,
+    "piecemeal": 9,
 }
 LONG, LONGER = 500, 20_000
 _HOURS_S = 24 * 3600
