@@ -32,6 +32,8 @@ from kvstore.index.format import (
 )
 from kvstore.index.probing import search
 
+_MOST_BESIDE = 64  # keys of a match that are looked for on boards at a time
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
@@ -135,9 +137,26 @@ class IndexReader:
         count = search(view.rows, words, namespace, self._bound, leading, rows)
         if boards and count < len(words) and (boards.pending or boards.total != before):
             if leading:
-                rows[count:] = 0
-            count = self._search_beside(boards, words, namespace, rows)
+                count = self._match_beside(boards, words, namespace, rows, count)
+            else:
+                count = self._search_beside(boards, words, namespace, rows)
         return rows, count
+
+    def _match_beside(
+        self, boards: Boards, words: Words, namespace: int, rows: Words, count: int
+    ) -> int:
+        """Goes on with a match from the first key that the index does not have: most chains end
+        there, so few keys are looked for beside it at first."""
+        n, few = len(words), 1
+        while count < n:
+            end = min(count + few, n)
+            rows[count:end] = 0
+            count += self._search_beside(boards, words[count:end], namespace, rows[count:end])
+            if count < end:
+                break
+            count += search(self.view.rows, words[end:], namespace, self._bound, True, rows[end:])
+            few = min(2 * few, _MOST_BESIDE)
+        return count
 
     def _search_beside(self, boards: Boards, words: Words, namespace: int, rows: Words) -> int:
         """Fills in rows that are zeros; returns how many lead. The boards first: what was adopted

@@ -106,7 +106,8 @@ class Writer:
         """Stores whole blocks in the namespace `number`; a call or none, and one more where the
         stock is too small. epoch: the index's of namespaces, when `number` was the right one.
         before: called where the store may have to evict for this, or for the next put, before it
-        does. note: is told of blocks that are stored already.
+        does. note: is told of blocks that are stored already, and of none where something was
+        posted that the store has yet to be told of.
 
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
@@ -139,6 +140,8 @@ class Writer:
         if len(slots) == len(absent) and fill.post(epoch):
             if more:
                 self._have_adopted(number, size, more, deadline)
+            else:
+                note(Lookup(there.rows[:0]))  # soon the next report tells the store
             return PutResult(stored=len(slots), existed=n - len(slots), waiting=0, not_stored=0)
         try:
             committed = self._link.call(fill.commit(absent, more), deadline.left_s)

@@ -21,6 +21,7 @@ from kvstore import commands as c
 from kvstore.channel import port as port_module
 from kvstore.channel.port import ChannelPort
 from kvstore.errors import DeadlineExceeded, ProtocolError, StaleNamespace, Unavailable
+from kvstore.index import IndexReader
 from kvstore.memory import Arena
 from kvstore.session import writes
 from kvstore.session.addresses import addresses_of
@@ -282,6 +283,17 @@ def test_a_put_broken_off_once_it_is_shown_never_writes_there_again(
         got = session.get_into(namespace, hashes(n, seed=begun[-1]), found)
         assert all(isinstance(each, Hit) for each in got)
         np.testing.assert_array_equal(found, first)
+
+
+def test_the_daemon_soon_hears_of_what_was_put_though_nobody_calls_it(direct: Daemon) -> None:
+    block = [content(1, 1, BLOCK_BYTES)]
+    with connected(direct) as session:
+        namespace = session.open_namespace("untold", LAYOUT)
+        assert session.put(namespace, hashes(1, seed=60), block).stored == 1
+        until(lambda: len(session._writer.stock) > 0 or session._link.take_answers(0))
+        assert session.put(namespace, hashes(1, seed=61), block).stored == 1
+        index = IndexReader(session._link.memory(WAIT_S).index.view)  # without the boards
+        until(lambda: index.match(namespace.id, hashes(1, seed=61)).count == 1)
 
 
 def test_where_the_board_is_full_a_put_shows_its_blocks_by_a_call(

@@ -425,6 +425,32 @@ def test_clients_without_a_board_can_still_put() -> None:
     assert isinstance(slots, c.Granted)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_chain_that_is_partly_in_the_index_and_partly_on_boards_is_matched_whole(
+    seed: int,
+) -> None:
+    rig, rng = Rig(pool=16 << 20, max_blocks=1024, boards=True), np.random.default_rng(seed)
+    clients, n = [Client(rig), Client(rig)], 300
+    hashes, posted = keys(*range(n)), rng.random(n) < [0.02, 0.1, 0.5, 0.5, 0.9, 0.3][seed]
+    posted[np.flatnonzero(posted)[2 * BOARD_ROWS :]] = False
+    slots = [client.grant(n // 2 + 60) for client in clients]
+    rig.put(hashes[~posted])
+    for i, row in enumerate(np.flatnonzero(posted).tolist()):
+        which = int(rng.integers(2)) if i < 2 * 200 else i % 2
+        clients[which].post(hashes[row : row + 1], slots[which][:1])
+        slots[which] = slots[which][1:]
+    reader = reader_of(rig)
+    assert reader.match(rig.ns, hashes).count == n
+    np.testing.assert_array_equal(
+        reader.match(rig.ns, hashes).rows[:, :4], key_words(hashes), strict=True
+    )
+    for missing in rng.integers(0, n, 20).tolist():
+        chain = hashes.copy()
+        chain[missing] ^= 0xFF
+        assert reader.match(rig.ns, chain).count == missing
+        assert reader.lookup(rig.ns, chain).found.sum() == n - 1
+
+
 def test_a_chain_that_was_posted_is_evicted_from_its_tail() -> None:
     rig = Rig(max_blocks=64, boards=True)
     client, chain = Client(rig), keys(*range(8))
@@ -494,4 +520,4 @@ def test_a_search_between_two_steps_of_a_takeover_misses_nothing(
 
     monkeypatch.setattr(real, late)
     assert reader.match(rig.ns, hashes).count == 2
-    assert calls[0] == 2
+    assert calls[0] > 1
