@@ -231,18 +231,22 @@ class _Filled:
 
     def post(self, epoch: int) -> bool:
         """Writes their headers and posts them; False, and nobody sees them, where that cannot be:
-        without a board, on a full one, with a time to live, after a namespace was dropped."""
+        without a board, on a full one, with a time to live or a key that comes twice, after a
+        namespace was dropped."""
         memory, put = self.memory, self.put
         if memory.board is None or put.ttl_ms or memory.index.namespace_epoch != epoch:
             return False
         keys = put.chain[self.rows]
+        words = key_words(keys)
+        if len(set(words[:, 0].tolist())) < len(keys):
+            return False
         if len(keys) == 1:
             self._write_header(keys)
         else:
             self._write_headers(keys)
         return memory.board.post(
             self.number,
-            key_words(keys),
+            words,
             length=put.namespace.layout.block_bytes,
             granules=self.granules,
             generations=memory.generations,

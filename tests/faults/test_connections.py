@@ -285,6 +285,18 @@ def test_a_put_broken_off_once_it_is_shown_never_writes_there_again(
         np.testing.assert_array_equal(found, first)
 
 
+def test_of_a_key_that_comes_twice_in_a_put_one_block_is_stored(direct: Daemon) -> None:
+    blocks = [content(key, 1, BLOCK_BYTES) for key in range(3)]
+    with connected(direct) as session:
+        namespace = session.open_namespace("twice", LAYOUT)
+        twice = hashes(2, seed=70)[[0, 1, 0]]
+        done = session.put(namespace, twice, blocks)
+        assert (done.stored, done.existed) == (2, 1)
+        target = [np.zeros(BLOCK_BYTES, np.uint8)]
+        assert isinstance(session.get_into(namespace, twice[:1], target)[0], Hit)
+        np.testing.assert_array_equal(target[0], blocks[0])
+
+
 def test_the_daemon_soon_hears_of_what_was_put_though_nobody_calls_it(direct: Daemon) -> None:
     block = [content(1, 1, BLOCK_BYTES)]
     with connected(direct) as session:
