@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := kvstore server/kvstore_server client/kvstore_client proto/kvstore_proto \
-	kernels/kvstore_kernels engines/kvstore_engines engines/kvstore_integrations benchmarks
+	kernels/kvstore_kernels engines/kvstore_engines engines/kvstore_integrations benchmarks examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo cluster-demo test test-long test-sim test-vllm test-sglang test-lmcache test-gpu bench-gpu lint format bench proto clean
