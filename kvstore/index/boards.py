@@ -27,6 +27,7 @@ from numba import types
 from kvstore.compiled import compiled
 from kvstore.errors import ProtocolError
 from kvstore.index.format import (
+    DRAM_TIER,
     MASK32,
     PAGE_BYTES,
     ROW_BYTES,
@@ -43,7 +44,6 @@ BOARDS = 64  # clients at a time that may post; others put with a call
 BOARD_ROWS = 256  # a power of two
 BOARDS_BYTES = 2 * PAGE_BYTES + BOARDS * BOARD_ROWS * ROW_BYTES
 NO_ID = MASK32
-DRAM_TIER = 1  # that of all that is posted
 CLOSED = 1 << 63  # further from what was posted than any ring is long
 
 _MAGIC = int.from_bytes(b"KVBD", "little")

@@ -16,12 +16,12 @@ from kvstore.block import Headers, header_bytes, read_headers
 from kvstore.commands import U32
 from kvstore.errors import ProtocolError, StaleNamespace
 from kvstore.index.boards import BoardKeeper, Boards
-from kvstore.index.format import W_CHECK, W_SPACE, Words, checks_of
+from kvstore.index.format import DRAM_TIER, W_CHECK, W_SPACE, Words, checks_of
 from kvstore.index.reader import Lookup
 from kvstore.store.namespaces import Namespace
 from kvstore.store.publish import NO_ROW, Whole, WholeBlock, publish, publish_one
 from kvstore.store.puts import Connection
-from kvstore.store.shelf import DRAM_TIER, Shelf
+from kvstore.store.shelf import Shelf
 from kvstore.store.stock import Stock
 
 _HALF = np.uint64(32)

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
+from kvstore.index.format import DRAM_TIER
 from kvstore.nvme.ops import CheckBlocks, Outcome, ReadBlocks, Run
 from kvstore.nvme.volume import Health, Use, Volume
 from kvstore.store.blocks import BlockState, IdArray
 from kvstore.store.desk import Desk
 from kvstore.store.namespaces import Namespace
-from kvstore.store.shelf import DRAM_TIER, Shelf
+from kvstore.store.shelf import Shelf
 
 _NOTHING = np.empty(0, np.uint32)
 

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.errors import InvalidArgument
+from kvstore.index.format import NVME_TIER
 from kvstore.nvme.format import WHOLE_USE
 from kvstore.nvme.recovery import RecoveredSegment, Survey, highest_sequence
 from kvstore.nvme.volume import Health, Use, UseState
@@ -17,7 +18,7 @@ from kvstore.store.desk import Desk
 from kvstore.store.forgetting import ForgetLog
 from kvstore.store.namespaces import Namespace
 from kvstore.store.nvme_leaving import NO_IDS
-from kvstore.store.shelf import NVME_TIER, Shelf
+from kvstore.store.shelf import Shelf
 from kvstore.store.unwanted import Unwanted
 from kvstore.store.writing import Writer
 

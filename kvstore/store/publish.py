@@ -10,10 +10,11 @@ import numpy.typing as npt
 from kvstore import limits
 from kvstore.block import NO_PARENT, pack_many, pack_parts, write_headers
 from kvstore.commands import U8, U32, U64
+from kvstore.index.format import DRAM_TIER
 from kvstore.store.blocks import IdArray
 from kvstore.store.deadlines import Due
 from kvstore.store.namespaces import Namespace
-from kvstore.store.shelf import DRAM_TIER, Shelf
+from kvstore.store.shelf import Shelf
 
 NO_ROW = -1
 _ONE = np.uint64(1)

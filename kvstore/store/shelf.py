@@ -13,6 +13,7 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.errors import ResourceExhausted
 from kvstore.eviction import make_policy
+from kvstore.index.format import NVME_TIER
 from kvstore.nvme.volume import Volume
 from kvstore.store.blocks import NO_GRANULE, Blocks, BlockState, IdArray
 from kvstore.store.catalog import Catalog
@@ -22,7 +23,6 @@ from kvstore.store.namespaces import Namespaces
 from kvstore.store.places import Places
 from kvstore.store.room import Room
 
-DRAM_TIER, NVME_TIER = 1, 2
 _NEVER_AGAIN = (c.ExplainStatus.DROPPED, c.ExplainStatus.CORRUPTED)  # also after a restart
 
 

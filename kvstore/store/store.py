@@ -21,6 +21,7 @@ from kvstore.errors import (
     PermissionDenied,
     ResourceExhausted,
 )
+from kvstore.index.format import DRAM_TIER, NVME_TIER
 from kvstore.nvme.ops import Outcome
 from kvstore.nvme.volume import Volume
 from kvstore.store.adoption import Adoption
@@ -32,7 +33,7 @@ from kvstore.store.memory import StoreMemory
 from kvstore.store.namespaces import Namespace
 from kvstore.store.nvme import NvmePolicy, NvmeTier
 from kvstore.store.puts import Connection, GrantedBlocks
-from kvstore.store.shelf import DRAM_TIER, NVME_TIER, Shelf
+from kvstore.store.shelf import Shelf
 from kvstore.store.stock import Stock
 from kvstore.store.tickets import Deferred
 

@@ -23,6 +23,7 @@ from kvstore import limits
 from kvstore.block import header_bytes, unpack
 from kvstore.errors import KVStoreError, ResourceExhausted
 from kvstore.index import IndexReader, IndexView
+from kvstore.index.format import NVME_TIER
 from kvstore.nvme import geometry as on_disk
 from kvstore.nvme.disk import WaryDisk
 from kvstore.nvme.format import (
@@ -41,7 +42,6 @@ from kvstore.nvme.volume import Health, Use, Volume
 from kvstore.store import NvmePolicy, Store, StoreMemory, forgetting
 from kvstore.store.blocks import BlockState
 from kvstore.store.deadlines import Due
-from kvstore.store.shelf import NVME_TIER
 from kvstore.store.tickets import Deferred
 
 UNIT = limits.GRANULE_BYTES
