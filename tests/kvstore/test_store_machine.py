@@ -500,19 +500,25 @@ class StoreMachine(RuleBasedStateMachine):
         )
         assert posted
         assert self.reader().lookup(namespace, hashes).found.all()
-        granted = np.empty(0, np.uint32)
+        granted, dropped = np.empty(0, np.uint32), self.store.stats().dropped
         if told:
             result = self.do(c.Adopt(namespace=namespace, more=more), who)
             assert isinstance(result, c.Granted)
             granted = result.granules
         else:
             self.store.adopt()
-        places = self.reader().lookup(namespace, hashes).granules.tolist()
-        for key, granule, place in zip(keys, slots, places, strict=True):
+        rows = self.reader().lookup(namespace, hashes)
+        for key, granule, place in zip(keys, slots, rows.granules.tolist(), strict=True):
             del self.stock[me, granule]
             if place == granule:
                 assert key not in self.stored
                 self.stored[key] = Stored(put_id, granule, 0)
+        # Of those that are not there the store had no room for some, and has the others evicted
+        # for the slots that were asked for.
+        missed = {keys[i] for i in np.flatnonzero(~rows.found).tolist()} - set(self.stored)
+        evicted = len(missed) - (self.store.stats().dropped - dropped)
+        assert 0 <= evicted <= (len(missed) if more and told else 0)
+        self.gone += evicted
         self.add_to_stock(me, granted.tolist(), layout)
 
     @precondition(lambda self: self.stock)

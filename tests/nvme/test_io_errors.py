@@ -102,6 +102,7 @@ def test_the_script_passes_where_no_io_fails() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("plan", [PLAN, TWO_VOLUMES], ids=["one volume", "two volumes"])
 def test_any_io_may_fail_in_any_way(seed: int, plan: Plan) -> None:
