@@ -11,11 +11,15 @@ from kvstore.cluster.site import Site, Space, mark_of
 
 async def forget_keys(site: Site, space: Space, hashes: c.U8) -> int:
     """Drops blocks (their hashes, (n, 32)), and those that come by what is on its way; how many
-    that were, at least 1 where something is still on its way."""
+    that were. At least 1 where something was on its way: it may have come to a node that has
+    answered already, so all are asked once more."""
     blocks = await _drop(site, space, hashes)
-    if not await site.moves.over(space.mark, hashes, site.policy.call_ms):
-        return max(blocks, 1)
-    return blocks + await _drop(site, space, hashes)
+    moves = site.moves.under_way(space.mark, hashes)
+    if not moves:
+        return blocks
+    if await site.moves.over(moves, site.policy.call_ms):
+        blocks += await _drop(site, space, hashes)
+    return max(blocks, 1)
 
 
 async def _drop(site: Site, space: Space, hashes: c.U8) -> int:

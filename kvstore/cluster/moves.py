@@ -16,7 +16,9 @@ _LOOK_MS = 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Move:
+class Move:
+    """Blocks of one namespace that are on their way together."""
+
     mark: tuple[str, str]
     hashes: c.U8
 
@@ -26,28 +28,30 @@ class Moves:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._moves: dict[_Move, None] = {}
+        self._moves: dict[Move, None] = {}
 
     @contextmanager
     def of(self, mark: tuple[str, str], hashes: c.U8) -> Iterator[None]:
         """These blocks (n, 32) of a namespace are on their way meanwhile."""
-        move = _Move(mark, hashes)
+        move = Move(mark, hashes)
         self._moves[move] = None
         try:
             yield
         finally:
             del self._moves[move]
 
-    async def over(self, mark: tuple[str, str], hashes: c.U8, timeout_ms: float) -> bool:
-        """Waits until none of these is where it was on its way when this was called; False where
-        that takes longer."""
+    def under_way(self, mark: tuple[str, str], hashes: c.U8) -> list[Move]:
+        """Those that some of these blocks are part of."""
         wanted = _words(hashes)
-        left = [
+        return [
             move
             for move in self._moves
             if move.mark == mark and np.isin(_words(move.hashes), wanted).any()
         ]
-        end_ms = self._world.now_ms() + timeout_ms
+
+    async def over(self, moves: list[Move], timeout_ms: float) -> bool:
+        """Waits until they have ended; False where that takes longer."""
+        left, end_ms = moves, self._world.now_ms() + timeout_ms
         while left := [move for move in left if move in self._moves]:
             if self._world.now_ms() >= end_ms:
                 return False

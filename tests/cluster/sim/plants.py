@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cluster.sim.simulation import run_seed
 
-from kvstore.cluster import copies, heat, intake, messages, node, puts, repair, router
+from kvstore.cluster import copies, forgetting, heat, intake, messages, node, puts, repair, router
 from kvstore.cluster.copies import Held, Spread
 from kvstore.cluster.membership import Membership
 from kvstore.cluster.moves import Moves
@@ -126,7 +126,7 @@ def slots_go_back_while_a_transfer_writes_to_them(patch: Patch) -> None:
     patch.setattr(intake, "give_up", give_up)
 
 
-@plant(18, "a late write", plan="halting")
+@plant(5, "a late write", plan="halting")
 def a_part_of_the_ring_is_used_again_though_somebody_may_write_there(patch: Patch) -> None:
     real = Router.__init__
 
@@ -284,6 +284,18 @@ def a_drop_of_keys_does_not_care_what_is_on_its_way(patch: Patch) -> None:
 
     patch.setattr(Router, "_everywhere", everywhere)
     patch.setattr(Moves, "over", over)
+
+
+@plant(155, "was dropped alone", plan="piecemeal")
+def a_drop_of_keys_asks_nobody_again_about_what_was_on_its_way(patch: Patch) -> None:
+    async def forget_keys(site: Site, space: Any, hashes: Any) -> int:
+        blocks = await forgetting._drop(site, space, hashes)
+        moves = site.moves.under_way(space.mark, hashes)
+        if not await site.moves.over(moves, site.policy.call_ms):
+            return max(blocks, 1)
+        return blocks + await forgetting._drop(site, space, hashes)
+
+    patch.setattr(node, "forget_keys", forget_keys)
 
 
 # -- parts -----------------------------------------------------------------------------------
