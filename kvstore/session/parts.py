@@ -15,7 +15,7 @@ from kvstore.errors import LayoutMismatch
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
 from kvstore.session.copies import pieces_of
-from kvstore.streaming import copy_and_hash_rows, hash_rows
+from kvstore.streaming import copy_and_hash, copy_and_hash_rows, hash_rows
 
 ALL_CELLS: c.U32 = np.empty(0, np.uint32)
 # Where a run lies in a block's payload, where in the part's own bytes, and its length.
@@ -46,6 +46,13 @@ class Part:
             copy_and_hash_rows(targets + np.uint64(at), sources + np.uint64(own), nbytes)
             for at, own, nbytes in self.cell_runs
         )
+
+    def copy_one_in(self, source: int, target: int) -> c.U64:
+        """`copy_in` of one block, from an address to another: quicker."""
+        sums = np.empty((1, len(self.cell_runs)), np.uint64)
+        for cell, (at, own, nbytes) in enumerate(self.cell_runs):
+            sums[0, cell] = copy_and_hash(target + at, source + own, nbytes)
+        return sums
 
     def sums(self, payloads: c.U64) -> c.U64:
         """The checksums of its cells in the blocks' payloads at addresses (n,): (n, cells)."""

@@ -28,7 +28,7 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.index.format import key_words
+from kvstore.index.format import W_CHECK, key_words
 from kvstore.index.reader import Lookup
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
@@ -41,6 +41,8 @@ from kvstore.session.requests import PutRequest
 # should not; then nobody writes to the slots any more.
 _UNCHANGED = (StaleNamespace, DeadlineExceeded, Unavailable)
 Rows = npt.NDArray[np.intp]
+_NO_ROW: Rows = np.arange(0)
+_ONE_ROW: Rows = np.arange(1)
 _FEWEST_AHEAD = 16  # slots to ask for ahead, so that small puts seldom ask
 
 
@@ -113,8 +115,7 @@ class Writer:
         """
         memory, n = self._link.memory(deadline.left_s), len(put.chain)
         there = memory.index.lookup(number, put.chain)
-        found = there.found
-        absent = np.arange(n) if not found.any() else np.flatnonzero(~found)
+        absent = _absent(there)
         if len(absent) < n:
             note(there.only_found())
             if not len(absent):
@@ -236,12 +237,12 @@ class _Filled:
         memory, put = self.memory, self.put
         if memory.board is None or put.ttl_ms or memory.index.namespace_epoch != epoch:
             return False
-        keys = put.chain[self.rows]
+        keys = put.chain if len(self.rows) == len(put.chain) else put.chain[self.rows]
         words = key_words(keys)
-        if len(set(words[:, 0].tolist())) < len(keys):
-            return False
         if len(keys) == 1:
             self._write_header(keys)
+        elif len(set(words[:, 0].tolist())) < len(keys):
+            return False
         else:
             self._write_headers(keys)
         return memory.board.post(
@@ -309,6 +310,14 @@ class _Filled:
         write_headers(self.memory.pool, self.granules, headers)
 
 
+def _absent(there: Lookup) -> Rows:
+    """Which of the keys are not there, ascending."""
+    if len(there.rows) == 1:
+        return _NO_ROW if there.rows[0, W_CHECK] else _ONE_ROW
+    found = there.found
+    return np.flatnonzero(~found) if found.any() else np.arange(len(found))
+
+
 def _filled(
     memory: Memory,
     put: PutRequest,
@@ -319,12 +328,12 @@ def _filled(
     by: Deadline,
 ) -> _Filled:
     """Copies these blocks of the put into the slots."""
-    granules = np.array(slots, np.uint32)
+    granules, n = np.array(slots, np.uint32), len(put.addresses)
     sums = copy_all_in(
         memory,
         put.namespace.layout,
         put.part,
-        sources=put.addresses[rows],
+        sources=put.addresses if len(rows) == n else put.addresses[rows],
         slots=granules,
         end_s=by.end_s,
     )
