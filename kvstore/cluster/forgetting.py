@@ -6,6 +6,7 @@ import numpy as np
 
 from kvstore import commands as c
 from kvstore import limits
+from kvstore.cluster.messages import Generations
 from kvstore.cluster.site import Site, Space, mark_of
 
 
@@ -41,3 +42,11 @@ async def forget_all(site: Site, name: str, layout: bytes, generation: int) -> i
     site.forgotten[mark] = max(generation, site.generation(mark))
     site.save()
     return count.blocks
+
+
+async def catch_up(site: Site, found: Generations) -> None:
+    """Forgets what another node says that it has forgotten as a whole."""
+    names = found.names.split("\n") if found.names else []
+    layouts = found.layouts.split("\n") if found.layouts else []
+    for name, layout, number in zip(names, layouts, found.numbers.tolist(), strict=True):
+        await forget_all(site, name, layout.encode(), number)

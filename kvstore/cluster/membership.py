@@ -17,7 +17,7 @@ from kvstore import commands as c
 from kvstore import limits
 from kvstore.cluster.coordination import Coordination
 from kvstore.cluster.copies import call, tell_view
-from kvstore.cluster.forgetting import forget_all
+from kvstore.cluster.forgetting import catch_up
 from kvstore.cluster.members import Member, MemberState, View
 from kvstore.cluster.messages import (
     AskGenerations,
@@ -189,7 +189,7 @@ class Membership:
             except KVStoreError:
                 continue
             assert isinstance(found, Generations)
-            await self._catch_up(found)
+            await catch_up(site, found)
             answers[member.name] = found
         me = site.view.find(site.me.name)
         joined = me.joined if me else site.view.epoch
@@ -227,12 +227,6 @@ class Membership:
             drop = c.Drop(namespace=space.number, hashes=np.empty((0, limits.KEY_BYTES), np.uint8))
             await site.store.command(drop, 2 * limits.MAX_FORGET_MS)
             site.forget_space(space)
-
-    async def _catch_up(self, found: Generations) -> None:
-        names = found.names.split("\n") if found.names else []
-        layouts = found.layouts.split("\n") if found.layouts else []
-        for name, layout, number in zip(names, layouts, found.numbers.tolist(), strict=True):
-            await forget_all(self._site, name, layout.encode(), number)
 
     @property
     def _lonely_until_ms(self) -> float:

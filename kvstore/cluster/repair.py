@@ -16,8 +16,17 @@ import numpy.typing as npt
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.cluster.copies import call, hold_for_copies, push
+from kvstore.cluster.forgetting import catch_up
 from kvstore.cluster.members import Member, MemberState, View
-from kvstore.cluster.messages import Compare, Compared, Offer, PutStatus, Wanted
+from kvstore.cluster.messages import (
+    AskGenerations,
+    Compare,
+    Compared,
+    Generations,
+    Offer,
+    PutStatus,
+    Wanted,
+)
 from kvstore.cluster.placement import Ranks, places_of_put_ids
 from kvstore.cluster.site import Site, Space
 from kvstore.errors import KVStoreError, StaleNamespace
@@ -143,6 +152,7 @@ class Repair:
                 await self._offer(view, space, inventory, member, np.flatnonzero(alone))
                 strays[alone] += 1
             except StaleNamespace:
+                await self._catch_up(member)
                 return False
             except KVStoreError:
                 whole = False
@@ -150,6 +160,15 @@ class Repair:
         done = np.flatnonzero((strays >= wanted) & (strays > 0))
         await self._let_go(space, inventory.hashes[done])
         return whole
+
+    async def _catch_up(self, member: Member) -> None:
+        """Forgets what a member has, which refuses blocks of it. A drop that was not answered may
+        have come to that one alone, and it tells nobody by itself who drains, nor of a namespace
+        that its store does not have any more."""
+        site = self._site
+        found = await call(site, member, AskGenerations(), site.policy.call_ms)
+        assert isinstance(found, Generations)
+        await catch_up(site, found)
 
     async def _compare(
         self,
