@@ -86,6 +86,7 @@ class Host:
         """A new life of the node over the store as it is."""
         cluster, setting = self.cluster, self.cluster.setting
         number = cluster.new_number()
+        self.lost_store = False  # then its node is about to end
         world = SimWorld(
             cluster.network,
             cluster.fabric,
@@ -126,6 +127,7 @@ class Host:
 
     def _lost_store(self, process: Process) -> None:
         """As the daemon does it: a node whose connection to its store is over ends."""
+        self.lost_store |= process is self.world.process
         self.cluster.loop.after(1.0, lambda: self._give_up(process))
 
     def _give_up(self, process: Process) -> None:
