@@ -139,12 +139,32 @@ def pack_parts(
 ) -> bytes:
     """`pack` of a header that is not made first; checks nothing. parent: zeros where unknown."""
     n_cells = len(checksums)
-    fixed = _FIXED.pack(
-        MAGIC, VERSION, 0, n_cells, length, namespace, key, put_id, parent, position
+    fixed = fixed_part(
+        namespace=namespace,
+        key=key,
+        put_id=put_id,
+        length=length,
+        n_cells=n_cells,
+        parent=parent,
+        position=position,
     )
     summed = fixed + checksums.astype("<u8", copy=False).tobytes()
     own = xxhash.xxh3_64_intdigest(summed).to_bytes(_SUM_BYTES, "little")
     return (summed + own).ljust(header_bytes(n_cells), b"\0")
+
+
+def fixed_part(
+    *,
+    namespace: int,
+    key: bytes,
+    put_id: bytes,
+    length: int,
+    n_cells: int,
+    parent: bytes,
+    position: int,
+) -> bytes:
+    """The 104 bytes in front of a header's checksums; arguments as of `pack_parts`."""
+    return _FIXED.pack(MAGIC, VERSION, 0, n_cells, length, namespace, key, put_id, parent, position)
 
 
 def pack_many(
@@ -164,9 +184,14 @@ def pack_many(
     the store's own.
     """
     n, n_cells = checksums.shape
-    fixed = _FIXED.pack(
-        *(MAGIC, VERSION, 0, n_cells, length, namespace),
-        *(bytes(limits.KEY_BYTES), bytes(PUT_ID_BYTES), NO_PARENT, 0),
+    fixed = fixed_part(
+        namespace=namespace,
+        key=bytes(limits.KEY_BYTES),
+        put_id=bytes(PUT_ID_BYTES),
+        length=length,
+        n_cells=n_cells,
+        parent=NO_PARENT,
+        position=0,
     )
     packed = np.zeros((n, header_bytes(n_cells)), np.uint8)
     _fill_headers(

@@ -7,20 +7,18 @@ one after the other, and leaves the cache to others. Whole calls run without the
 
 The hash is XXH3 with 64 bits (Y. Collet, xxHash's specification of XXH3, BSD 2-clause). For more
 than 240 bytes eight lanes take in stripes of 64 bytes, and are mixed after each KiB; from 17 on it
-folds products of 16 bytes each.
+folds products of 16 bytes each, and shorter rows have three functions of their own.
 
 The vectors have 512 bits; where the processor has shorter ones, the compiler splits them.
 """
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -29,7 +27,7 @@ from kvstore.compiled import compiled, word_at
 
 U64 = npt.NDArray[np.uint64]
 
-_SHORT_BYTES, _TINY_BYTES = 240, 16  # up to here XXH3 is other functions
+_SHORT_BYTES = 240  # up to here XXH3 is other functions
 _LINE_BYTES = 64
 _KEEP, _CACHED, _AROUND = 0, 1, 2  # what is stored: nothing, lines in the cache, lines around it
 
@@ -47,10 +45,11 @@ _SECRET = np.frombuffer(
     np.uint8,
 )
 _PRIME32_1 = 0x9E3779B1
-_PRIME64_1 = 0x9E3779B185EBCA87
+_PRIME64_1, _PRIME64_2, _PRIME64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+_MIX_SHORT = 0x9FB21C651E98DF25
 _START = np.array(
     [
-        *(0xC2B2AE3D, _PRIME64_1, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9),
+        *(0xC2B2AE3D, _PRIME64_1, _PRIME64_2, _PRIME64_3),
         *(0x85EBCA77C2B2AE63, 0x85EBCA77, 0x27D4EB2F165667C5, _PRIME32_1),
     ],
     np.uint64,
@@ -170,7 +169,18 @@ def _byte(_typing: Any, _target: Any, _source: Any) -> Any:
 
 
 @intrinsic
-def _fence(_typing: Any) -> Any:
+def _byte_at(_typing: Any, _address: Any) -> Any:
+    """The byte at an address, as a uint64."""
+
+    def generate(_context: Any, builder: Builder, _signature: Any, arguments: Any) -> Value:
+        at = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        return builder.zext(builder.load(at), _WORD)
+
+    return types.uint64(types.uintp), generate
+
+
+@intrinsic
+def fence(_typing: Any) -> Any:
     """Stores around the cache are seen before whatever is stored after this."""
 
     def generate(context: Any, builder: Builder, _signature: Any, _arguments: Any) -> Value:
@@ -189,6 +199,7 @@ _around_block = _block_storing(_AROUND)
 _U = np.uint64  # Numba makes floats of unsigned and plain numbers together
 _ONE, _LOW, _HALF = _U(1), _U(0xFFFFFFFF), _U(32)
 _LINE, _BLOCK, _STEP, _PAIR, _TWO = _U(_LINE_BYTES), _U(_BLOCK_BYTES), _U(8), _U(16), _U(2)
+_EIGHT = _U(8)  # bits
 _PRIME, _LAST_MIX, _LAST_SECRET = _U(_PRIME64_1), _U(_FINAL), _U(_LAST_AT)
 _KEPT, _CACHE = _U(_KEEP), _U(_CACHED)
 
@@ -249,46 +260,121 @@ def _in_rounds(source, nbytes, secret):  # type: ignore[no-untyped-def] # of 129
     return _avalanche(digest)
 
 
-def _hash_short(sources: U64, nbytes: int, sums: U64) -> None:
-    secret = _U(_SECRET.ctypes.data)
-    for row in range(len(sums)):
-        if nbytes <= _U(128):
-            sums[row] = _from_both_ends(sources[row], nbytes, secret)
-        else:
-            sums[row] = _in_rounds(sources[row], nbytes, secret)
+@numba.njit(inline="always")
+def _four(at):  # type: ignore[no-untyped-def] # 32 bits at an address, to uint64
+    low = _byte_at(at) | (_byte_at(at + _ONE) << _EIGHT)
+    return low | (_byte_at(at + _TWO) << _PAIR) | (_byte_at(at + _TWO + _ONE) << _U(24))
 
 
-def _hash_rows(targets: U64, sources: U64, nbytes: int, how: int, sums: U64) -> None:
-    state, secret = np.empty(8, np.uint64), _SECRET.ctypes.data
-    lanes = state.ctypes.data
+@numba.njit(inline="always")
+def _to_three(source, nbytes, secret):  # type: ignore[no-untyped-def] # of 1 to 3 bytes
+    middle, last = _byte_at(source + (nbytes >> _ONE)), _byte_at(source + nbytes - _ONE)
+    digest = (_byte_at(source) << _PAIR) | (middle << _U(24)) | last | (nbytes << _EIGHT)
+    digest ^= _four(secret) ^ _four(secret + _U(4))
+    digest = (digest ^ (digest >> _U(33))) * _U(_PRIME64_2)
+    digest = (digest ^ (digest >> _U(29))) * _U(_PRIME64_3)
+    return digest ^ (digest >> _HALF)
+
+
+@numba.njit(inline="always")
+def _to_eight(source, nbytes, secret):  # type: ignore[no-untyped-def] # of 4 to 8 bytes
+    digest = _four(source + nbytes - _U(4)) + (_four(source) << _HALF)
+    digest ^= word_at(secret + _STEP) ^ word_at(secret + _PAIR)
+    turned = ((digest << _U(49)) | (digest >> _U(15))) ^ ((digest << _U(24)) | (digest >> _U(40)))
+    digest = (digest ^ turned) * _U(_MIX_SHORT)
+    digest = (digest ^ ((digest >> _U(35)) + nbytes)) * _U(_MIX_SHORT)
+    return digest ^ (digest >> _U(28))
+
+
+@numba.njit(inline="always")
+def _to_sixteen(source, nbytes, secret):  # type: ignore[no-untyped-def] # of 9 to 16 bytes
+    low = word_at(source) ^ word_at(secret + _U(24)) ^ word_at(secret + _U(32))
+    high = word_at(source + nbytes - _STEP) ^ word_at(secret + _U(40)) ^ word_at(secret + _U(48))
+    turned = _U(0)
+    for byte in range(8):
+        turned |= ((low >> (_EIGHT * _U(byte))) & _U(0xFF)) << (_EIGHT * _U(7 - byte))
+    return _avalanche(nbytes + turned + high + _folded(low, high))
+
+
+@numba.njit
+def _short(source, nbytes, secret):  # type: ignore[no-untyped-def] # of 1 to 240 bytes, to uint64
+    if nbytes > _U(128):
+        return _in_rounds(source, nbytes, secret)
+    if nbytes > _U(16):
+        return _from_both_ends(source, nbytes, secret)
+    if nbytes > _EIGHT:
+        return _to_sixteen(source, nbytes, secret)
+    if nbytes > _U(3):
+        return _to_eight(source, nbytes, secret)
+    return _to_three(source, nbytes, secret)
+
+
+@numba.njit
+def _long(target, source, nbytes, how, state, secret):  # type: ignore[no-untyped-def]
+    """Of more than 240 bytes, to uint64. state: (8,) uint64, of no use afterwards."""
+    lanes, last = state.ctypes.data, nbytes - _LINE
     blocks_end = (nbytes - _ONE) // _BLOCK * _BLOCK
-    last = nbytes - _LINE
-    for row in range(len(sums)):
-        target, source = targets[row], sources[row]
-        state[:] = _START
-        at = _U(0)
-        while at < blocks_end:
-            if how == _KEPT:
-                _keep_block(lanes, target + at, source + at)
-            elif how == _CACHE:
-                _cached_block(lanes, target + at, source + at)
-            else:
-                _around_block(lanes, target + at, source + at)
-            at += _BLOCK
-        offset = _U(0)
-        while at < last:
-            if how == _KEPT:
-                _keep_stripe(lanes, target + at, source + at, secret + offset)
-            else:
-                _cached_stripe(lanes, target + at, source + at, secret + offset)
-            at += _LINE
-            offset += _STEP
+    state[:] = _START
+    at = _U(0)
+    while at < blocks_end:
         if how == _KEPT:
-            _keep_stripe(lanes, target + last, source + last, secret + _LAST_SECRET)
+            _keep_block(lanes, target + at, source + at)
+        elif how == _CACHE:
+            _cached_block(lanes, target + at, source + at)
         else:
-            _cached_stripe(lanes, target + last, source + last, secret + _LAST_SECRET)
-        sums[row] = _finished(state, nbytes)
-    _fence()
+            _around_block(lanes, target + at, source + at)
+        at += _BLOCK
+    offset = _U(0)
+    while at < last:
+        if how == _KEPT:
+            _keep_stripe(lanes, target + at, source + at, secret + offset)
+        else:
+            _cached_stripe(lanes, target + at, source + at, secret + offset)
+        at += _LINE
+        offset += _STEP
+    if how == _KEPT:
+        _keep_stripe(lanes, target + last, source + last, secret + _LAST_SECRET)
+    else:
+        _cached_stripe(lanes, target + last, source + last, secret + _LAST_SECRET)
+    return _finished(state, nbytes)
+
+
+@numba.njit
+def copied_and_hashed(target, source, nbytes, state):  # type: ignore[no-untyped-def]
+    """For compiled callers: copies nbytes > 0 from an address to another; their xxh3_64, uint64.
+
+    Around the cache where the target is aligned to lines of it, so that `fence` has to follow.
+    state: (8,) uint64 to work in.
+    """
+    secret = _U(_SECRET.ctypes.data)
+    if nbytes > _U(_SHORT_BYTES):
+        how = _CACHE if target % _LINE else _U(_AROUND)
+        return _long(target, source, nbytes, how, state, secret)
+    for at in range(nbytes):
+        _byte(target + _U(at), source + _U(at))
+    return _short(source, nbytes, secret)
+
+
+@numba.njit
+def hashed(source, nbytes, state):  # type: ignore[no-untyped-def]
+    """For compiled callers: the xxh3_64 of nbytes > 0 at an address, uint64. state: (8,) uint64."""
+    secret = _U(_SECRET.ctypes.data)
+    if nbytes > _U(_SHORT_BYTES):
+        return _long(source, source, nbytes, _KEPT, state, secret)
+    return _short(source, nbytes, secret)
+
+
+def _copy_and_hash(targets: U64, sources: U64, nbytes: int, sums: U64) -> None:
+    state = np.empty(8, np.uint64)
+    for row in range(len(sums)):
+        sums[row] = copied_and_hashed(targets[row], sources[row], nbytes, state)
+    fence()
+
+
+def _hash(sources: U64, nbytes: int, sums: U64) -> None:
+    state = np.empty(8, np.uint64)
+    for row in range(len(sums)):
+        sums[row] = hashed(sources[row], nbytes, state)
 
 
 def _copy_around(targets: U64, sources: U64, nbytes: int) -> None:
@@ -307,18 +393,16 @@ def _copy_around(targets: U64, sources: U64, nbytes: int) -> None:
             _byte(target, source)
             target += _ONE
             source += _ONE
-    _fence()
+    fence()
 
 
 _ADDRESSES = types.uint64[::1]
-_hash_all = compiled(
-    types.void(_ADDRESSES, _ADDRESSES, types.uint64, types.uint64, types.uint64[::1]),
-    _hash_rows,
+_copy_and_hash_all = compiled(
+    types.void(_ADDRESSES, _ADDRESSES, types.uint64, types.uint64[::1]),
+    _copy_and_hash,
     unlocked=True,
 )
-_hash_all_short = compiled(
-    types.void(_ADDRESSES, types.uint64, types.uint64[::1]), _hash_short, unlocked=True
-)
+_hash_all = compiled(types.void(_ADDRESSES, types.uint64, types.uint64[::1]), _hash, unlocked=True)
 _copy_all = compiled(types.void(_ADDRESSES, _ADDRESSES, types.uint64), _copy_around, unlocked=True)
 
 
@@ -331,35 +415,14 @@ def copy_rows(targets: U64, sources: U64, nbytes: int) -> None:
 
 
 def copy_and_hash_rows(targets: U64, sources: U64, nbytes: int) -> U64:
-    """The same, and the xxh3_64 of each row as it was stored: uint64 (n,)."""
-    if nbytes <= _SHORT_BYTES:
-        _copy_all(targets, sources, nbytes)
-        return hash_rows(targets, nbytes)
-    aligned = not (targets % _LINE_BYTES).any()
+    """The same of nbytes > 0, and the xxh3_64 of each row as it was stored: uint64 (n,)."""
     sums = np.empty(len(targets), np.uint64)
-    _hash_all(targets, sources, nbytes, _AROUND if aligned else _CACHED, sums)
+    _copy_and_hash_all(targets, sources, nbytes, sums)
     return sums
 
 
-def copy_and_hash(target: int, source: int, nbytes: int) -> int:
-    """The same of one row, with fewer arrays, whose making costs more than a short copy."""
-    where = np.array((target, source), np.uint64)
-    if nbytes <= _SHORT_BYTES:
-        return int(copy_and_hash_rows(where[:1], where[1:], nbytes)[0])
-    sums = np.empty(1, np.uint64)
-    how = _CACHED if target % _LINE_BYTES else _AROUND
-    _hash_all(where[:1], where[1:], nbytes, how, sums)
-    return int(sums[0])
-
-
 def hash_rows(sources: U64, nbytes: int) -> U64:
-    """The xxh3_64 of rows of `nbytes` at addresses (n,) of mapped memory: uint64 (n,)."""
-    if nbytes <= _TINY_BYTES:
-        rows = (ctypes.string_at(source, nbytes) for source in sources.tolist())
-        return np.fromiter(map(xxhash.xxh3_64_intdigest, rows), np.uint64, len(sources))
+    """The xxh3_64 of rows of nbytes > 0 at addresses (n,) of mapped memory: uint64 (n,)."""
     sums = np.empty(len(sources), np.uint64)
-    if nbytes <= _SHORT_BYTES:
-        _hash_all_short(sources, nbytes, sums)
-    else:
-        _hash_all(sources, sources, nbytes, _KEEP, sums)
+    _hash_all(sources, nbytes, sums)
     return sums

@@ -18,6 +18,7 @@ whose header and checksums say so when the store, or a reader that verifies, loo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ CLOSED = 1 << 63  # further from what was posted than any ring is long
 
 _MAGIC = int.from_bytes(b"KVBD", "little")
 _VERSION = 1
-_H_MAGIC, _H_USED, _H_TOTAL = range(3)
+_H_MAGIC, _H_USED, H_TOTAL = range(3)
 _POSTED = PAGE_BYTES // 8  # words
 _ADOPTED = _POSTED + BOARDS
 
@@ -95,9 +96,13 @@ def _post(
     length: int,
     granules: npt.NDArray[np.uint32],
     generations: Words,
-) -> None:
-    """Appends rows of keys (n, 4) and columns (n,) to a board that has room, then shows them."""
+) -> bool:
+    """Appends rows of keys (n, 4) and columns (n,) to a board, then shows them; False where it has
+    no room for all of them, or is closed."""
     end = words[_POSTED + board]
+    ahead = end - words[_ADOPTED + board]
+    if ahead > _ROWS_MOST or _U(len(keys)) > _ROWS_MOST - ahead:
+        return False
     for i in range(len(keys)):
         at = board * BOARD_ROWS + _I((end + _U(i)) & _ROWS_MASK)
         rows[at, W_CHECK] = _NONE
@@ -109,6 +114,7 @@ def _post(
         rows[at, W_CHECK] = check(rows, at)
     in_order()
     words[_POSTED + board] = end + _U(len(keys))
+    return True
 
 
 def _copy(rows: Words, board: int, first: int, copied: Words) -> None:
@@ -124,7 +130,7 @@ def _adopted(words: Words, board: int, first: int, n: int) -> None:
     """The first n rows from the one numbered `first` on are in the index by now."""
     in_order()
     words[_ADOPTED + board] = first + n
-    words[_H_TOTAL] += n
+    words[H_TOTAL] += n
 
 
 def _array(dtype: types.Type, ndim: int, *, writable: bool = False) -> types.Array:
@@ -133,10 +139,12 @@ def _array(dtype: types.Type, ndim: int, *, writable: bool = False) -> types.Arr
 
 _WORDS, _READ_WORDS = (_array(types.uint64, 1, writable=w) for w in (True, False))
 _ROWS, _READ_ROWS = (_array(types.uint64, 2, writable=w) for w in (True, False))
-_pending_now = compiled(types.boolean(_READ_WORDS), _pending)
-_find_now = compiled(types.void(_READ_WORDS, _READ_ROWS, _READ_ROWS, types.uint64, _ROWS), _find)
-_post_now = compiled(
-    types.void(
+pending: Callable[[Words], bool] = compiled(types.boolean(_READ_WORDS), _pending)
+find: Callable[[Words, Words, Words, int, Words], None] = compiled(
+    types.void(_READ_WORDS, _READ_ROWS, _READ_ROWS, types.uint64, _ROWS), _find
+)
+_post_now: Callable[..., bool] = compiled(
+    types.boolean(
         *(_WORDS, _ROWS, types.int64, _READ_ROWS, types.uint64, types.uint64),
         *(_array(types.uint32, 1), _READ_WORDS),
     ),
@@ -183,16 +191,12 @@ class Boards:
     @property
     def total(self) -> int:
         """How many rows were adopted so far."""
-        return int(self.words[_H_TOTAL])
+        return int(self.words[H_TOTAL])
 
     @property
     def pending(self) -> bool:
         """Whether there is a row that the index may not have."""
-        return bool(_pending_now(self.words))
-
-    def find(self, namespace: int, keys: Words, found: Words) -> None:
-        """Fills in the rows of those keys (n, 4) whose rows in `found` (n, 8) are zeros."""
-        _find_now(self.words, self.rows, keys, namespace, found)
+        return pending(self.words)
 
     # -- of the client that has a board, one thread at a time ----------------------------
 
@@ -209,11 +213,9 @@ class Boards:
         """Shows blocks whose headers and bytes are in their slots: keys (n, 4), payload bytes of
         each, first granules (n,). generations: of all granules. False, with nothing shown, where
         the board has no room for all of them, or is closed."""
-        ahead = int(self.words[_POSTED + board]) - int(self.words[_ADOPTED + board])
-        if ahead < 0 or len(keys) > BOARD_ROWS - ahead:
-            return False
-        _post_now(self.words, self.rows, board, keys, namespace, length, granules, generations)
-        return True
+        return _post_now(
+            *(self.words, self.rows, board, keys, namespace, length, granules, generations)
+        )
 
 
 class BoardKeeper:
@@ -246,7 +248,7 @@ class BoardKeeper:
     @property
     def pending(self) -> bool:
         """Whether anything was posted."""
-        return bool(_pending_now(self._words))
+        return pending(self._words)
 
     def posted(self, board: int) -> Words:
         """Copies of the rows (n, 8) to be adopted next. `ProtocolError` for a broken board."""

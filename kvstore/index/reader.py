@@ -30,9 +30,8 @@ from kvstore.index.format import (
     key_words,
     probe_bound,
 )
+from kvstore.index.looking import look
 from kvstore.index.probing import search
-
-_MOST_BESIDE = 64  # keys of a match that are looked for on boards at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,42 +129,9 @@ class IndexReader:
         self, namespace: int, hashes: NDArray[np.uint8], *, leading: bool
     ) -> tuple[Words, int]:
         check_namespace(namespace)
-        words, view = key_words(hashes), self.view
+        words, view, boards = key_words(hashes), self.view, self.boards
         rows = np.empty((len(words), ROW_WORDS), np.uint64)
-        boards = self.boards
-        before = boards.total if boards else 0
-        count = search(view.rows, words, namespace, self._bound, leading, rows)
-        if boards and count < len(words) and (boards.pending or boards.total != before):
-            if leading:
-                count = self._match_beside(boards, words, namespace, rows, count)
-            else:
-                count = self._search_beside(boards, words, namespace, rows)
-        return rows, count
-
-    def _match_beside(
-        self, boards: Boards, words: Words, namespace: int, rows: Words, count: int
-    ) -> int:
-        """Goes on with a match from the first key that the index does not have: most chains end
-        there, so few keys are looked for beside it at first."""
-        n, few = len(words), 1
-        while count < n:
-            end = min(count + few, n)
-            rows[count:end] = 0
-            count += self._search_beside(boards, words[count:end], namespace, rows[count:end])
-            if count < end:
-                break
-            count += search(self.view.rows, words[end:], namespace, self._bound, True, rows[end:])
-            few = min(2 * few, _MOST_BESIDE)
-        return count
-
-    def _search_beside(self, boards: Boards, words: Words, namespace: int, rows: Words) -> int:
-        """Fills in rows that are zeros; returns how many lead. The boards first: what was adopted
-        meanwhile is in the index by now."""
-        boards.find(namespace, words, rows)
-        missing = np.flatnonzero(rows[:, W_CHECK] == 0)
-        if len(missing):
-            again = np.empty((len(missing), ROW_WORDS), np.uint64)
-            search(self.view.rows, words[missing], namespace, self._bound, False, again)
-            rows[missing] = again
-        absent = rows[missing, W_CHECK] == 0
-        return int(missing[absent.argmax()]) if absent.any() else len(words)
+        if boards:
+            beside = boards.words, boards.rows
+            return rows, look(view.rows, words, namespace, self._bound, leading, *beside, rows)
+        return rows, search(view.rows, words, namespace, self._bound, leading, rows)

@@ -46,7 +46,14 @@ def _look(objects: U64, nbytes: int, writable: bool, kind: int, dtype: int, foun
     return len(objects)
 
 
+def _look_at_one(at: int, nbytes: int, writable: bool, kind: int, dtype: int) -> Any:
+    return word_at(at + _DATA) if _is_plain(at, nbytes, writable, kind, dtype) else _NONE
+
+
 _WORD, _WORDS = types.uint64, types.uint64[::1]
+_address_at: Callable[[int, int, bool, int, int], int] = compiled(
+    types.uint64(_WORD, _WORD, types.boolean, _WORD, _WORD), _look_at_one
+)
 _look_at: Callable[[U64, int, bool, int, int, U64], int] = compiled(
     types.int64(_WORDS, _WORD, types.boolean, _WORD, _WORD, _WORDS), _look
 )
@@ -92,6 +99,10 @@ def addresses_of(
         raise InvalidArgument(name, f"{len(buffers)} buffers for {n} keys")
     found = np.empty(n, np.uint64)
     kept = buffers if isinstance(buffers, list | tuple) else list(buffers)
+    if n == 1 and _PROMISED:
+        found[0] = _address_at(id(kept[0]), nbytes, writable, _KIND, _BYTES)
+        if found[0]:
+            return found
     known = _plain(kept, nbytes, writable, found) if _PROMISED and n > 1 else 0
     for i in range(known, n):
         found[i] = _address_of(f"{name}[{i}]", kept[i], nbytes, writable)

@@ -21,7 +21,7 @@ from kvstore.session.base import (
     NamespaceInfo,
     StoreInfo,
 )
-from kvstore.session.link import Link
+from kvstore.session.link import Link, Memory
 from kvstore.session.requests import checked_chain, checked_timeout, hint_ms
 from kvstore.session.touches import TouchLog
 
@@ -160,7 +160,10 @@ class ControlSession:
 
     def _number(self, namespace: NamespaceHandle, deadline: Deadline) -> int:
         """The namespace's id in the store as it is now; a call only where that is not known."""
-        memory = self._link.memory(deadline.left_s)
+        return self._number_in(self._link.memory(deadline.left_s), namespace, deadline)
+
+    def _number_in(self, memory: Memory, namespace: NamespaceHandle, deadline: Deadline) -> int:
+        """`_number` for who has the link's memory at hand."""
         epoch = memory.index.namespace_epoch
         if epoch != self._epoch:  # some namespace was dropped: its id is never used again
             self._ids.clear()

@@ -139,9 +139,6 @@ def copy_all_in(
     `DeadlineExceeded` where that is not done by `end_s` of `time.monotonic`.
     """
     n = len(sources)
-    if n == 1:  # which is always done, whatever the time
-        slot = memory.pool_address + int(slots[0]) * limits.GRANULE_BYTES
-        return part.copy_one_in(int(sources[0]), slot + payload_offset(layout))
     targets = memory.payload_addresses(layout, slots)
     sums = np.empty((n, len(part.cell_runs)), np.uint64)
 

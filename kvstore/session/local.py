@@ -7,7 +7,6 @@ what to evict, where to put (the store decides), and how commands travel (the li
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import platform
 import time
@@ -49,7 +48,6 @@ from kvstore.session.buffers import HeldBlocks, own_buffers
 from kvstore.session.control import ControlSession, Deadline
 from kvstore.session.copies import copy_in_parallel, groups_of, in_parallel
 from kvstore.session.link import Granted, Link, Memory
-from kvstore.session.parts import payload_offset
 from kvstore.session.requests import (
     GetRequest,
     PutRequest,
@@ -114,8 +112,8 @@ class LocalSession(ControlSession):
         chain = checked_chain(hashes)
         if hint:
             hint_ms(hint)
-        number = self._number(namespace, deadline)
         memory = self._link.memory(deadline.left_s)
+        number = self._number_in(memory, namespace, deadline)
         found = memory.index.match(number, chain)
         cold = int(np.count_nonzero(found.tiers == NVME_CODE))
         self._note(found, found.count, len(chain), cold)
@@ -137,8 +135,8 @@ class LocalSession(ControlSession):
         """See `Session.get_into`; makes no call, unless blocks come from NVMe."""
         deadline = self._deadline(timeout_s)
         request = checked_get(namespace, hashes, destinations, cells)
-        number = self._number(namespace, deadline)
         memory = self._link.memory(deadline.left_s)
+        number = self._number_in(memory, namespace, deadline)
         found = memory.index.match(number, request.chain)
         tiers = found.tiers
         if (tiers == NVME_CODE).any():
@@ -295,7 +293,7 @@ class LocalSession(ControlSession):
         self, namespace: NamespaceHandle, chain: c.U8, memory: Memory, deadline: Deadline
     ) -> None:
         """Has what is stored of the chain brought into memory, as far as there is room."""
-        number = self._number(namespace, deadline)
+        number = self._number_in(memory, namespace, deadline)
         found = memory.index.match(number, chain)
         there = _leading(found.tiers != NVME_CODE)
         while there < found.count and deadline.left_s > 0:
@@ -355,11 +353,14 @@ class LocalSession(ControlSession):
         return self._link.writes_pool and not len(put.part.cells)
 
     def _put_whole(self, put: PutRequest, deadline: Deadline) -> PutResult:
-        epoch = self._link.memory(deadline.left_s).index.namespace_epoch
-        number = self._number(put.namespace, deadline)
-        before = functools.partial(self._report_before_eviction, deadline)
+        memory = self._link.memory(deadline.left_s)
+        epoch = memory.index.namespace_epoch
+        number = self._number_in(memory, put.namespace, deadline)
         return self._writer.put(
-            put, number, deadline, epoch=epoch, before=before, note=self._came_upon
+            *(put, number, memory, deadline),
+            epoch=epoch,
+            before=self._report_before_eviction,
+            note=self._came_upon,
         )
 
     def _put_part(self, put: PutRequest, deadline: Deadline) -> PutResult:
@@ -476,7 +477,7 @@ def _copy_out_one(memory: Memory, request: GetRequest, found: Match) -> tuple[in
     if int(generations[granule]) != generation:
         return 0, MissReason.OVERWRITTEN
     first = memory.pool_address + granule * limits.GRANULE_BYTES
-    start, target = first + payload_offset(request.namespace.layout), int(request.targets[0])
+    start, target = first + request.part.payload_at, int(request.targets[0])
     for at, own, nbytes in request.part.runs:
         copy_rows(np.array([target + own], np.uint64), np.array([start + at], np.uint64), nbytes)
     if int(generations[granule]) != generation:

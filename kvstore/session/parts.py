@@ -15,7 +15,7 @@ from kvstore.errors import LayoutMismatch
 from kvstore.layout import Layout
 from kvstore.session.base import Bytes1D
 from kvstore.session.copies import pieces_of
-from kvstore.streaming import copy_and_hash, copy_and_hash_rows, hash_rows
+from kvstore.streaming import copy_and_hash_rows, hash_rows
 
 ALL_CELLS: c.U32 = np.empty(0, np.uint32)
 # Where a run lies in a block's payload, where in the part's own bytes, and its length.
@@ -27,15 +27,19 @@ class Part:
     """Some cells of a layout, and where they lie.
 
     cells: uint32, ascending; empty for all. runs: the part in as few pieces as it lies in, none
-    longer than `PIECE_BYTES`. cell_runs: one for each of its cells. bounds: int64 (k + 1,), where
-    each cell begins in the part's own bytes.
+    longer than `PIECE_BYTES`. cell_runs: one for each of its cells; cell_words: the same, uint64
+    (k, 3). bounds: int64 (k + 1,), where each cell begins in the part's own bytes. payload_at:
+    bytes from a slot's start to the payload. slot_granules: the size of a slot of such blocks.
     """
 
     cells: c.U32
     runs: tuple[Run, ...]
     cell_runs: tuple[Run, ...]
+    cell_words: c.U64
     bounds: np.ndarray[tuple[int], np.dtype[np.int64]]
     nbytes: int
+    payload_at: int
+    slot_granules: int
 
     def copy_in(self, sources: c.U64, targets: c.U64) -> c.U64:
         """From the part's bytes at addresses (n,) to blocks' payloads at others.
@@ -46,13 +50,6 @@ class Part:
             copy_and_hash_rows(targets + np.uint64(at), sources + np.uint64(own), nbytes)
             for at, own, nbytes in self.cell_runs
         )
-
-    def copy_one_in(self, source: int, target: int) -> c.U64:
-        """`copy_in` of one block, from an address to another: quicker."""
-        sums = np.empty((1, len(self.cell_runs)), np.uint64)
-        for cell, (at, own, nbytes) in enumerate(self.cell_runs):
-            sums[0, cell] = copy_and_hash(target + at, source + own, nbytes)
-        return sums
 
     def sums(self, payloads: c.U64) -> c.U64:
         """The checksums of its cells in the blocks' payloads at addresses (n,): (n, cells)."""
@@ -95,7 +92,16 @@ def _part_of(layout: Layout, packed: bytes) -> Part:
     cell_runs = tuple(
         zip(starts.tolist(), bounds[:-1].tolist(), (ends - starts).tolist(), strict=True)
     )
-    return Part(cells, tuple(_pieces(_joined(cell_runs))), cell_runs, bounds, int(bounds[-1]))
+    return Part(
+        cells=cells,
+        runs=tuple(_pieces(_joined(cell_runs))),
+        cell_runs=cell_runs,
+        cell_words=np.array(cell_runs, np.uint64),
+        bounds=bounds,
+        nbytes=int(bounds[-1]),
+        payload_at=payload_offset(layout),
+        slot_granules=-(-(payload_offset(layout) + layout.block_bytes) // limits.GRANULE_BYTES),
+    )
 
 
 def _joined(runs: Iterable[Run]) -> list[Run]:
@@ -131,12 +137,6 @@ def checked_cells(layout: Layout, cells: Iterable[int]) -> c.U32:
 def payload_offset(layout: Layout) -> int:
     """Bytes from a slot's start to the payload."""
     return header_bytes(layout.n_cells)
-
-
-@functools.lru_cache(maxsize=1024)
-def slot_granules(layout: Layout) -> int:
-    """The size of a slot that holds a block with its header."""
-    return -(-(payload_offset(layout) + layout.block_bytes) // limits.GRANULE_BYTES)
 
 
 def bytes_of(array: Bytes1D) -> memoryview:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.block import NO_PARENT, pack_many, pack_parts, write_headers
+from kvstore.block import pack_many, write_headers
 from kvstore.errors import (
     DeadlineExceeded,
     KVStoreError,
@@ -28,13 +28,13 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
+from kvstore.filling import fill_slot
 from kvstore.index.format import W_CHECK, key_words
 from kvstore.index.reader import Lookup
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
 from kvstore.session.copies import ALONE_BYTES
 from kvstore.session.link import Link, Memory, copy_all_in
-from kvstore.session.parts import slot_granules
 from kvstore.session.requests import PutRequest
 
 # After these a commit has shown nothing, or its connection is over. What else a store may answer it
@@ -99,41 +99,42 @@ class Writer:
         self,
         put: PutRequest,
         number: int,
+        memory: Memory,
         deadline: Deadline,
         *,
         epoch: int,
-        before: Callable[[], None],
+        before: Callable[[Deadline], None],
         note: Callable[[Lookup], None],
     ) -> PutResult:
         """Stores whole blocks in the namespace `number`; a call or none, and one more where the
-        stock is too small. epoch: the index's of namespaces, when `number` was the right one.
-        before: called where the store may have to evict for this, or for the next put, before it
-        does. note: is told of blocks that are stored already, and of none where something was
-        posted that the store has yet to be told of.
+        stock is too small. memory: the link's now. epoch: its index's of namespaces, when `number`
+        was the right one. before: called where the store may have to evict for this, or for the
+        next put, before it does. note: is told of blocks that are stored already, and of none
+        where something was posted that the store has yet to be told of.
 
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
-        memory, n = self._link.memory(deadline.left_s), len(put.chain)
+        n = len(put.chain)
         there = memory.index.lookup(number, put.chain)
         absent = _absent(there)
         if len(absent) < n:
             note(there.only_found())
             if not len(absent):
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
-        size = slot_granules(put.namespace.layout)
+        size = put.part.slot_granules
         self._link.take_answers(0)
         left = self.stock.count(size) - len(absent)
         asks = left < 0 or self._wanted(size, len(absent), left) > 0
         # While much is copied the store can hear of it; a little is copied before it would wake.
         early = left < 0 or len(absent) * put.part.nbytes > ALONE_BYTES
         if asks and early:
-            before()
+            before(deadline)
         slots = self._slots(size, number, len(absent), deadline)
         try:
             fill = _filled(memory, put, number, rows=absent[: len(slots)], slots=slots, by=deadline)
             more = self._wanted(size, len(slots), self.stock.count(size))
             if asks and not early:
-                before()
+                before(deadline)
         except BaseException:
             self.stock.put(size, slots)
             raise
@@ -231,19 +232,17 @@ class _Filled:
     checksums: c.U64
 
     def post(self, epoch: int) -> bool:
-        """Writes their headers and posts them; False, and nobody sees them, where that cannot be:
-        without a board, on a full one, with a time to live or a key that comes twice, after a
-        namespace was dropped."""
+        """Writes the headers of more than one, and posts them; False, and nobody sees them, where
+        that cannot be: without a board, on a full one, with a time to live or a key that comes
+        twice, after a namespace was dropped."""
         memory, put = self.memory, self.put
         if memory.board is None or put.ttl_ms or memory.index.namespace_epoch != epoch:
             return False
         keys = put.chain if len(self.rows) == len(put.chain) else put.chain[self.rows]
         words = key_words(keys)
-        if len(keys) == 1:
-            self._write_header(keys)
-        elif len(set(words[:, 0].tolist())) < len(keys):
-            return False
-        else:
+        if len(keys) > 1:
+            if len(set(words[:, 0].tolist())) < len(keys):
+                return False
             self._write_headers(keys)
         return memory.board.post(
             self.number,
@@ -271,24 +270,6 @@ class _Filled:
             ttl_ms=put.ttl_ms,
             more=more,
         )
-
-    def _write_header(self, keys: c.U8) -> None:
-        """`_write_headers` of one, which costs a fourth so."""
-        put, row = self.put, int(self.rows[0])
-        parent = b""
-        if put.position >= 0:
-            parent = put.chain[row - 1].tobytes() if row else put.parent
-        header = pack_parts(
-            namespace=self.number,
-            key=keys.tobytes(),
-            put_id=put.put_id,
-            length=put.namespace.layout.block_bytes,
-            checksums=self.checksums[0],
-            parent=parent or NO_PARENT,
-            position=put.position + row if put.position >= 0 else -1,
-        )
-        at = int(self.granules[0]) * limits.GRANULE_BYTES
-        self.memory.pool[at : at + len(header)] = np.frombuffer(header, np.uint8)
 
     def _write_headers(self, keys: c.U8) -> None:
         put, rows, n = self.put, self.rows, len(self.rows)
@@ -327,8 +308,11 @@ def _filled(
     slots: list[int],
     by: Deadline,
 ) -> _Filled:
-    """Copies these blocks of the put into the slots."""
+    """Copies these blocks of the put into the slots, one with its header."""
     granules, n = np.array(slots, np.uint32), len(put.addresses)
+    if len(slots) == 1:
+        sums = _fill_one(memory, put, number, int(rows[0]), slots[0])
+        return _Filled(memory, put, number, rows, granules, sums)
     sums = copy_all_in(
         memory,
         put.namespace.layout,
@@ -338,6 +322,25 @@ def _filled(
         end_s=by.end_s,
     )
     return _Filled(memory, put, number, rows, granules, sums)
+
+
+def _fill_one(memory: Memory, put: PutRequest, number: int, row: int, slot: int) -> c.U64:
+    """Copies a block of the put into a slot, with its header; returns its checksums (1, cells)."""
+    part, parent = put.part, b""
+    if put.position >= 0:
+        parent = put.chain[row - 1].tobytes() if row else put.parent
+    return fill_slot(
+        memory.pool_address + slot * limits.GRANULE_BYTES,
+        int(put.addresses[row]),
+        cells=part.cell_words,
+        header_bytes=part.payload_at,
+        namespace=number,
+        key=put.chain[row].tobytes(),
+        put_id=put.put_id,
+        length=part.nbytes,
+        parent=parent,
+        position=put.position + row if put.position >= 0 else -1,
+    )
 
 
 def _spread(rows: npt.NDArray[np.intp], n: int, slots: c.U32, sums: c.U64) -> tuple[c.U32, c.U64]:

@@ -323,7 +323,7 @@ def test_where_the_board_is_full_a_put_shows_its_blocks_by_a_call(
             return real(command, timeout_s)
 
         monkeypatch.setattr(session._link, "call", counted)
-        monkeypatch.setattr("kvstore.index.boards.BOARD_ROWS", 0)
+        monkeypatch.setattr("kvstore.index.boards._post_now", lambda *_: False)
         assert session.put(namespace, hashes(1, seed=41), block).stored == 1
         assert calls == {"Commit": 1}
         assert session.match(namespace, hashes(1, seed=41)).count == 1

@@ -15,8 +15,8 @@ import xxhash
 from kvstore.streaming import copy_and_hash_rows, copy_rows, hash_rows
 
 # Around each step of XXH3: its short forms' ends, a stripe's, a block's.
-SIZES = (1, 16, 17, 63, 64, 65, 128, 129, 240, 241, 256, 300, 1023, 1024, 1025, 1087, 1088, 1089,
-         2048, 4096, 65536, 262144 + 77)  # fmt: skip
+SIZES = (1, 2, 3, 4, 8, 9, 16, 17, 63, 64, 65, 128, 129, 240, 241, 256, 300, 1023, 1024, 1025, 1087,
+         1088, 1089, 2048, 4096, 65536, 262144 + 77)  # fmt: skip
 ROWS, ROOM = 3, 128
 
 
