@@ -37,6 +37,7 @@ from kvstore.session.base import (
 from kvstore.session.buffers import HeldBlocks, own_buffers
 from kvstore.session.control import Deadline
 from kvstore.session.requests import checked_chain, checked_get, checked_put
+from kvstore_client.looking import LookingStream
 from kvstore_client.rpc import Rpc
 from kvstore_client.transfer import Arrival, CopiedView, put_requests
 from kvstore_proto.v1 import kvstore_pb2 as pb
@@ -68,6 +69,7 @@ class RemoteSession:
         Deadline(timeout_s)
         self._timeout_s = timeout_s
         self._rpc = Rpc(address, token=token)
+        self._looking = LookingStream(self._rpc)
         # What handles mean now whose ids became stale.
         self._ids: dict[tuple[int, int], pb.NamespaceId] = {}
         if not lazy:
@@ -84,7 +86,7 @@ class RemoteSession:
         prefetch: bool = False,
         timeout_s: float | None = None,
     ) -> Matched:
-        """See `Session.match`; one call."""
+        """See `Session.match`; one call, or a message on a stream that stays open."""
         deadline, chain = self._deadline(timeout_s), checked_chain(hashes)
         request = pb.MatchRequest(
             keys=chain.tobytes(), hint=t.hint_to_wire(hint), prefetch=prefetch
@@ -92,7 +94,9 @@ class RemoteSession:
 
         def ask(now: pb.NamespaceId) -> Matched:
             request.namespace.CopyFrom(now)
-            answer = self._rpc.call(lambda stub: stub.Match, request, deadline.left_s)
+            answer = None if hint or prefetch else self._looking.ask(request, deadline.left_s)
+            if answer is None:
+                answer = self._rpc.call(lambda stub: stub.Match, request, deadline.left_s)
             return t.matched_of(answer, len(chain))
 
         try:
@@ -235,6 +239,7 @@ class RemoteSession:
 
     def close(self) -> None:
         """See `Session.close`; calls of other threads end at once."""
+        self._looking.close()
         self._rpc.close()
 
     def __enter__(self) -> Self:

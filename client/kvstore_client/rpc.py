@@ -48,11 +48,20 @@ class Rpc:
 
     @property
     def stub(self) -> KVStoreStub:
-        """The calls; `Unavailable` once closed, and in a child of the process that made this."""
+        """The calls; errors of `check`."""
+        self.check()
+        return self._stub
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that made this."""
+        return self._guard.forked
+
+    def check(self) -> None:
+        """`Unavailable` once closed, and in a child of the process that made this."""
         self._guard.check()
         if self._ended.is_set():
             raise Unavailable("the session is closed")
-        return self._stub
 
     @contextlib.contextmanager
     def typed_errors(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from kvstore_server.health import Health
 from kvstore_server.logs import configure_logging
 from kvstore_server.service import KVStoreService
 
-WORKERS = 16  # more than service.MAX_STREAMS, so that health is answered beside all of those
+WORKERS = 16  # more than all of service's streams, so that health is answered beside those
 MAX_CALLS = 64  # running and waiting for a worker
 NICENESS = 10  # where processors are short, clients on this host, who share memory, go first
 DRAIN_S = 5.0
@@ -86,7 +86,9 @@ class Gateway:
     def drain(self, grace_s: float) -> None:
         """Takes no more calls, lets those under way end for so long, and cancels the rest."""
         self._health.shut_down()
-        for stopped in [server.stop(grace_s) for server in self._servers]:
+        ending = [server.stop(grace_s) for server in self._servers]
+        self._service.end_looking()
+        for stopped in ending:
             stopped.wait()
         self._health.close()
         for pool in self._pools:

@@ -28,6 +28,7 @@ from kvstore_server import transfers
 
 TIMEOUT_S = 5.0  # of a call that names no deadline
 MAX_STREAMS = 8  # gets and puts at once: each has a buffer and holds a worker
+MAX_LOOKING = 4  # streams of look-ups at once: each holds a worker
 _MAX_TIMEOUT_S = limits.MAX_DEADLINE_MS / 1e3
 _FOR_EVER_S = 1e15  # gRPC tells of no deadline as of one that nobody will live to see
 _CLOCK_SLACK_S = 1.0  # deadlines are rounded on the wire
@@ -61,22 +62,35 @@ class OpenNamespaces:
 
 
 class Streams:
-    """Bounds how many gets and puts run at once."""
+    """Bounds how many calls of a kind run at once."""
 
-    def __init__(self, limit: int) -> None:
-        self._free = threading.BoundedSemaphore(limit)
+    def __init__(self, what: str, limit: int) -> None:
+        """what: they are, for the error."""
+        self._what, self._limit = what, limit
+        self._lock = threading.Lock()
+        self._running: set[grpc.ServicerContext] = set()
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, context: grpc.ServicerContext) -> Iterator[None]:
         """Holds one of them; `ResourceExhausted` where all are taken."""
-        if not self._free.acquire(blocking=False):
-            raise ResourceExhausted(
-                "too many gets and puts at once", retry_after_ms=limits.RETRY_AFTER_MS
-            )
+        with self._lock:
+            if len(self._running) >= self._limit:
+                raise ResourceExhausted(
+                    f"too many {self._what} at once", retry_after_ms=limits.RETRY_AFTER_MS
+                )
+            self._running.add(context)
         try:
             yield
         finally:
-            self._free.release()
+            with self._lock:
+                self._running.discard(context)
+
+    def end(self) -> None:
+        """Cancels those that run."""
+        with self._lock:
+            running = list(self._running)
+        for context in running:
+            context.cancel()
 
 
 class KVStoreService(KVStoreServicer):
@@ -95,7 +109,8 @@ class KVStoreService(KVStoreServicer):
         self._session = session
         self._on_trouble = on_trouble
         self._namespaces = OpenNamespaces()
-        self._streams = Streams(max_streams)
+        self._streams = Streams("gets and puts", max_streams)
+        self._looking = Streams("streams of look-ups", MAX_LOOKING)
         # All ranks that come this way are one writer to the store, which takes one put of a
         # block's cells at a time from each writer.
         self._partial_put = threading.Lock()
@@ -117,19 +132,22 @@ class KVStoreService(KVStoreServicer):
     ) -> pb.MatchResponse:
         """Finds the longest stored leading part."""
         with self._answering(context):
-            namespace = self._namespaces.find(request.namespace)
-            hint = t.hint_of(request.hint) if request.HasField("hint") else None
-            keys = t.keys_of(request.keys)
-            matched = self._session.match(
-                namespace, keys, hint=hint, prefetch=request.prefetch, timeout_s=_left_s(context)
-            )
-            return t.matched_to_wire(matched)
+            return self._matched(request, _left_s(context))
+
+    def Matches(  # noqa: N802
+        self, request_iterator: Iterator[pb.MatchRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.MatchResponse]:
+        """Looks up again and again."""
+        with self._answering(context), self._looking.one(context):
+            _bounded(context)
+            for request in request_iterator:
+                yield self._matched(request, min(_left_s(context), TIMEOUT_S))
 
     def Get(  # noqa: N802
         self, request: pb.GetRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GetResponse]:
         """Sends blocks."""
-        with self._answering(context), self._streams.one():
+        with self._answering(context), self._streams.one(context):
             namespace = self._namespaces.find(request.namespace)
             left_s = functools.partial(_left_s, _bounded(context))
             yield from transfers.get(self._session, namespace, request, left_s)
@@ -138,7 +156,7 @@ class KVStoreService(KVStoreServicer):
         self, request_iterator: Iterator[pb.PutRequest], context: grpc.ServicerContext
     ) -> pb.PutResponse:
         """Takes blocks."""
-        with self._answering(context), self._streams.one():
+        with self._answering(context), self._streams.one(context):
             _bounded(context)
             header = transfers.header_of(request_iterator)
             namespace = self._namespaces.find(header.namespace)
@@ -207,6 +225,22 @@ class KVStoreService(KVStoreServicer):
         with self._answering(context):
             return t.info_to_wire(self._session.info(timeout_s=_left_s(context)))
 
+    def end_looking(self) -> None:
+        """Ends the streams of look-ups, which would else last as long as their clients like."""
+        self._looking.end()
+
+    def _matched(self, request: pb.MatchRequest, timeout_s: float) -> pb.MatchResponse:
+        namespace = self._namespaces.find(request.namespace)
+        hint = t.hint_of(request.hint) if request.HasField("hint") else None
+        matched = self._session.match(
+            namespace,
+            t.keys_of(request.keys),
+            hint=hint,
+            prefetch=request.prefetch,
+            timeout_s=timeout_s,
+        )
+        return t.matched_to_wire(matched)
+
     @contextlib.contextmanager
     def _answering(self, context: grpc.ServicerContext) -> Iterator[None]:
         """Ends the call with the status of whatever error comes out of it."""
@@ -221,7 +255,7 @@ class KVStoreService(KVStoreServicer):
 def _bounded(context: grpc.ServicerContext) -> grpc.ServicerContext:
     """The call, if it has a deadline of its own; else `InvalidArgument`."""
     if context.time_remaining() > _FOR_EVER_S:
-        raise InvalidArgument("deadline", "gets and puts need one")
+        raise InvalidArgument("deadline", "gets, puts and streams of look-ups need one")
     return context
 
 

@@ -12,9 +12,10 @@ Limits, the same for every call; past one the call fails and changes nothing:
   - a message is at most 5 MiB;
   - a block's time to live is at most 30 days, a hint's time at most 7 days, and at most half
     of a pool's bytes can be pinned;
-  - a call's deadline is at most one hour. Get and Put hold a worker of the server while they
-    run, so they need one; the other calls get the server's own, 5 seconds, where they have none;
-  - 8 gets and puts run at once; one more is RESOURCE_EXHAUSTED.
+  - a call's deadline is at most one hour. Get, Put and Matches hold a worker of the server while
+    they run, so they need one; the other calls get the server's own, 5 seconds, where they have
+    none;
+  - 8 gets and puts run at once, and 4 Matches; one more is RESOURCE_EXHAUSTED.
 
 Errors: the status code says what kind it is, and the trailing metadata `kvstore-error-bin`, where
 it is there, says it exactly (the frame of a `Failed` record, see kvstore/channel/wire.py):

@@ -45,6 +45,11 @@ class KVStoreStub:
                 request_serializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchRequest.SerializeToString,
                 response_deserializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchResponse.FromString,
                 _registered_method=True)
+        self.Matches = channel.stream_stream(
+                '/kvstore.v1.KVStore/Matches',
+                request_serializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchRequest.SerializeToString,
+                response_deserializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchResponse.FromString,
+                _registered_method=True)
         self.Get = channel.unary_stream(
                 '/kvstore.v1.KVStore/Get',
                 request_serializer=kvstore__proto_dot_v1_dot_kvstore__pb2.GetRequest.SerializeToString,
@@ -100,6 +105,14 @@ class KVStoreServicer:
 
     def Match(self, request, context):
         """Finds the longest stored leading part of a chain. Moves no block.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Matches(self, request_iterator, context):
+        """Match, for who looks up again and again: answers each request in its turn, in half the time of
+        a call. Ends at the first that fails, and whenever the server likes: Match does as well.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +187,11 @@ def add_KVStoreServicer_to_server(servicer, server):
             ),
             'Match': grpc.unary_unary_rpc_method_handler(
                     servicer.Match,
+                    request_deserializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchRequest.FromString,
+                    response_serializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchResponse.SerializeToString,
+            ),
+            'Matches': grpc.stream_stream_rpc_method_handler(
+                    servicer.Matches,
                     request_deserializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchRequest.FromString,
                     response_serializer=kvstore__proto_dot_v1_dot_kvstore__pb2.MatchResponse.SerializeToString,
             ),
@@ -271,6 +289,33 @@ class KVStore:
             request,
             target,
             '/kvstore.v1.KVStore/Match',
+            kvstore__proto_dot_v1_dot_kvstore__pb2.MatchRequest.SerializeToString,
+            kvstore__proto_dot_v1_dot_kvstore__pb2.MatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Matches(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvstore.v1.KVStore/Matches',
             kvstore__proto_dot_v1_dot_kvstore__pb2.MatchRequest.SerializeToString,
             kvstore__proto_dot_v1_dot_kvstore__pb2.MatchResponse.FromString,
             options,

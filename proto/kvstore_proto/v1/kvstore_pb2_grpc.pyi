@@ -12,9 +12,10 @@ Limits, the same for every call; past one the call fails and changes nothing:
   - a message is at most 5 MiB;
   - a block's time to live is at most 30 days, a hint's time at most 7 days, and at most half
     of a pool's bytes can be pinned;
-  - a call's deadline is at most one hour. Get and Put hold a worker of the server while they
-    run, so they need one; the other calls get the server's own, 5 seconds, where they have none;
-  - 8 gets and puts run at once; one more is RESOURCE_EXHAUSTED.
+  - a call's deadline is at most one hour. Get, Put and Matches hold a worker of the server while
+    they run, so they need one; the other calls get the server's own, 5 seconds, where they have
+    none;
+  - 8 gets and puts run at once, and 4 Matches; one more is RESOURCE_EXHAUSTED.
 
 Errors: the status code says what kind it is, and the trailing metadata `kvstore-error-bin`, where
 it is there, says it exactly (the frame of a `Failed` record, see kvstore/channel/wire.py):
@@ -50,6 +51,10 @@ class KVStoreStub:
     """Opens the namespace of a name and a layout, creating it where it is new."""
     Match: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.MatchRequest, _kvstore_pb2.MatchResponse]
     """Finds the longest stored leading part of a chain. Moves no block."""
+    Matches: _grpc.StreamStreamMultiCallable[_kvstore_pb2.MatchRequest, _kvstore_pb2.MatchResponse]
+    """Match, for who looks up again and again: answers each request in its turn, in half the time of
+    a call. Ends at the first that fails, and whenever the server likes: Match does as well.
+    """
     Get: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.GetRequest, _kvstore_pb2.GetResponse]
     """Sends the leading stored blocks of a chain, whole or some of their cells."""
     Put: _grpc.StreamUnaryMultiCallable[_kvstore_pb2.PutRequest, _kvstore_pb2.PutResponse]
@@ -89,6 +94,16 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _grpc.ServicerContext,
     ) -> _kvstore_pb2.MatchResponse:
         """Finds the longest stored leading part of a chain. Moves no block."""
+
+    @_abc_1.abstractmethod
+    def Matches(
+        self,
+        request_iterator: _abc.Iterator[_kvstore_pb2.MatchRequest],
+        context: _grpc.ServicerContext,
+    ) -> _abc.Iterator[_kvstore_pb2.MatchResponse]:
+        """Match, for who looks up again and again: answers each request in its turn, in half the time of
+        a call. Ends at the first that fails, and whenever the server likes: Match does as well.
+        """
 
     @_abc_1.abstractmethod
     def Get(
