@@ -34,12 +34,13 @@ from kvstore_kernels.collate_plan import Tuning
 from kvstore_kernels.collate_reference import collate_reference, scatter_reference
 from kvstore_kernels.cuda_runtime import cuda_runtime
 from kvstore_kernels.page_table import CellForm, PageTable, runs_of
-from kvstore_kernels.transfer import PULLS, Transfer, Transfers
+from kvstore_kernels.transfer import GRAPHS, PULLS, Transfer, Transfers
 from kvstore_kernels.transfer_graph import GraphForm, PullForm
 
 DEVICE = torch.device("cuda", 0)
 MOVED_BYTES = 512 << 20  # by one gather or scatter
 LINK_BYTES = 256 << 20  # by one transfer
+LONG_BYTES = 1 << 30  # likewise
 AGAIN_BYTES = 4 << 20
 PIECE_BYTES = 4 << 10  # of what is written to places of its own
 BURSTS = (4, 16, 64)  # MiB
@@ -47,7 +48,7 @@ LINK_RATE, CLOCK = 54e9, 1.98e9  # bytes and cycles a second, about
 PULLED_ROW = 256 << 10
 MOST_PIECES = 16_384  # that are copied one by one
 POISON = 0xA5
-ROUNDS = 7
+ROUNDS = 21
 SWEPT = [
     Tuning(tile_bytes=tile << 10, thread_bytes=thread, load_policy=policy)
     for tile, thread, policy in (
@@ -137,7 +138,12 @@ FORMS = [
     replace(QUANTISED, name="to fp8, heads first", dims="LKPHND"),
     QUANTISED_LATENT,
 ]
-LINKED = [PIECES[0], PIECES[1], PIECES[3], PIECES[4], STORED, QUANTISED]
+# Of an engine with few layers, or of one rank of several: too small to be copied in place.
+STORED_SMALL = replace(STORED, name="as in the store, 256 KiB", layers=8, heads=4)
+LINKED = [PIECES[0], PIECES[1], PIECES[3], PIECES[4], STORED, STORED_SMALL, QUANTISED]
+LINKED_LONG = [PIECES[0], PIECES[1], PIECES[3]]
+# Buffers, and MiB of each.
+SWEPT_BUFFERS = [(2, 4), (2, 8), (3, 16), (2, 16), (2, 32), (2, 64)]
 
 
 class Rig:
@@ -301,8 +307,8 @@ def _name(tuning: Tuning) -> str:
 class LinkRig:
     """A work's pages, and pinned memory for their rows; what was moved is right."""
 
-    def __init__(self, work: Work, host: torch.Tensor) -> None:
-        self.rig = Rig(work, LINK_BYTES)
+    def __init__(self, work: Work, host: torch.Tensor, nbytes: int = LINK_BYTES) -> None:
+        self.rig = Rig(work, nbytes)
         self.runs = self.rig.runs.cpu()
         nbytes = self.rig.form.nbytes
         self.host, self.other = host[: 2 * self.rig.blocks * nbytes].view(2, -1, nbytes)
@@ -336,7 +342,7 @@ class LinkRig:
         self.check(Transfers(self.rig.collator), back)
         return partial(back.to_pages, self.runs, self.other)
 
-    def rate(self, *moves: Callable[[], Transfer]) -> float:
+    def rate(self, *moves: Callable[[], Waits]) -> float:
         """GB/s of transfers that are begun together, until the last has arrived."""
 
         def call() -> None:
@@ -344,6 +350,17 @@ class LinkRig:
                 transfer.wait()
 
         return float(len(moves) * self.host.numel() / seconds_of(call) / 1e9)
+
+    def rates(self, out: Transfers, back: Transfers) -> tuple[float, float]:
+        """GB/s to the host, and to the pages; checked."""
+        self.check(out, back)
+        to_host = partial(out.to_host, self.runs, self.host)
+        return self.rate(to_host), self.rate(partial(back.to_pages, self.runs, self.other))
+
+    def limits(self) -> tuple[float, float]:
+        """GB/s of one large copy of as many bytes, without a kernel, either way."""
+        copies = copies_alone(self)
+        return self.rate(copies["D2H"]), self.rate(copies["H2D"])
 
 
 def _stream(priority: int = 0) -> torch.cuda.Stream:
@@ -383,29 +400,34 @@ def link_ceiling(host: torch.Tensor) -> dict[str, Any]:
 
 
 def measure_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
-    """GB/s by our pipeline, by batches of copies and by a copy of each piece."""
+    """GB/s by our pipeline, beside one copy of as many bytes; by batches of copies and by a copy of
+    each piece."""
     link = LinkRig(work, host)
     out, back = Transfers(link.rig.collator), Transfers(link.back)
-    link.check(out, back)
-
+    found = _beside_limits(link, out, back)
     to_host = partial(out.to_host, link.runs, link.host)
-    to_pages = partial(back.to_pages, link.runs, link.other)
-    found = {
-        "D2H": link.rate(to_host),
-        "H2D": link.rate(to_pages),
-        "both": link.rate(to_host, to_pages),
-    }
-    out, back = (Transfers(collator, graphs=None) for collator in (link.rig.collator, link.back))
+    found["both"] = link.rate(to_host, partial(back.to_pages, link.runs, link.other))
+    out = Transfers(link.rig.collator, graphs=GRAPHS)
     link.check(out, back)
-    found["turn by turn D2H"] = link.rate(partial(out.to_host, link.runs, link.host))
-    found["turn by turn H2D"] = link.rate(partial(back.to_pages, link.runs, link.other))
+    found["graphs D2H"] = link.rate(partial(out.to_host, link.runs, link.host))
     found["pulled H2D"] = link.rate(link.pulled(PULLS))
     if work in (PIECES[0], PIECES[3]):
         out, back = Transfers(link.rig.collator, direct=True), Transfers(link.back, direct=True)
-        link.check(out, back)
-        found["zero-copy D2H"] = link.rate(partial(out.to_host, link.runs, link.host))
-        found["zero-copy H2D"] = link.rate(partial(back.to_pages, link.runs, link.other))
+        found["zero-copy D2H"], found["zero-copy H2D"] = link.rates(out, back)
     return {**found, **(by_piece(link) if work in PIECES else {})}
+
+
+def measure_long(work: Work, host: torch.Tensor) -> dict[str, Any]:
+    """GB/s of transfers that are four times as long, where the beginning matters less."""
+    link = LinkRig(work, host, LONG_BYTES)
+    return _beside_limits(link, Transfers(link.rig.collator), Transfers(link.back))
+
+
+def _beside_limits(link: LinkRig, out: Transfers, back: Transfers) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for way, ours, limit in zip(("D2H", "H2D"), link.rates(out, back), link.limits(), strict=True):
+        found |= {way: ours, f"one copy {way}": limit, f"{way}, % of that": 100 * ours / limit}
+    return found
 
 
 def by_piece(link: LinkRig) -> dict[str, Any]:
@@ -434,16 +456,22 @@ def by_piece(link: LinkRig) -> dict[str, Any]:
 
 
 def sweep_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
-    """GB/s D2H / H2D by what a graph has."""
+    """GB/s D2H / H2D by the buffers, and D2H by what a graph has."""
     link = LinkRig(work, host)
-    found = {}
-    for turns, buffers, size in [(32, 2, 2), (8, 2, 4), (16, 2, 4), (16, 3, 4), (8, 2, 8)]:
+    found: dict[str, Any] = {}
+    for buffers, size in SWEPT_BUFFERS:
+        out, back = (
+            Transfers(collator, buffers=buffers, buffer_bytes=size << 20)
+            for collator in (link.rig.collator, link.back)
+        )
+        away, home = link.rates(out, back)
+        found[f"{buffers} x {size} MiB"] = f"{away:.1f}/{home:.1f}"
+    for turns, buffers, size in [(32, 2, 2), (8, 2, 4), (16, 2, 4), (16, 3, 4), (16, 2, 6)]:
         graphs = GraphForm(turns=turns, buffers=buffers, buffer_bytes=size << 20)
-        out, back = (Transfers(c, graphs=graphs) for c in (link.rig.collator, link.back))
-        link.check(out, back)
+        out = Transfers(link.rig.collator, graphs=graphs)
+        link.check(out, Transfers(link.back))
         away = link.rate(partial(out.to_host, link.runs, link.host))
-        home = link.rate(partial(back.to_pages, link.runs, link.other))
-        found[f"{turns} turns, {buffers} x {size} MiB"] = f"{away:.1f}/{home:.1f}"
+        found[f"{turns} turns, {buffers} x {size} MiB"] = away
     return found
 
 
@@ -488,11 +516,10 @@ def measure_slowdown(work: Work, host: torch.Tensor) -> dict[str, Any]:
     graph = _graph_of(call, 16)
     link = LinkRig(work, host)
     found: dict[str, Any] = {f"{name} alone, us": eager_us(graph.replay) / 16}
-    for direction, copy in _copies_alone(link).items():
+    for direction, copy in copies_alone(link).items():
         found[f"one copy {direction}"] = _slowed(link.nbytes, copy, graph)
     ways: dict[str, dict[str, Any]] = {
         "pipeline": {},
-        "turn by turn": {"graphs": None},
         "zero-copy": {"direct": True},
     }
     for way, options in ways.items():
@@ -504,6 +531,10 @@ def measure_slowdown(work: Work, host: torch.Tensor) -> dict[str, Any]:
         }
         for direction, move in moves.items():
             found[f"{way} {direction}"] = _slowed(link.nbytes, move, graph)
+    out, back = Transfers(link.rig.collator, graphs=GRAPHS), Transfers(link.back)
+    link.check(out, back)
+    move = partial(out.to_host, link.runs, link.host)
+    found["graphs D2H"] = _slowed(link.nbytes, move, graph)
     found["pulled H2D"] = _slowed(link.nbytes, link.pulled(PULLS), graph)
     return found
 
@@ -608,7 +639,7 @@ class Copied:
         self._done.synchronize()
 
 
-def _copies_alone(link: LinkRig) -> dict[str, Callable[[], Copied]]:
+def copies_alone(link: LinkRig) -> dict[str, Callable[[], Copied]]:
     """One large copy of as many bytes, without a kernel: the least that copies cost. And many to
     one place, which the L2 could hold."""
     here = torch.empty_like(link.host, device=DEVICE)
@@ -716,6 +747,8 @@ def rows_of(report: Report, host: torch.Tensor, *, sweep: bool) -> None:
         report.row(f"{kind}: {work.name}, TB/s", partial(measure_form, work))
     for work in LINKED:
         report.row(f"link: {work.name}, GB/s", partial(measure_link, work, host))
+    for work in LINKED_LONG:
+        report.row(f"link, 1 GiB: {work.name}, GB/s", partial(measure_long, work, host))
     report.row("slowdown of a reader", partial(measure_slowdown, PIECES[2], host))
     report.row("slowdown by writing alone", partial(measure_writes, host))
 
@@ -728,7 +761,7 @@ def main() -> None:
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     torch.manual_seed(0)
-    host = torch.empty(2 * LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    host = torch.empty(2 * LONG_BYTES, dtype=torch.uint8, pin_memory=True)
     report = Report()
     rows_of(report, host, sweep=options.sweep)
     if options.json:

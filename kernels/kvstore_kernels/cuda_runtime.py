@@ -119,18 +119,21 @@ class CudaRuntime:
 
     def copy_each(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
         """`copy` with a call for each piece."""
-        handle = ctypes.c_void_p(stream)
         for target, source, size in zip(
             targets.tolist(), sources.tolist(), sizes.tolist(), strict=True
         ):
-            self._call(
-                "cudaMemcpyAsync",
-                ctypes.c_void_p(target),
-                ctypes.c_void_p(source),
-                ctypes.c_size_t(size),
-                _ANY_DIRECTION,
-                handle,
-            )
+            self.copy_one(target, source, size, stream)
+
+    def copy_one(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """`copy` of one piece."""
+        self._call(
+            "cudaMemcpyAsync",
+            ctypes.c_void_p(target),
+            ctypes.c_void_p(source),
+            ctypes.c_size_t(nbytes),
+            _ANY_DIRECTION,
+            ctypes.c_void_p(stream),
+        )
 
     def copy_batch(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
         """`copy` in one call; raises TransferError where the runtime has no such call."""

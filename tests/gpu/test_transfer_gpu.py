@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore_kernels import transfer
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.collate_reference import collate_reference
 from kvstore_kernels.cuda_runtime import (
@@ -139,6 +140,92 @@ def test_rows_and_pages_arrive(
     assert not other.pages[:, :, unused.to(other.pages.device)].any()
 
 
+@pytest.mark.parametrize("gap", [0, 16])
+@pytest.mark.parametrize("numbers", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_turns_of_several_sizes(
+    rig: Rig,
+    other: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    numbers: str,
+    gap: int,
+) -> None:
+    """Small ones and large ones, each way, in many transfers that follow each other."""
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 1 << 18)
+    out, back = (
+        Transfers(collator, buffer_bytes=2 << 20) for collator in (rig.collator, other.collator)
+    )
+    runs = rig.runs.to(dtype).to(numbers)
+    host = rig.poisoned(gap)
+    nbytes = rig.rows.shape[1]
+    for _ in range(TIMES // 5):
+        host.fill_(POISON)
+        out.to_host(runs, host).wait()
+        assert torch.equal(host[:, :nbytes], rig.rows)
+        assert bool((host[:, nbytes:] == POISON).all())
+        other.pages.zero_()
+        back.to_pages(runs, host).wait()
+        assert same_pages(other, rig)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_numbers_of_runs_are_the_caller_s_again_when_the_call_returns(
+    rig: Rig, other: Rig, pinned: bool
+) -> None:
+    """Though the kernels that read them have not begun by then."""
+    out, back = Transfers(rig.collator), Transfers(other.collator)
+    out.to_host(rig.runs, rig.poisoned()).wait()  # compiles
+    back.to_pages(rig.runs, rig.rows).wait()
+    other.pages.zero_()
+    host = rig.poisoned()
+    for move, rows in ((out.to_host, host), (back.to_pages, rig.rows)):
+        runs = rig.runs.clone()
+        runs = runs.pin_memory() if pinned else runs
+        torch.cuda._sleep(LONG_WAIT)
+        under_way = move(runs, rows)
+        runs.fill_(0)
+        under_way.wait()
+    assert torch.equal(host, rig.rows)
+    assert same_pages(other, rig)
+
+
+def test_transfers_of_more_and_more_blocks(rig: Rig) -> None:
+    """None waits for the one before it, whose numbers of runs are still read."""
+    transfers = Transfers(rig.collator)
+    torch.cuda._sleep(LONG_WAIT)
+    under_way = []
+    for blocks in (1, 2, 50, 100, 7, 100):
+        host = rig.poisoned()[:blocks]
+        under_way.append((transfers.to_host(rig.runs[:blocks], host), host))
+    for moved, host in under_way:
+        moved.wait()
+        assert torch.equal(host, rig.rows[: len(host)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("wrong", [-1, PAGES, PAGES + (1 << 30)])
+@pytest.mark.parametrize("graphs", [None, SMALL], ids=["turns", "graphs"])
+def test_runs_that_do_not_exist_are_refused_and_nothing_is_written(
+    rig: Rig, other: Rig, dtype: torch.dtype, wrong: int, graphs: GraphForm | None
+) -> None:
+    """Nor is the next transfer spoiled by what had begun."""
+    host, runs = rig.poisoned(), rig.runs.to(dtype, copy=True)
+    runs[BLOCKS // 2] = wrong
+    out, back = Transfers(rig.collator, graphs=graphs), Transfers(other.collator)
+    with pytest.raises(KernelArgumentError, match="runs"):
+        out.to_host(runs, host)
+    with pytest.raises(KernelArgumentError, match="runs"):
+        back.to_pages(runs, rig.rows)
+    torch.cuda.synchronize()
+    assert bool((host == POISON).all())
+    assert not other.pages.any()
+    out.to_host(rig.runs.to(dtype), host).wait()
+    assert torch.equal(host, rig.rows)
+    back.to_pages(rig.runs.to(dtype), rig.rows).wait()
+    assert same_pages(other, rig)
+
+
 @pytest.mark.parametrize("pulls", PULLS)
 @pytest.mark.parametrize("gap", [0, 16, 24])
 def test_rows_are_pulled_into_pages(rig: Rig, other: Rig, pulls: PullForm, gap: int) -> None:
@@ -186,18 +273,20 @@ def test_rows_anywhere_in_a_pool(rig: Rig, other: Rig, direct: bool) -> None:
 
 @pytest.mark.parametrize("pulls", [None, PULLS[0]], ids=["copies", "pulls"])
 @pytest.mark.parametrize("numbers", ["cpu", "cuda"])
+@pytest.mark.parametrize("tokens", [16, 256], ids=["small", "large"])
 def test_pages_that_are_rows_are_copied_as_they_are(
-    gpu: torch.device, numbers: str, pulls: PullForm | None
+    gpu: torch.device, tokens: int, numbers: str, pulls: PullForm | None
 ) -> None:
-    """By copies alone where the host knows the runs' numbers; else, and pulled, as others are."""
+    """By copies alone where they are large and the host knows the runs' numbers; else, and pulled,
+    as others are."""
     generator = torch.Generator().manual_seed(4)
-    shape = (PAGES, 4, 4, 2, 16, 64)
+    shape = (PAGES, 4, 4, 2, tokens, 64)
     pages = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=generator)
-    form = CellForm(layers=4, heads=4, head_dim=64, block_tokens=16, dtype=torch.bfloat16)
+    form = CellForm(layers=4, heads=4, head_dim=64, block_tokens=tokens, dtype=torch.bfloat16)
     pools = [pages.to(gpu), torch.zeros_like(pages).to(gpu)]
     tables = [PageTable.of(pool.view(torch.bfloat16), "PHLKND") for pool in pools]
     out, back = (
-        Transfers(Collator(table, form), buffer_bytes=1 << 18, pulls=pulls) for table in tables
+        Transfers(Collator(table, form), buffer_bytes=tokens << 14, pulls=pulls) for table in tables
     )
     runs = torch.randperm(PAGES, generator=generator)[:BLOCKS, None]
     host = torch.full((BLOCKS, form.nbytes), POISON, dtype=torch.uint8).pin_memory()
@@ -220,8 +309,8 @@ def test_a_hundred_transfers_share_three_buffers(rig: Rig, graphs: GraphForm | N
         for host in hosts:
             host.fill_(POISON)
         under_way = [transfers.to_host(rig.runs, host) for host in hosts]
-        for transfer, host in zip(under_way, hosts, strict=True):
-            transfer.wait()
+        for moved, host in zip(under_way, hosts, strict=True):
+            moved.wait()
             assert torch.equal(host, rig.rows)
 
 
@@ -251,11 +340,11 @@ def test_it_begins_after_what_the_stream_was_given_before(
     host = rig.poisoned()
     torch.cuda._sleep(LONG_WAIT)
     other.pages.copy_(rig.pages)
-    transfer = transfers.to_host(rig.runs, host)
-    transfer.follow_source(torch.cuda.current_stream())
+    moved = transfers.to_host(rig.runs, host)
+    moved.follow_source(torch.cuda.current_stream())
     other.pages.fill_(7)
-    assert transfer.arrived() == 0
-    transfer.wait()
+    assert moved.arrived() == 0
+    moved.wait()
     assert torch.equal(host, rig.rows)
 
 
@@ -269,8 +358,7 @@ def test_the_stream_reads_pages_once_they_arrived(
     other.pages.fill_(3)
     torch.cuda._sleep(LONG_WAIT)
     before = other.pages.clone()
-    transfer = transfers.to_pages(rig.runs, rig.rows)
-    transfer.follow(torch.cuda.current_stream())
+    transfers.to_pages(rig.runs, rig.rows).follow(torch.cuda.current_stream())
     after = other.pages.clone()
     torch.cuda.synchronize()
     assert bool((before == 3).all())
@@ -285,10 +373,10 @@ def test_host_memory_may_be_written_again_once_it_was_read(
 ) -> None:
     host = rig.poisoned()
     host.copy_(rig.rows)
-    transfer = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 19).to_pages(rig.runs, host)
-    transfer.wait_source()
+    moved = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 19).to_pages(rig.runs, host)
+    moved.wait_source()
     host.fill_(POISON)
-    transfer.wait()
+    moved.wait()
     assert same_pages(other, rig)
 
 
@@ -296,10 +384,10 @@ def test_host_memory_may_be_written_again_once_it_was_read(
 def test_leading_blocks_arrive_first(rig: Rig, graphs: GraphForm | None) -> None:
     transfers = Transfers(rig.collator, graphs=graphs, buffers=2, buffer_bytes=1)
     host = rig.poisoned()
-    transfer = transfers.to_host(rig.runs, host)
+    moved = transfers.to_host(rig.runs, host)
     for wanted in (0, 1, 10, BLOCKS):
-        transfer.wait(wanted)
-        arrived = transfer.arrived()
+        moved.wait(wanted)
+        arrived = moved.arrived()
         assert arrived >= wanted
         assert torch.equal(host[:arrived], rig.rows[:arrived])
 
@@ -318,9 +406,9 @@ def test_a_transfer_whose_caller_forgot_it_is_right(rig: Rig, graphs: GraphForm 
 
 
 def test_no_blocks_are_there_at_once(rig: Rig) -> None:
-    transfer = Transfers(rig.collator).to_host(rig.runs[:0], rig.rows[:0])
-    transfer.wait()
-    assert (transfer.blocks, transfer.arrived()) == (0, 0)
+    moved = Transfers(rig.collator).to_host(rig.runs[:0], rig.rows[:0])
+    moved.wait()
+    assert (moved.blocks, moved.arrived()) == (0, 0)
 
 
 def test_shared_memory_that_is_registered(rig: Rig, other: Rig) -> None:

@@ -22,13 +22,14 @@ from kvstore_kernels.cuda_runtime import (
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable
 from kvstore_kernels.transfer import (
+    HostRows,
     Ring,
     Transfer,
     Transfers,
     Turn,
     copies_of,
-    lane_of,
     pass_through,
+    turn_sizes,
 )
 from kvstore_kernels.transfer_graph import GraphForm
 
@@ -106,23 +107,22 @@ class FakePipeline:
 
     def __init__(self, seed: int, buffers: int, room: int) -> None:
         self.gpu = FakeGpu(seed)
-        # One stream or two that fill, and that drain: which of both, the seed says.
-        self.filling = [self.gpu.stream() for _ in range(1 + seed % 2)]
-        self.draining = [self.gpu.stream() for _ in range(1 + seed // 2 % 2)]
+        self.filling, self.draining = self.gpu.stream(), self.gpu.stream()
         self.ring, self.room = Ring(buffers), room
+        self.small = 1 + seed % room  # blocks of the first turn
         self.buffers = [[-1] * room for _ in range(buffers)]
 
     def begin(self, source: list[int], target: list[int], fail_at: int | None = None) -> Transfer:
         def fill(turn: Turn) -> None:
             for at in range(turn.first, turn.end):  # in pieces, so that others come between them
-                lane_of(self.filling, turn).give(lambda at=at, turn=turn: put(turn, at))
+                self.filling.give(lambda at=at, turn=turn: put(turn, at))
 
         def put(turn: Turn, at: int) -> None:
             self.buffers[turn.buffer][at - turn.first] = source[at]
 
         def drain(turn: Turn) -> None:
             for at in range(turn.first, turn.end):
-                lane_of(self.draining, turn).give(lambda at=at, turn=turn: take(turn, at))
+                self.draining.give(lambda at=at, turn=turn: take(turn, at))
                 if at == fail_at:
                     raise TransferError("no")
 
@@ -131,13 +131,13 @@ class FakePipeline:
 
         passed = pass_through(
             self.ring,
-            self.ring.turns(len(source), self.room),
+            self.ring.turns(turn_sizes(len(source), self.room, self.small)),
             filling=self.filling,
             draining=self.draining,
             fill=fill,
             drain=drain,
         )
-        return Transfer(passed, (source, target), abreast=2)
+        return Transfer(passed, (source, target))
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
@@ -259,10 +259,26 @@ def test_a_ring_without_the_wait_would_be_caught() -> None:
 
 def test_turns_go_round_and_go_on_where_the_last_transfer_stopped() -> None:
     ring = Ring(3)
-    assert list(ring.turns(5, 2)) == [Turn(0, 0, 0, 2), Turn(1, 1, 2, 4), Turn(2, 2, 4, 5)]
-    assert list(ring.turns(2, 2)) == [Turn(3, 0, 0, 2)]
-    assert list(ring.turns(3, 2)) == [Turn(4, 1, 0, 2), Turn(5, 2, 2, 3)]
-    assert list(ring.turns(0, 2)) == []
+    assert list(ring.turns([2, 2, 1])) == [Turn(0, 0, 0, 2), Turn(1, 1, 2, 4), Turn(2, 2, 4, 5)]
+    assert list(ring.turns([2])) == [Turn(3, 0, 0, 2)]
+    assert list(ring.turns([2, 1])) == [Turn(4, 1, 0, 2), Turn(5, 2, 2, 3)]
+    assert list(ring.turns([])) == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "room", "small", "sizes"),
+    [
+        (0, 8, 1, []),
+        (1, 8, 2, [1]),
+        (3, 8, 2, [2, 1]),
+        (10, 8, 2, [2, 8]),
+        (30, 12, 1, [1, 12, 12, 5]),
+        (5, 2, 7, [2, 2, 1]),  # no turn is larger than a buffer
+        (3, 1, 1, [1, 1, 1]),
+    ],
+)
+def test_the_first_turn_is_small(blocks: int, room: int, small: int, sizes: list[int]) -> None:
+    assert turn_sizes(blocks, room, small) == sizes
 
 
 @pytest.mark.parametrize(
@@ -282,6 +298,34 @@ def test_rows_that_follow_each_other_are_one_copy(
 ) -> None:
     made = copies_of(np.array(there), np.array(here), 8)
     assert list(zip(*(array.tolist() for array in made), strict=True)) == copies
+
+
+@pytest.mark.parametrize(("distance", "dense"), [(8, True), (24, False)])
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_rows_at_equal_distances(distance: int, dense: bool, done: int) -> None:
+    host = torch.zeros(5 * distance, dtype=torch.uint8).view(5, distance)
+    rows = HostRows(host, None, 8).behind(done)
+    wanted = [host.data_ptr() + row * distance for row in range(done, 5)]
+    assert [rows.start(row) for row in range(5 - done)] == rows.starts.tolist() == wanted
+    assert rows.dense == dense
+
+
+@pytest.mark.parametrize(
+    ("offsets", "dense"),
+    [([0, 16, 32], True), ([32, 48], True), ([16, 0], False), ([0, 32], False), ([64], True)],
+)
+def test_rows_at_offsets(offsets: list[int], dense: bool) -> None:
+    host = torch.zeros(80, dtype=torch.uint8)
+    rows = HostRows(host, torch.tensor(offsets), 16)
+    wanted = [host.data_ptr() + offset for offset in offsets]
+    assert [rows.start(row) for row in range(len(offsets))] == rows.starts.tolist() == wanted
+    assert rows.dense == dense
+    assert rows.behind(1).starts.tolist() == wanted[1:]
+
+
+def test_one_row_is_dense_whatever_lies_behind_it() -> None:
+    host = torch.zeros((2, 24), dtype=torch.uint8)
+    assert HostRows(host[:1], None, 8).dense
 
 
 class FakeLibrary:
