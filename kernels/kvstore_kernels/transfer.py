@@ -23,18 +23,14 @@ through such buffers instead of copies. Both are slower.
 Pages that are rows as they are, as those of our own engines, need no collation: if they are large
 enough they are copied in place, many by one call.
 
-What happens when is decided by `Ring` and `pass_through`. They know of streams only what streams
-promise (`Lane`, `Mark`), and are tested without a GPU. Where the GPU has host memory as its own
+What happens when is decided in `transfer_ring`. Where the GPU has host memory as its own
 (Grace), or when asked to, one kernel moves everything, without buffers and copies.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -47,6 +43,16 @@ from kvstore_kernels.cuda_runtime import Numbers, cuda_runtime, host_is_coherent
 from kvstore_kernels.page_table import SCALE_BYTES
 from kvstore_kernels.transfer_graph import GraphForm, PullForm, ToHostGraph, ToPagesGraph
 from kvstore_kernels.transfer_launch import ROW_ALIGNMENT, BufferKernel
+from kvstore_kernels.transfer_ring import (
+    Passed,
+    Ring,
+    Transfer,
+    Turn,
+    copies_of,
+    pass_through,
+    turn_sizes,
+)
+from kvstore_kernels.transfer_rows import UNSIGNED, HostRows, PinnedAhead, RunNumbers
 
 BUFFERS = 2
 BUFFER_BYTES = 64 << 20
@@ -57,171 +63,6 @@ COPIED_IN_PLACE_FROM = 1 << 20
 GRAPHS, PULLS = GraphForm(), PullForm()
 # A coherent link (NVLink-C2C) is about eight times as fast as PCIe, for which two programs do.
 COHERENT_PROGRAMS = 16
-_UNSIGNED = {torch.int32: np.uint32, torch.int64: np.uint64}
-_largest = np.maximum.reduce  # `max` is a third slower
-
-
-class Mark(Protocol):
-    """A moment in a lane's work; a torch.cuda.Event is one."""
-
-    def query(self) -> bool:
-        """Whether the moment is past."""
-
-    def synchronize(self) -> None:
-        """Returns when it is."""
-
-
-class Lane(Protocol):
-    """Work that is done in the order in which it is given; a torch.cuda.Stream is one."""
-
-    def wait_event(self, event: Any) -> None:
-        """What is given from now on begins after that mark, of any lane."""
-
-    def record_event(self) -> Any:
-        """The mark behind all that was given so far."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One use of a buffer: blocks [first, end) of a transfer pass through it.
-
-    number: of the turn among all of its ring.
-    """
-
-    number: int
-    buffer: int
-    first: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """When all blocks before `end` have been read where they were, and are where they go."""
-
-    end: int
-    read: Mark
-    arrived: Mark
-
-
-class Ring:
-    """Whose turn it is among some buffers, and from when on each may be filled again.
-
-    Transfers follow each other through it; one begins while the last is still under way.
-    """
-
-    def __init__(self, buffers: int) -> None:
-        """buffers: at least 1; with 1 nothing overlaps."""
-        self._free: list[Mark | None] = [None] * buffers
-        self._turns = 0
-
-    def turns(self, sizes: Iterable[int]) -> Iterable[Turn]:
-        """The turns of the next transfer, of so many blocks each."""
-        first = 0
-        for size in sizes:
-            number, self._turns = self._turns, self._turns + 1
-            yield Turn(number, number % len(self._free), first, first + size)
-            first += size
-
-    def free(self, buffer: int) -> Mark | None:
-        """The moment from which on it may be filled; None for now."""
-        return self._free[buffer]
-
-    def free_from(self, buffer: int, mark: Mark) -> None:
-        """Says when what is now put into it will have been taken out."""
-        self._free[buffer] = mark
-
-
-def turn_sizes(blocks: int, room: int, small: int) -> list[int]:
-    """Of turns, of which the first has at most `small` blocks, and the others as many as there is
-    room for; the last has what is left."""
-    first = min(small, room, blocks)
-    whole, left = divmod(blocks - first, room)
-    return [size for size in (first, *[room] * whole, left) if size]
-
-
-def pass_through(
-    ring: Ring,
-    turns: Iterable[Turn],
-    *,
-    filling: Lane,
-    draining: Lane,
-    fill: Callable[[Turn], None],
-    drain: Callable[[Turn], None],
-) -> list[Passed]:
-    """Gives lanes the work of all turns, and waits for none of it.
-
-    fill gives the filling lane what puts a turn's blocks into its buffer, drain gives the draining
-    lane what takes them out. Raises what they raise; even then no later transfer fills a buffer
-    before it is free.
-    """
-    passed = []
-    for turn in turns:
-        free = ring.free(turn.buffer)
-        if free is not None:
-            filling.wait_event(free)
-        fill(turn)
-        filled = filling.record_event()
-        draining.wait_event(filled)
-        try:
-            drain(turn)
-        finally:
-            drained = draining.record_event()
-            ring.free_from(turn.buffer, drained)
-        passed.append(Passed(turn.end, filled, drained))
-    return passed
-
-
-def copies_of(there: Numbers, here: Numbers, nbytes: int) -> tuple[Numbers, Numbers, Numbers]:
-    """The copies that move rows: their addresses on either side, and their sizes, (n,) each.
-
-    there, here: (rows,) int64 addresses, at least one. Rows of `nbytes` that follow each other
-    closely on both sides are one copy.
-    """
-    dense = (np.diff(there) == nbytes) & (np.diff(here) == nbytes)
-    firsts = np.concatenate([[0], np.flatnonzero(~dense) + 1])
-    counts = np.diff(np.append(firsts, len(there)))
-    return there[firsts], here[firsts], counts * nbytes
-
-
-class Transfer:
-    """Blocks under way, in their order. It holds on to the memory that they need."""
-
-    def __init__(self, passed: Sequence[Passed], keeps: object) -> None:
-        self._passed, self._keeps = passed, keeps
-        self._through = 0  # turns that are known to be
-
-    @property
-    def blocks(self) -> int:
-        """How many they are."""
-        return self._passed[-1].end if self._passed else 0
-
-    def arrived(self) -> int:
-        """How many leading blocks are safe to read where they go, without waiting."""
-        while self._through < len(self._passed) and self._passed[self._through].arrived.query():
-            self._through += 1
-        return self._passed[self._through - 1].end if self._through else 0
-
-    def wait(self, blocks: int | None = None) -> None:
-        """Returns when so many leading blocks (None: all) are safe to read where they go."""
-        wanted = self.blocks if blocks is None else blocks
-        turns = sum(passed.end < wanted for passed in self._passed) + 1 if wanted else 0
-        for passed in self._passed[:turns][-1:]:
-            passed.arrived.synchronize()
-
-    def wait_source(self) -> None:
-        """Returns when all blocks have been read, so that their source may be written again."""
-        for passed in self._passed[-1:]:
-            passed.read.synchronize()
-
-    def follow(self, lane: Lane) -> None:
-        """What the lane is given from now on begins when all blocks are where they go."""
-        for passed in self._passed[-1:]:
-            lane.wait_event(passed.arrived)
-
-    def follow_source(self, lane: Lane) -> None:
-        """What the lane is given from now on begins when all blocks have been read."""
-        for passed in self._passed[-1:]:
-            lane.wait_event(passed.read)
 
 
 class Transfers:
@@ -304,14 +145,14 @@ class Transfers:
             self._collator.check(runs, host, offsets)
         if not runs.shape[0]:
             return Transfer([], None)
-        numbers = _RunNumbers(runs, way.ahead, known=not plain or not runs.is_cpu)
+        numbers = RunNumbers(runs, way.ahead, known=not plain or not runs.is_cpu)
         rows = HostRows(host, offsets, self._collator.form.nbytes)
         if not self._others:
             return self._begin_to_move(way, numbers, rows)
         with torch.cuda.device(self._device):  # events and launches are the current device's
             return self._begin_to_move(way, numbers, rows)
 
-    def _begin_to_move(self, way: _Way, numbers: _RunNumbers, rows: HostRows) -> Transfer:
+    def _begin_to_move(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> Transfer:
         in_place = self._in_place and numbers.runs.is_cpu and not self._direct
         if in_place and (way.out or self._pulls is None):
             passed = self._copy_in_place(way, numbers, rows)
@@ -332,7 +173,7 @@ class Transfers:
         shape, form = host.shape, self._collator.form
         if len(shape) != 2 or getattr(runs, "shape", None) != (shape[0], self._runs_per_block):
             return False
-        if not host.is_cpu or host.dtype is not torch.uint8 or runs.dtype not in _UNSIGNED:
+        if not host.is_cpu or host.dtype is not torch.uint8 or runs.dtype not in UNSIGNED:
             return False
         distance, neighbours = host.stride()
         if shape[1] < form.nbytes or distance < form.nbytes or neighbours != 1:
@@ -341,7 +182,7 @@ class Transfers:
         known = runs.is_cpu or runs.device == self._device
         return aligned and known and runs.is_contiguous() and host.is_pinned()
 
-    def _check_numbers(self, numbers: _RunNumbers, rows: HostRows) -> None:
+    def _check_numbers(self, numbers: RunNumbers, rows: HostRows) -> None:
         """Raises KernelArgumentError where there is a run that does not exist."""
         if not numbers.known and numbers.largest() >= self._n_runs:
             self._collator.check(numbers.given, rows.host)
@@ -356,7 +197,7 @@ class Transfers:
         self._begun.record(stream)
         lane.wait_event(self._begun)
 
-    def _copy_in_place(self, way: _Way, numbers: _RunNumbers, rows: HostRows) -> list[Passed]:
+    def _copy_in_place(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
         """By copies alone, of pages that are rows."""
         self._check_numbers(numbers, rows)
         self._begin(way.link)
@@ -377,7 +218,7 @@ class Transfers:
             passed.append(Passed(turn.end, done, done))
         return passed
 
-    def _across(self, way: _Way, numbers: _RunNumbers, rows: HostRows) -> list[Passed]:
+    def _across(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
         """All blocks by one kernel."""
         self._check_numbers(numbers, rows)
         self._begin(way.kernels)
@@ -389,7 +230,7 @@ class Transfers:
         done = way.kernels.record_event()
         return [Passed(numbers.blocks, done, done)]
 
-    def _staged(self, way: _Way, numbers: _RunNumbers, rows: HostRows) -> list[Passed]:
+    def _staged(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
         """By way of buffers: as much as fills whole launches of a graph, and the rest by turns."""
         form = self._graph_form(way, rows)
         if form is None or numbers.blocks < form.blocks(rows.nbytes):
@@ -450,7 +291,7 @@ class Transfers:
             passed.append(Passed(end, done, done))
         return passed
 
-    def _by_turns(self, way: _Way, numbers: _RunNumbers, rows: HostRows) -> list[Passed]:
+    def _by_turns(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
         kernel = way.kernel(self._collator, numbers.runs.dtype)
 
         def collate(turn: Turn) -> None:
@@ -512,115 +353,6 @@ class Transfers:
         self._runtime.copy(targets, sources, sizes, way.link_handle)
 
 
-class _Pinned:
-    """Pinned memory, its address, and as an array; a copy from it is torch's to look after."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.nbytes, self.address, self.array = nbytes, self.memory.data_ptr(), self.memory.numpy()
-
-
-class _PinnedAhead:
-    """Pinned memory that is there before it is needed: to get it takes longer than to fill it."""
-
-    def __init__(self) -> None:
-        self._next: _Pinned | None = None
-        self._nbytes = 4096
-
-    def take(self, nbytes: int) -> _Pinned:
-        """At least as many."""
-        taken, self._next = self._next, None
-        if taken is None or taken.nbytes < nbytes:
-            self._nbytes = max(nbytes, self._nbytes)
-            taken = _Pinned(self._nbytes)
-        return taken
-
-    def refill(self) -> None:
-        """For the next time."""
-        if self._next is None:
-            self._next = _Pinned(self._nbytes)
-
-
-class _RunNumbers:
-    """The numbers of a transfer's runs, and where kernels read them."""
-
-    def __init__(self, runs: torch.Tensor, ahead: _PinnedAhead, *, known: bool) -> None:
-        """runs: (blocks, runs per block), contiguous, on the CPU or the GPU. known: that they
-        exist, or that nobody asks."""
-        self.given = self.runs = runs
-        self.blocks, per_block = runs.shape
-        self.known = known
-        self._row_bytes = per_block * runs.element_size()
-        self._ahead = ahead
-        self._pinned: _Pinned | None = None
-        self._address = runs.data_ptr()
-
-    def behind(self, done: int) -> _RunNumbers:
-        """Without the first ones."""
-        return _RunNumbers(self.runs[done:], self._ahead, known=self.known)
-
-    def pinned(self) -> _Pinned:
-        """Of numbers on the CPU, the copy that kernels can read across the link."""
-        if self._pinned is None:
-            nbytes = self.blocks * self._row_bytes
-            self._pinned = self._ahead.take(nbytes)
-            ctypes.memmove(self._pinned.address, self._address, nbytes)
-            self._address = self._pinned.address
-        return self._pinned
-
-    def largest(self) -> int:
-        """Of numbers on the CPU; those below 0 count as larger than all others."""
-        numbers = self.pinned().array[: self.blocks * self._row_bytes]
-        return int(_largest(numbers.view(_UNSIGNED[self.given.dtype])))
-
-    def bring(self, lane: torch.cuda.Stream, *, reading: torch.cuda.Stream) -> None:
-        """Copies them to the GPU, on that lane. reading: of the kernels that read them."""
-        if self.runs.is_cpu:
-            numbers = self.pinned().memory[: self.blocks * self._row_bytes].view(self.runs.dtype)
-            with torch.cuda.stream(lane):
-                self.runs = numbers.view(self.runs.shape).to(lane.device, non_blocking=True)
-            self._address = self.runs.data_ptr()
-        self.runs.record_stream(reading)
-
-    def address(self, block: int) -> int:
-        """Of a block's numbers."""
-        return self._address + block * self._row_bytes
-
-
-class HostRows:
-    """Where rows are on the host."""
-
-    def __init__(self, host: torch.Tensor, offsets: torch.Tensor | None, nbytes: int) -> None:
-        """nbytes: of each row. The others as for `Transfers.to_host`.
-
-        dense: whether each row begins where the one before it ends.
-        """
-        self.host, self.offsets, self.nbytes = host, offsets, nbytes
-        self._origin, self._distance = host.data_ptr(), host.stride(0)
-        if offsets is None:
-            self.dense = self._distance == nbytes or len(host) == 1
-        else:
-            self.dense = bool((np.diff(offsets.numpy()) == nbytes).all())
-
-    def behind(self, done: int) -> HostRows:
-        """Without the first ones."""
-        if self.offsets is None:
-            return HostRows(self.host[done:], None, self.nbytes)
-        return HostRows(self.host, self.offsets[done:], self.nbytes)
-
-    def start(self, row: int) -> int:
-        """Where one begins."""
-        offset = row * self._distance if self.offsets is None else int(self.offsets[row])
-        return self._origin + offset
-
-    @functools.cached_property
-    def starts(self) -> Numbers:
-        """Where each begins, (rows,)."""
-        if self.offsets is None:
-            return self._origin + np.arange(len(self.host), dtype=np.int64) * self._distance
-        return self._origin + self.offsets.numpy()
-
-
 class _Way:
     """Streams and buffers of one direction."""
 
@@ -635,7 +367,7 @@ class _Way:
         self._device, self._buffers = collator.table.device, buffers
         self._room = max(1, buffer_bytes // self.stride)
         self._small = max(1, SMALL_BYTES // self.stride)
-        self.ring, self.ahead = Ring(buffers), _PinnedAhead()
+        self.ring, self.ahead = Ring(buffers), PinnedAhead()
         # Before others, since its kernels take microseconds and the link waits for them.
         self.kernels = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         # One: what a second would gain between two copies, it loses by the waits.

@@ -21,17 +21,17 @@ from kvstore_kernels.cuda_runtime import (
 )
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable
-from kvstore_kernels.transfer import (
-    HostRows,
+from kvstore_kernels.transfer import Transfers
+from kvstore_kernels.transfer_graph import GraphForm
+from kvstore_kernels.transfer_ring import (
     Ring,
     Transfer,
-    Transfers,
     Turn,
     copies_of,
     pass_through,
     turn_sizes,
 )
-from kvstore_kernels.transfer_graph import GraphForm
+from kvstore_kernels.transfer_rows import HostRows
 
 
 class FakeGpu:
