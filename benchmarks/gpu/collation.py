@@ -34,8 +34,9 @@ from kvstore_kernels.collate_plan import Tuning
 from kvstore_kernels.collate_reference import collate_reference, scatter_reference
 from kvstore_kernels.cuda_runtime import cuda_runtime
 from kvstore_kernels.page_table import CellForm, PageTable, runs_of
-from kvstore_kernels.transfer import GRAPHS, PULLS, Transfer, Transfers
+from kvstore_kernels.transfer import GRAPHS, PULLS, Transfers
 from kvstore_kernels.transfer_graph import GraphForm, PullForm
+from kvstore_kernels.transfer_ring import Transfer
 
 DEVICE = torch.device("cuda", 0)
 MOVED_BYTES = 512 << 20  # by one gather or scatter

@@ -3,7 +3,7 @@
 32 query heads, 8 KV heads of 128, bfloat16, pages of 16 tokens scattered at random over one pool.
 Each call is timed in a graph of several that use other pages each, together eleven times as large
 as the L2. The floor is a kernel that reads as many bytes that lie densely, and does nothing else,
-in the same run; beside it is one that reads the same pages.
+in the same run; beside it is one that reads the same pages. `ring` is `gqa_decode_ring`.
 FlashInfer is timed beside it where it is installed. Every row of both is checked against float64
 before it counts. `--sweep` times several configurations.
 """
@@ -30,6 +30,7 @@ from benchmarks.gpu.timing import graph_us, rotations
 from kvstore_kernels.gqa_decode import gqa_decode
 from kvstore_kernels.gqa_form import GqaConfig, GqaForm, GqaWorkspace, config_for
 from kvstore_kernels.gqa_reference import gqa_reference
+from kvstore_kernels.gqa_ring import GqaRingWorkspace, gqa_decode_ring
 
 FORM = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=16)
 LARGEST_TOKENS = 256 * 8192
@@ -143,21 +144,46 @@ class Bench:
         return table
 
     def ours(self, row: Row, config: GqaConfig) -> tuple[float, float]:
-        """(microseconds, relative error)."""
-        form, pool = row.form, self.pool(row.form)
-        k, v = pool.unbind(2)
-        workspace = GqaWorkspace(form, max_sequences=len(row.lengths), device="cuda", config=config)
+        """(microseconds, relative error) of `gqa_decode`."""
+        k, v = self.pool(row.form).unbind(2)
+        workspace = GqaWorkspace(
+            row.form, max_sequences=len(row.lengths), device="cuda", config=config
+        )
         workspace.load(workspace.plan(row.lengths))
         lengths = torch.tensor(row.lengths, dtype=torch.int32, device="cuda")
+
+        def launch(q: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> object:
+            return gqa_decode(q, k, v, table, lengths, workspace, out=out)
+
+        return self._checked(row, launch)
+
+    def ring(self, row: Row) -> tuple[float, float]:
+        """The same of `gqa_decode_ring`. Raises KernelArgumentError for forms it does not take."""
+        k, v = self.pool(row.form).unbind(2)
+        workspace = GqaRingWorkspace(row.form, max_sequences=len(row.lengths), device="cuda")
+        workspace.load(workspace.plan(row.lengths))
+
+        def launch(q: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> object:
+            return gqa_decode_ring(q, k, v, table, workspace, out=out)
+
+        return self._checked(row, launch)
+
+    def _checked(
+        self, row: Row, launch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+    ) -> tuple[float, float]:
+        """(microseconds, relative error). launch: with queries, a page table and an output."""
+        form, pool = row.form, self.pool(row.form)
+        k, v = pool.unbind(2)
         tables = self.inputs(row)
         shape = (len(row.lengths), form.q_tokens, form.heads, form.head_dim)
         queries = [self._queries(shape) for _ in tables]
         outs = [torch.full_like(q, torch.nan) for q in queries]
-
-        def call(i: int) -> Callable[[], object]:
-            return lambda: gqa_decode(queries[i], k, v, tables[i], lengths, workspace, out=outs[i])
-
-        micros = graph_us([call(i) for i in range(len(tables))])
+        micros = graph_us(
+            [
+                partial(launch, q, table, out)
+                for q, table, out in zip(queries, tables, outs, strict=True)
+            ]
+        )
         error = 0.0
         for i in {0, len(tables) - 1}:
             want = gqa_reference(queries[i], k, v, tables[i], row.lengths, form)
@@ -279,9 +305,9 @@ def attempt(measure: Callable[[], float]) -> float | None:
 def table(bench: Bench) -> list[str]:
     """Prints a line for each row; gives the names of those that failed."""
     print(
-        f"{'us per call':22}{'ours':>8}{'GB/s':>7}{'floor':>8}{'of it':>7}{'pages':>8}{'error':>9}"
-        f"{'cuDNN':>8}{'flash':>8}{'FlashInfer':>11}{'(recorded)':>11}{'cuDNN (recorded)':>17}"
-        f"  FlashInfer's back-ends"
+        f"{'us per call':22}{'ours':>8}{'ring':>8}{'GB/s':>7}{'floor':>8}{'of it':>7}{'pages':>8}"
+        f"{'error':>9}{'cuDNN':>8}{'flash':>8}{'FlashInfer':>11}{'(recorded)':>11}"
+        f"{'cuDNN (recorded)':>17}  FlashInfer's back-ends"
     )
     failed = []
     for row in rows():
@@ -297,9 +323,10 @@ def line(bench: Bench, row: Row) -> str:
     """One row, measured and checked."""
     micros, error = bench.ours(row, config_for(row.form, len(row.lengths)))
     floor = bench.read_us(row)
-    cudnn = flash = flashinfer = None
+    ring = cudnn = flash = flashinfer = None
     tried: dict[str, float] = {}
     if row.form == FORM:
+        ring = bench.ring(row)[0]
         for name in BACKENDS:
             found = attempt(partial(bench.flashinfer_us, row, name))
             if found is not None:
@@ -312,7 +339,8 @@ def line(bench: Bench, row: Row) -> str:
         (cudnn, flash, flashinfer, row.flashinfer, row.cudnn), (8, 8, 11, 11, 17), strict=True
     )
     return (
-        f"{row.name:22}{micros:8.1f}{row.nbytes / micros / 1e3:7.0f}{floor:8.1f}"
+        f"{row.name:22}{micros:8.1f}{'-' if ring is None else f'{ring:.1f}':>8}"
+        f"{row.nbytes / micros / 1e3:7.0f}{floor:8.1f}"
         f"{floor / micros:7.1%}{bench.pages_us(row):8.1f}{error:9.1e}"
         + "".join(f"{'-' if us is None else f'{us:.1f}':>{width}}" for us, width in others)
         + "".join(f"  {name} {us:.1f}" for name, us in tried.items())

@@ -19,7 +19,7 @@ from kvstore_kernels.mla_reference import RANK
 
 _Form = tuple[object, ...]
 # Flex would be compiled for minutes.
-_READY = ("gqa_decode", "mla_decode", "mla_gluon", "mla_ring")
+_READY = ("gqa_decode", "gqa_ring", "mla_decode", "mla_gluon", "mla_ring")
 MOST_WORKSPACES = 4  # of sizes of a batch; of more the one that was used longest ago goes
 
 

@@ -133,6 +133,38 @@ class _GqaRunner:
         )
 
 
+class _GqaRingRunner:
+    def __init__(self, request: Request, device: torch.device, _fixed: bool) -> None:
+        from kvstore_kernels.gqa_form import GqaForm
+        from kvstore_kernels.gqa_ring import GqaRingWorkspace
+
+        form = GqaForm(
+            heads=request.heads,
+            kv_heads=request.kv_heads,
+            head_dim=request.dim,
+            page_tokens=request.page_tokens,
+            scale=request.scale,
+        )
+        self._workspace = GqaRingWorkspace(form, max_sequences=request.sequences, device=device)
+
+    def load(self, lengths: npt.NDArray[np.int64]) -> None:
+        self._workspace.load(self._workspace.plan(lengths))
+
+    def run(self, call: _Call) -> Tensor:
+        from kvstore_kernels.gqa_ring import gqa_decode_ring
+
+        assert call.v_pages is not None
+        return gqa_decode_ring(
+            call.q,
+            call.k_pages,
+            call.v_pages,
+            call.page_table,
+            self._workspace,
+            out=call.out,
+            check=call.check,
+        )
+
+
 class _FlexRunner:
     def __init__(self, request: Request, device: torch.device, fixed: bool) -> None:
         """Nothing is kept between calls."""
@@ -278,6 +310,7 @@ def _mla_scale(request: Request) -> float:
 RUNNERS: Mapping[str, Callable[[Request, torch.device, bool], _Runner]] = MappingProxyType(
     {
         "gqa_decode": _GqaRunner,
+        "gqa_ring": _GqaRingRunner,
         "flex": _FlexRunner,
         "mla_decode": _MlaRunner,
         "mla_gluon": _MlaTilesRunner,

@@ -1,4 +1,5 @@
-"""The specialisations of the kernel of `gqa_decode` that are compiled without a GPU."""
+"""The specialisations of the kernels of `gqa_decode` and `gqa_ring` that are compiled without a
+GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvstore_kernels import gqa_ring
 from kvstore_kernels.compiling import Variant
 from kvstore_kernels.fused import power_of_two
 from kvstore_kernels.fused_kernels import AppendGeometry
@@ -44,6 +46,7 @@ def variants() -> Iterator[Variant]:
     yield _variant("gqa_append_few", llama, config_for(llama), appends=True)
     normed = _variant("gqa_append_normed", llama, config_for(llama, many), appends=True)
     yield _with_norms(normed, llama)
+    yield from gqa_ring.variants()
 
 
 def _variant(name: str, form: GqaForm, config: GqaConfig, *, appends: bool = False) -> Variant:

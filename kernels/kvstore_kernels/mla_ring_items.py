@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kvstore_kernels import mla_ring_schedule as schedule
-from kvstore_kernels.mla_gluon_parts import BLOCK, sync
+from kvstore_kernels.mla_gluon_parts import BARRIER, BLOCK, sync
 
 HIGH = gl.constexpr(1 << 16)  # one, in the upper half of a word that holds two counters
 LOW = gl.constexpr((1 << 16) - 1)
@@ -25,6 +25,15 @@ KEEPS = gl.constexpr(schedule.KEEPS)
 PIECES = gl.constexpr(schedule.PIECES)
 AT_END = gl.constexpr(schedule.AT_END)
 AT_ONCE = gl.constexpr(schedule.AT_ONCE)
+
+
+@gluon.jit
+def new_barriers(HOW_MANY: gl.constexpr, COUNT: gl.constexpr):
+    """Each completes a phase with every COUNT arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [HOW_MANY, 1], BARRIER)
+    for at in gl.static_range(HOW_MANY):
+        mbarrier.init(bars.index(at), count=COUNT)
+    return bars
 
 
 @gluon.jit

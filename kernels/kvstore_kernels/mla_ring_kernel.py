@@ -27,7 +27,7 @@ their sequences, each some of the columns. For whom a block may wait then, see
 """
 
 # A kernel's functions are inlined and their arguments have no Python types.
-# ruff: noqa: N803, N806, PLR0915, PLR0917
+# ruff: noqa: N806, PLR0915, PLR0917
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvstore_kernels.mla_gluon_parts import (
-    BARRIER,
     BLOCK,
     FLAT,
     HIDDEN,
@@ -66,6 +65,7 @@ from kvstore_kernels.mla_ring_items import (
     hear,
     load_parts,
     load_span,
+    new_barriers,
     tiles_of,
 )
 from kvstore_kernels.mla_ring_merge import meet
@@ -83,15 +83,6 @@ ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 BY_ROW = gl.constexpr(gl.SliceLayout(0, ACC.value))
 BY_TOKEN = gl.constexpr(gl.SliceLayout(1, ACC.value))
 WEIGHTS = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))
-
-
-@gluon.jit
-def _new_barriers(HOW_MANY: gl.constexpr, COUNT: gl.constexpr):
-    """Each completes a phase with every COUNT arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [HOW_MANY, 1], BARRIER)
-    for at in gl.static_range(HOW_MANY):
-        mbarrier.init(bars.index(at), count=COUNT)
-    return bars
 
 
 @gluon.jit
@@ -241,8 +232,8 @@ def ring_kernel(
     q = gl.allocate_shared_memory(gl.bfloat16, [9, FEW, 64], SWIZZLED)
     weights = gl.allocate_shared_memory(gl.bfloat16, [64, FEW], WEIGHTS)
     queue = gl.allocate_shared_memory(gl.int32, [2, 1], FLAT)
-    full, free = _new_barriers(BUFFERS, 1), _new_barriers(BUFFERS, 1)
-    told, heard = _new_barriers(2, 1), _new_barriers(2, 3 + WRITERS)
+    full, free = new_barriers(BUFFERS, 1), new_barriers(BUFFERS, 1)
+    told, heard = new_barriers(2, 1), new_barriers(2, 3 + WRITERS)
     q_full, q_free = new_barrier(1 + WRITERS), new_barrier(1)
     tail_full, tail_free = new_barrier(1), new_barrier(1)
     stored, written = new_barrier(1), new_barrier(1)

@@ -88,17 +88,25 @@ def plan_ring(lengths: npt.ArrayLike, *, groups: int, workers: int) -> RingList:
 
     Raises KernelArgumentError for negative lengths, and for groups and workers under 1.
     """
+    counts = checked_lengths(lengths, groups=groups, workers=workers)
+    tiles = -(-counts // TILE_TOKENS)
+    # Sequences without tokens change nothing for the others.
+    cuts = iter(_cuts(tiles[tiles > 0].tolist(), groups, workers))
+    every = [next(cuts) if count else [1] for count in tiles.tolist()]
+    found = ring_list(every, counts, groups, TILE_TOKENS)
+    _keep(found.items[1:], workers)
+    return found
+
+
+def checked_lengths(lengths: npt.ArrayLike, *, groups: int, workers: int) -> npt.NDArray[np.int64]:
+    """The lengths as an array. Raises as `plan_ring` does."""
     counts = np.asarray(lengths, dtype=np.int64)
     _require(counts.ndim == 1, "lengths", f"must have one dimension, not {counts.ndim}")
     _require(bool((counts >= 0).all()), "lengths", "must not be negative")
     _require(bool((counts < 2**31 - TILE_TOKENS).all()), "lengths", "must fit in 32 bits")
     for name, number in (("groups", groups), ("workers", workers)):
         _require(number >= 1, name, f"must be at least 1, not {number}")
-    tiles = -(-counts // TILE_TOKENS)
-    # Sequences without tokens change nothing for the others.
-    cuts = iter(_cuts(tiles[tiles > 0].tolist(), groups, workers))
-    every = [next(cuts) if count else [1] for count in tiles.tolist()]
-    return _list(every, counts, groups, workers)
+    return counts
 
 
 def _require(condition: bool, name: str, problem: str) -> None:
@@ -110,7 +118,7 @@ def _require(condition: bool, name: str, problem: str) -> None:
 def _cuts(tiles: list[int], groups: int, workers: int) -> list[list[int]]:
     """Tiles of the parts of each sequence, in the order of its tokens."""
     mean = groups * sum(tiles) / workers
-    even = _even(tiles, groups, workers)
+    even = even_cuts(tiles, groups, workers)
     if _makespan(even, groups, workers) <= mean * (1 - UNEQUAL) + CLAIMS_TILES:
         return even
     guided = _guided(tiles, mean)
@@ -128,7 +136,7 @@ def _makespan(cuts: list[list[int]], groups: int, workers: int) -> int:
     return max(loads)
 
 
-def _even(tiles: list[int], groups: int, workers: int) -> list[list[int]]:
+def even_cuts(tiles: list[int], groups: int, workers: int) -> list[list[int]]:
     """Parts of one size, the least under which there is no more than one for each worker; or no
     parts, if there are more sequences than workers."""
     counts, longest = np.array(tiles, np.int64), max(tiles, default=0)
@@ -178,24 +186,24 @@ def _halves(count: int, most: float, chunk: int) -> list[int]:
     return parts
 
 
-def _list(
-    cuts: list[list[int]], lengths: npt.NDArray[np.int64], groups: int, workers: int
+def ring_list(
+    cuts: list[list[int]], lengths: npt.NDArray[np.int64], groups: int, tile_tokens: int
 ) -> RingList:
-    """The items of those parts. Among parts of one length those of neighbouring groups, which read
-    the same tokens, are neighbours."""
+    """The items of those parts, each of so many tiles. Among parts of one length those of
+    neighbouring groups, which read the same tokens, are neighbours."""
     parts = np.array([len(sizes) for sizes in cuts], np.int64)
     sizes = np.array([size for found in cuts for size in found], np.int64)
     sequence = np.repeat(np.arange(len(parts)), parts)
     ends = np.cumsum(sizes)
     begin = np.cumsum(parts) - parts  # each sequence's first part
     before = (ends - sizes)[begin][sequence] if len(parts) else sizes
-    end = (ends - before) * TILE_TOKENS
+    end = (ends - before) * tile_tokens
     split = parts > 1
     partials = np.cumsum(parts * split) - parts * split  # of the sequences before
     counters = np.cumsum(split, dtype=np.int64) - split
 
     order = np.argsort(-sizes, kind="stable")
-    sequence, end, first = sequence[order], end[order], (end - sizes * TILE_TOKENS)[order]
+    sequence, end, first = sequence[order], end[order], (end - sizes * tile_tokens)[order]
     part = order - begin[sequence]
     group = np.arange(groups)
     whole, of = ~split[sequence][:, None], parts[sequence]
@@ -216,7 +224,6 @@ def _list(
     items[0, 0] = len(sizes) * groups
     for column, value in values.items():
         items[1:, column] = np.broadcast_to(value, (len(sizes), groups)).reshape(-1)
-    _keep(items[1:], workers)
     n_partials, n_counters = int((parts * split).sum()), int(split.sum())
     return RingList(items, lengths, n_partials * groups, n_counters * groups)
 

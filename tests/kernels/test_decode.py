@@ -37,7 +37,12 @@ LENGTHS = (20, 1, 70)
 @pytest.mark.parametrize(
     ("request_", "kernel"),
     [
-        (GQA, "gqa_decode"),
+        (GQA, "gqa_ring"),
+        (replace(GQA, sequences=16), "gqa_decode"),
+        (replace(GQA, hopper=False), "gqa_decode"),
+        (replace(GQA, kv_heads=4), "gqa_decode"),
+        (replace(GQA, heads=128), "gqa_decode"),
+        (replace(GQA, page_tokens=24), "gqa_decode"),
         (replace(GQA, kv_dtype=FP8, scaled=True), "gqa_decode"),
         (replace(GQA, softcap=30.0, window=1024, q_tokens=4), "gqa_decode"),
         (replace(GQA, modified=True), "flex"),
@@ -86,7 +91,8 @@ def test_the_choice_says_why():
     assert not choice.refused
     choice = choose(replace(GQA, modified=True))
     assert choice.reason == "the only kernel that can"
-    assert choice.refused == {"gqa_decode": "has no score_mod or mask_mod"}
+    no_mods = "has no score_mod or mask_mod"
+    assert choice.refused == {"gqa_decode": no_mods, "gqa_ring": no_mods}
 
 
 def test_the_nearest_measurement_decides(monkeypatch):
@@ -97,7 +103,7 @@ def test_the_nearest_measurement_decides(monkeypatch):
         Timing("mla", 4, 32, 4096, {"gqa_decode": 9.0, "flex": 1.0}),
     )
     monkeypatch.setattr(decode_choice, "MEASURED", timings)
-    kernels = [choose(replace(GQA, sequences=n)).kernel for n in (1, 7, 9, 500)]
+    kernels = [choose(replace(GQA, sequences=n, hopper=False)).kernel for n in (1, 7, 9, 500)]
     assert kernels == ["flex", "flex", "gqa_decode", "gqa_decode"]
     monkeypatch.setattr(decode_choice, "MEASURED", ())
     assert choose(GQA).reason == "not measured beside the others"
