@@ -207,11 +207,13 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leased:
-    """Where the leased blocks lie; the arrays cover the leading run only."""
+    """Where the leased blocks lie; the arrays cover the leading run only. `left_ms` is the time
+    until they expire, at least 1, 0 for ever."""
 
     lease: int
     granules: U32
     generations: U64
+    left_ms: U64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,14 +367,13 @@ class Scan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scanned:
     """`following` is the next page's `first`, 0 after the last. `put_ids` is uint8 (n, 16),
-    `namespaces` the blocks' namespace ids, `left_ms` the time until they expire, 0 for ever.
+    `namespaces` the blocks' namespace ids.
     """
 
     following: int
     namespaces: U32
     hashes: U8
     put_ids: U8
-    left_ms: U64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -312,5 +312,7 @@ class ChannelPort:
             raise Unavailable("the connection to the daemon is closed")
         poller = self._readable if events == select.POLLIN else self._takes_bytes
         left = deadline - time.monotonic()
-        if left <= 0 or not poller.poll(math.ceil(left * 1e3)):
+        if left > 0 and poller.poll(math.ceil(left * 1e3)):
+            return
+        if not poller.poll(0):  # else this process stood still, and what it waits for was there
             raise TimeoutError

@@ -9,7 +9,7 @@ from kvstore import commands, errors
 from kvstore.channel import records
 from kvstore.channel.records import Codec
 
-WIRE_VERSION = 6
+WIRE_VERSION = 7
 FRAME = records.FRAME
 
 

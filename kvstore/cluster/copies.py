@@ -27,7 +27,8 @@ _ANSWER_MS = 20.0  # for a node to say how it went, beside the time that its wor
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Held:
     """Blocks in memory under a lease: where they are, and what their headers say. generation: of
-    their namespace when the lease was taken; one that was forgotten since is offered as that."""
+    their namespace when the lease was taken; one that was forgotten since is offered as that.
+    ends_ms: when they expire, by the node's own clock, 0 for never."""
 
     space: Space
     generation: int
@@ -36,6 +37,7 @@ class Held:
     headers: c.U8
     put_ids: c.U8
     places: c.U64
+    ends_ms: npt.NDArray[np.float64]
 
     def rows(self, which: c.U32) -> Held:
         """Some of them."""
@@ -47,6 +49,7 @@ class Held:
             headers=self.headers[which],
             put_ids=self.put_ids[which],
             places=self.places[which],
+            ends_ms=self.ends_ms[which],
         )
 
 
@@ -62,6 +65,7 @@ async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncI
         headers = site.store.headers(space.layout, leased.granules)
         put_ids = np.ascontiguousarray(fixed_fields(headers)["put_id"]) if n else _NO_IDS
         places, _placed = places_of_put_ids(put_ids)
+        left_ms = leased.left_ms.astype(np.float64)
         yield Held(
             space=space,
             generation=generation,
@@ -70,6 +74,7 @@ async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncI
             headers=headers,
             put_ids=put_ids,
             places=places,
+            ends_ms=np.where(left_ms, site.world.now_ms() + left_ms, 0.0),
         )
     finally:
         if leased.lease:  # nobody has to wait for that
@@ -117,14 +122,14 @@ async def push(
     view: View,
     timeout_ms: float,
     persist: bool = False,
-    ttl_ms: c.U64 | None = None,
 ) -> Pulled:
-    """Has another node pull blocks that are held. Raises as `World.call`; the other's opinion of
-    this node's health is its own."""
+    """Has another node pull blocks that are held, for as long as they have left here. Raises as
+    `World.call`; the other's opinion of this node's health is its own."""
     fixed = fixed_fields(held.headers)
     positions = fixed["position"].astype(np.int64)
     n_cells = held.space.layout.n_cells
     sums = held.headers[:, _SUMS_AT : _SUMS_AT + 8 * n_cells]
+    left_ms = np.maximum(held.ends_ms - site.world.now_ms(), 1.0)
     pull = Pull(
         source=site.me.name,
         epoch=view.epoch,
@@ -137,7 +142,7 @@ async def push(
         checksums=np.ascontiguousarray(sums).view("<u8").astype(np.uint64),
         parents=np.ascontiguousarray(fixed["parent"]),
         positions=np.where(positions < 0, NO_POSITION, positions).astype(np.uint32),
-        ttl_ms=np.zeros(len(held.hashes), np.uint64) if ttl_ms is None else ttl_ms,
+        ttl_ms=np.where(held.ends_ms > 0.0, left_ms, 0.0).astype(np.uint64),
         wait_ms=int(max(timeout_ms - _ANSWER_MS, 1)),
         persist=int(persist),
     )
@@ -189,7 +194,6 @@ async def spread(
     copies: int,
     view: View,
     end_ms: float,
-    ttl_ms: int,
     persist: bool,
     own: c.U8,
 ) -> Spread:
@@ -197,7 +201,6 @@ async def spread(
     and to the next one for each that fails or is suspected meanwhile. own: 1 where this node has
     synced a block."""
     n = len(held.hashes)
-    ttls = np.full(n, ttl_ms, np.uint64)
     found = np.ones(n, np.uint8)
     persisted = own.copy()
     if not n or copies <= 1:
@@ -212,9 +215,7 @@ async def spread(
             while hopeful < short and waiting:
                 to = waiting.pop(0)
                 left = max(end_ms - site.world.now_ms(), 1.0)
-                work = push(
-                    site, held, to, view=view, timeout_ms=left, persist=persist, ttl_ms=ttls
-                )
+                work = push(site, held, to, view=view, timeout_ms=left, persist=persist)
                 running.append((to, site.world.spawn(work)))
                 hopeful += 1
             left_ms = end_ms - site.world.now_ms()

@@ -17,7 +17,7 @@ from kvstore.channel.records import Codec
 from kvstore.commands import U8, U32, U64
 from kvstore.errors import KVStoreError
 
-MESSAGES_VERSION = 1
+MESSAGES_VERSION = 2
 
 
 class WrongEpoch(KVStoreError):  # noqa: N818

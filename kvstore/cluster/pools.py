@@ -9,7 +9,7 @@ from kvstore.cluster.members import Member
 from kvstore.cluster.site import Site
 from kvstore.cluster.world import Attachment, Memory, Transfers
 from kvstore.errors import InvalidArgument, KVStoreError, PermissionDenied
-from kvstore.transfer.base import Pieces, TransferFailed
+from kvstore.transfer.base import Arrived, Pieces, TransferFailed
 
 
 @dataclass(slots=True, eq=False)
@@ -85,11 +85,11 @@ class _Closing:
     def __init__(self, memory: Memory, attachment: Attachment) -> None:
         self._memory, self._attachment = memory, attachment
 
-    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
+    async def read(self, pieces: Pieces, timeout_ms: float, arrived: Arrived | None = None) -> None:
         """See `Memory.read`."""
         if self._attachment.lost:
             raise TransferFailed("the other node is gone")
-        await self._memory.read(pieces, timeout_ms)
+        await self._memory.read(pieces, timeout_ms, arrived)
 
     async def write(self, pieces: Pieces, timeout_ms: float) -> None:
         """Never: other nodes write their own pools."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore import commands as c
 from kvstore import limits
@@ -54,7 +54,7 @@ class _Batch:
     """Blocks of some segments that one member is asked to store."""
 
     member: Member
-    segments: list[npt.NDArray[np.intp]]
+    segments: list[range]
     task: Task[None]
 
 
@@ -74,19 +74,17 @@ class Put:
             copies=np.zeros(n, np.uint8),
             persisted=np.zeros(n, np.uint8),
         )
-        edges = np.flatnonzero(np.diff(puts.places)) + 1
-        self._left = [rows for rows in np.split(np.arange(n), edges) if len(rows)]
+        edges = (np.flatnonzero(np.diff(puts.places)) + 1).tolist()
+        # Plain ranges, because small blocks may be segments of their own, and arrays take long.
+        self._left = [range(first, end) for first, end in pairwise([0, *edges, n])] if n else []
+        self._places: list[int] = puts.places.tolist()
         self._tried: dict[int, set[str]] = {}  # by the segment's first row
         self._waited: set[int] = set()  # segments that found no room once, while others had it
         self._probes: dict[str, Task[bool]] = {}  # of members that take long
         # How often a member is asked again that goes by an earlier view.
         self._waits = int(contacts.policy.call_ms / BEHIND_MS) if len(puts.cells) else 0
-        self._put_ids = np.empty((n, PUT_ID_BYTES), np.uint8)
-        for rows in self._left:
-            random = contacts.world.random
-            nonce = nonce_of(puts.agreed) if puts.agreed else random.randbytes(NONCE_BYTES)
-            put_id = new_put_id(nonce, int(puts.places[rows[0]]))
-            self._put_ids[rows] = np.frombuffer(put_id, np.uint8)
+        ids = b"".join(self._new_put_id(rows) * len(rows) for rows in self._left)
+        self._put_ids = np.frombuffer(ids, np.uint8).reshape(n, PUT_ID_BYTES)
         self._parents = np.zeros((n, limits.KEY_BYTES), np.uint8)
         self._positions = np.full(n, 0xFFFFFFFF, np.uint32)
         if puts.position >= 0:
@@ -94,6 +92,11 @@ class Put:
             if puts.parent:
                 self._parents[0] = np.frombuffer(puts.parent, np.uint8)
             self._positions = (puts.position + np.arange(n)).astype(np.uint32)
+
+    def _new_put_id(self, rows: range) -> bytes:
+        agreed, random = self._puts.agreed, self._contacts.world.random
+        nonce = nonce_of(agreed) if agreed else random.randbytes(NONCE_BYTES)
+        return new_put_id(nonce, self._places[rows.start])
 
     async def run(self, end_ms: float) -> PutOutcome:
         """See `Router.put`."""
@@ -135,19 +138,20 @@ class Put:
     def _start(self, running: list[_Batch], end_ms: float) -> None:
         contacts = self._contacts
         most = max(1, contacts.policy.piece_bytes // self._space.layout.block_bytes)
-        targets = contacts.targets([int(self._puts.places[rows[0]]) for rows in self._left])
-        filling: dict[str, tuple[Member, list[npt.NDArray[np.intp]]]] = {}
+        targets = contacts.targets([self._places[rows.start] for rows in self._left])
+        filling: dict[str, tuple[Member, list[range]]] = {}
         sizes: dict[str, int] = {}
-        batches: list[tuple[Member, list[npt.NDArray[np.intp]]]] = []
+        batches: list[tuple[Member, list[range]]] = []
         later = []
         for rows, order in zip(self._left, targets, strict=True):
-            if running and int(rows[0]) in self._waited:
+            if running and rows.start in self._waited:
                 later.append(rows)
                 continue
-            tried = self._tried.get(int(rows[0]), set())
-            member = next((each for each in order if each.name not in tried), None)
-            if member is None:
+            tried = self._tried.get(rows.start)
+            left = [each for each in order if each.name not in tried] if tried else order
+            if not left:
                 continue  # nobody is left: it stays FAILED
+            member = left[0]
             if member.name not in filling:
                 if len(running) + len(batches) >= contacts.policy.in_flight:
                     later.append(rows)
@@ -184,8 +188,8 @@ class Put:
             full = self._outcome.status == m.PutStatus.NO_SPACE
             # A part is not put twice to one member: its cells would be in the way of themselves.
             for rows in [] if alone or len(self._puts.cells) else batch.segments:
-                if full[rows].any() and int(rows[0]) not in self._waited:
-                    self._waited.add(int(rows[0]))
+                if full[rows.start : rows.stop].any() and rows.start not in self._waited:
+                    self._waited.add(rows.start)
                     self._left.append(rows)
             return
         self._go_on(batch, tried=lags)
@@ -194,15 +198,13 @@ class Put:
         """A batch is to be stored anew. tried: elsewhere."""
         for rows in batch.segments:
             if tried:
-                self._tried.setdefault(int(rows[0]), set()).add(batch.member.name)
+                self._tried.setdefault(rows.start, set()).add(batch.member.name)
             self._left.append(rows)
 
-    async def _put_at(
-        self, member: Member, segments: list[npt.NDArray[np.intp]], end_ms: float
-    ) -> None:
+    async def _put_at(self, member: Member, segments: list[range], end_ms: float) -> None:
         contacts, puts = self._contacts, self._puts
         assert contacts.view
-        epoch, rows = contacts.view.epoch, np.concatenate(segments)
+        epoch, rows = contacts.view.epoch, np.array(list(chain.from_iterable(segments)), np.intp)
         session = await contacts.session(member)
         left_ms = max(end_ms - contacts.world.now_ms(), 1.0)
         wait_ms = int(max(left_ms - 20.0, 1.0))

@@ -41,15 +41,13 @@ _TARGETS = (MemberState.UP, MemberState.JOINING)
 class Inventory:
     """The blocks of one namespace that a cluster placed, as they were at some moment.
 
-    targets: members' numbers, (n, R) int16, the best first. ends_ms: when they expire, by the
-    node's own clock, 0 for never.
+    targets: members' numbers, (n, R) int16, the best first.
     """
 
     number: int
     hashes: c.U8
     put_ids: c.U8
     targets: Ranks
-    ends_ms: npt.NDArray[np.float64]
 
     def shared_with(self, me: int, other: int) -> npt.NDArray[np.bool_]:
         """Which of the blocks both members should have."""
@@ -242,14 +240,12 @@ class Repair:
                 async with hold_for_copies(site, space, keys[at:], site.policy.transfer_ms) as held:
                     k = len(held.hashes)
                     if k:
-                        ttl = self._ttl(inventory.ends_ms[batch[at : at + k]])
                         pulled = await push(
                             site,
                             held,
                             member,
                             view=view,
                             timeout_ms=site.policy.transfer_ms,
-                            ttl_ms=ttl,
                         )
                         site.counters.repaired_blocks += int(
                             np.count_nonzero(pulled.status == PutStatus.STORED)
@@ -258,11 +254,6 @@ class Repair:
                         if bad.any():
                             raise StaleNamespace("some blocks did not arrive whole")
                 at += k + 1 if k < len(keys[at:]) else k
-
-    def _ttl(self, ends_ms: npt.NDArray[np.float64]) -> c.U64:
-        """From moments to durations, at least 1 ms."""
-        left = np.maximum(ends_ms - self._site.world.now_ms(), 1.0)
-        return np.where(ends_ms > 0.0, left, 0.0).astype(np.uint64)
 
     async def _pay(self, nbytes: int) -> None:
         """Waits until the budget covers so many more bytes; it may be overdrawn by one batch."""
@@ -302,19 +293,16 @@ class Repair:
     async def inventory(self, number: int) -> Inventory:
         """The blocks of a namespace (its number in this node's store) that a cluster placed."""
         site = self._site
-        pages, first, ends = [], 0, []
+        pages, first = [], 0
         while True:
             scan = c.Scan(first=first, most=limits.MAX_KEYS_PER_CALL // 4)
             page: c.Scanned = await site.store.command(scan, site.policy.call_ms)
             pages.append((page, page.namespaces == number))
-            left_ms = page.left_ms.astype(np.float64)
-            ends.append(np.where(left_ms, site.world.now_ms() + left_ms, 0.0))
             first = page.following
             if not first:
                 break
         hashes = np.concatenate([page.hashes[here] for page, here in pages])
         put_ids = np.concatenate([page.put_ids[here] for page, here in pages])
-        ends_ms = np.concatenate([end[here] for end, (_, here) in zip(ends, pages, strict=True)])
         places, placed = places_of_put_ids(put_ids)
         copies = site.ranking.copies
         return Inventory(
@@ -322,7 +310,6 @@ class Repair:
             hashes=hashes[placed],
             put_ids=put_ids[placed],
             targets=site.ranking.targets(places[placed], most=copies),
-            ends_ms=ends_ms[placed],
         )
 
     async def digests(self, number: int, source: str) -> c.U64:

@@ -15,7 +15,7 @@ from kvstore import commands as c
 from kvstore.cluster.messages import Hello, Welcomed
 from kvstore.layout import Layout
 from kvstore.session.parts import ALL_CELLS
-from kvstore.transfer.base import Pieces
+from kvstore.transfer.base import Arrived, Pieces
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -86,8 +86,8 @@ class Attachment(Protocol):
 class Memory(Protocol):
     """The memory of another process that a node is connected to, see `transfer.base.Remote`."""
 
-    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
-        """`Remote.read`, on a thread that may block."""
+    async def read(self, pieces: Pieces, timeout_ms: float, arrived: Arrived | None = None) -> None:
+        """`Remote.read`, on a thread that may block; `arrived` is called there."""
 
     async def write(self, pieces: Pieces, timeout_ms: float) -> None:
         """`Remote.write`, likewise."""
@@ -156,6 +156,10 @@ class NodeStore(Protocol):
 
     def headers(self, layout: Layout, granules: c.U32) -> c.U8:
         """The headers in front of them, of leased blocks: uint8 (n, header bytes), a copy."""
+
+    def sums_here(self, layout: Layout, granules: c.U32) -> c.U64:
+        """The checksums of what lies in these slots now: uint64 (n, cells). On the caller's thread,
+        which may be any."""
 
     async def sums(self, layout: Layout, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
         """The checksums of all or some cells of what lies in these slots now: uint64 (n, cells).

@@ -287,8 +287,13 @@ class Store:
             self._shelf.blocks.lease(run)
             self._shelf.read(run)
         granules = self._shelf.blocks.granule[run]
+        expires_ms = self._shelf.deadlines.times[Due.EXPIRY][run]
+        left_ms = np.maximum(expires_ms - self._shelf.now_ms, 1)
         return c.Leased(
-            lease=lease, granules=granules, generations=self._shelf.memory.generations[granules]
+            lease=lease,
+            granules=granules,
+            generations=self._shelf.memory.generations[granules],
+            left_ms=np.where(expires_ms, left_ms, 0).astype(np.uint64),
         )
 
     def _release(self, who: Connection, command: c.Release) -> c.Count:
@@ -399,14 +404,11 @@ class Store:
         ids, following = self._shelf.blocks.page(command.first, command.most)
         words = self._shelf.catalog.words_of(ids)
         hashes = words.view(np.uint8).reshape(len(ids), limits.KEY_BYTES)
-        expires_ms = self._shelf.deadlines.times[Due.EXPIRY][ids].astype(np.int64)
-        left_ms = np.maximum(expires_ms - self._shelf.now_ms, 1)
         return c.Scanned(
             following=following,
             namespaces=self._shelf.blocks.namespace[ids],
             hashes=hashes,
             put_ids=self._shelf.blocks.put_id[ids],
-            left_ms=np.where(expires_ms, left_ms, 0).astype(np.uint64),
         )
 
     # -- invariants --------------------------------------------------------------------

@@ -10,6 +10,7 @@ All calls block and may be made from several threads; they belong on worker thre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,8 @@ from kvstore.errors import KVStoreError
 
 Bytes1D = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
+# Told how many leading pieces have arrived, more each time.
+Arrived = Callable[[int], None]
 
 
 class TransferFailed(KVStoreError):  # noqa: N818 - it did
@@ -40,6 +43,10 @@ class Pieces:
     remote: U64
     nbytes: U64
 
+    def rows(self, first: int, end: int) -> Pieces:
+        """Some of them."""
+        return Pieces(self.local[first:end], self.remote[first:end], self.nbytes[first:end])
+
     @property
     def total(self) -> int:
         """All bytes."""
@@ -53,8 +60,12 @@ class Remote(Protocol):
     def kind(self) -> str:
         """The transport's name in settings, never auto."""
 
-    def read(self, pieces: Pieces, timeout_s: float) -> None:
+    def read(self, pieces: Pieces, timeout_s: float, arrived: Arrived | None = None) -> None:
         """Copies from the other process to this one; all has arrived when it returns.
+
+        arrived: may be called on this thread while later pieces are on their way, so that what is
+        to be done with the first ones need not wait for the last. What it takes is time that the
+        transfer has less; what it raises ends this call as a failed transfer does.
 
         `InvalidArgument` for pieces that lie outside of the memory registered here.
         `TransferFailed`; `DeadlineExceeded` after `timeout_s`, when bytes may still arrive in

@@ -23,7 +23,9 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -33,8 +35,8 @@ from kvstore import limits
 from kvstore.errors import DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
 from kvstore.nixl_binding import Bindings, Native
 from kvstore.transfer import description as descriptions
-from kvstore.transfer.base import U64, Bytes1D, Pieces, TransferFailed
-from kvstore.transfer.registered import Regions, Registered, checked, merged
+from kvstore.transfer.base import U64, Arrived, Bytes1D, Pieces, TransferFailed
+from kvstore.transfer.registered import Regions, Registered, checked, merged, portions
 
 KIND = "nixl"
 NO_RDMA = "no RDMA device is here, and over TCP NIXL can abort the other process: use grpc"
@@ -42,6 +44,7 @@ _WHEELS = ("nixl_cu13", "nixl_cu12")
 _NEVER = "^cma,xpmem,knem,sysv,posix"
 _SEGMENT = "64k"  # of UCX's TCP; with its own 8 KiB a read is less than half as fast
 _PROGRESS_US = 1000  # of the passive side's thread: how long it sleeps where nothing wakes it
+_STAGGER_NAPS = 6  # between the beginnings of a transfer's first two parts
 _NAP_S = 20e-6  # between two looks at a transfer: in it others run, as the peer on a small host
 _UCX_DEFAULTS = {
     "UCX_LOG_LEVEL": "error",
@@ -180,11 +183,11 @@ class NixlRemote:
             self._peer = self._engine.load(metadata)
             one = np.array([self._engine.probe.ctypes.data], np.uint64)
             there, size = np.array([probe], np.uint64), np.array([_PROBE_BYTES], np.uint64)
-            self._move(Pieces(one, there, size), timeout_s, read=False)
+            self._move([Pieces(one, there, size)], timeout_s, read=False)
 
-    def read(self, pieces: Pieces, timeout_s: float) -> None:
-        """See `Remote`."""
-        self._run(pieces, timeout_s, read=True)
+    def read(self, pieces: Pieces, timeout_s: float, arrived: Arrived | None = None) -> None:
+        """See `Remote`. With `arrived` it goes in parts, of which two are on their way."""
+        self._run(pieces, timeout_s, read=True, arrived=arrived)
 
     def write(self, pieces: Pieces, timeout_s: float) -> None:
         """See `Remote`."""
@@ -202,7 +205,9 @@ class NixlRemote:
                 self._engine.destroy()
                 self.closed = True
 
-    def _run(self, pieces: Pieces, timeout_s: float, *, read: bool) -> None:
+    def _run(
+        self, pieces: Pieces, timeout_s: float, *, read: bool, arrived: Arrived | None = None
+    ) -> None:
         wanted = checked(pieces)
         if self._local.find(wanted.local, wanted.nbytes) is None:
             raise InvalidArgument("pieces.local", "lies outside of the memory registered here")
@@ -210,8 +215,17 @@ class NixlRemote:
             raise TransferFailed("the other process has not registered all of that memory")
         if not len(wanted.nbytes):
             return
+        n = len(wanted.nbytes)
+        # Only where none was empty it is known which of the caller's have arrived.
+        ends = portions(wanted.nbytes) if arrived and n == len(pieces.nbytes) else [n]
+        parts = [wanted.rows(at, end) for at, end in pairwise([0, *ends])]
+
+        def landed(part: int) -> None:
+            if arrived and part < len(parts) - 1:
+                arrived(ends[part])
+
         with self._call():
-            self._move(self._fewest(wanted), timeout_s, read=read)
+            self._move(parts, timeout_s, read=read, landed=landed)
 
     def _fewest(self, pieces: Pieces) -> Pieces:
         fewer = merged(pieces)
@@ -235,26 +249,59 @@ class NixlRemote:
                 self._calls -= 1
                 self._changed.notify_all()
 
-    def _move(self, pieces: Pieces, timeout_s: float, *, read: bool) -> None:
-        begin = time.monotonic()
-        handle, settled = self._engine.request(pieces, self._peer, read=read), False
+    def _move(
+        self,
+        parts: Sequence[Pieces],
+        timeout_s: float,
+        *,
+        read: bool,
+        landed: Callable[[int], None] = lambda _part: None,
+    ) -> None:
+        """Moves these one after the other, two at a time. landed: told of each once it is over."""
+        end = time.monotonic() + timeout_s
+        left = deque(parts)
+        flying: deque[tuple[int, bool]] = deque()  # what was begun, and whether it ended at once
+        naps = over = 0
         try:
-            done = self._engine.post(handle)
-            while not done:
-                spent = time.monotonic() - begin
-                if spent > timeout_s:
-                    raise DeadlineExceeded(f"{pieces.total} bytes took more than {timeout_s:g} s")
-                if self._ending:
-                    raise TransferFailed("the connection was closed")
-                time.sleep(_NAP_S)
-                done = self._engine.done(handle)
-            self._engine.release(handle)
-            settled = True
+            while left or flying:
+                # The other side sends a bit of each block that was asked for in turn. So the second
+                # part begins some time behind the first, and from then on one ends with each that
+                # begins; asked for at one time all would end at one time.
+                if left and (not flying or (len(flying) == 1 and naps >= _STAGGER_NAPS)):
+                    flying.append(self._begin(left.popleft(), read=read))
+                    naps = 0
+                handle, done = flying[0]
+                if not (done or self._engine.done(handle)):
+                    if time.monotonic() > end:
+                        total = sum(part.total for part in parts)
+                        raise DeadlineExceeded(f"{total} bytes took more than {timeout_s:g} s")
+                    if self._ending:
+                        raise TransferFailed("the connection was closed")
+                    time.sleep(_NAP_S)
+                    naps += 1
+                    continue
+                self._engine.release(handle)
+                flying.popleft()
+                if left and flying:
+                    flying.append(self._begin(left.popleft(), read=read))
+                landed(over)
+                over += 1
         finally:
-            if not settled:
+            if flying:
                 with self._changed:
                     self._broken = True
-                    self._unsettled.append(handle)
+                    self._unsettled.extend(handle for handle, _ in flying)
+
+    def _begin(self, part: Pieces, *, read: bool) -> tuple[int, bool]:
+        """Begins a transfer; whether it is over already."""
+        handle = self._engine.request(self._fewest(part), self._peer, read=read)
+        try:
+            return handle, self._engine.post(handle)
+        except BaseException:
+            with self._changed:
+                self._broken = True
+                self._unsettled.append(handle)
+            raise
 
 
 class _Engine:

@@ -10,6 +10,10 @@ from kvstore import limits
 from kvstore.errors import InvalidArgument, ResourceExhausted
 from kvstore.transfer.base import U64, Bytes1D, Pieces
 
+_PORTION_BYTES = 2 << 20
+_LAST_BYTES = 1 << 20
+_WORTH_CUTTING = 4 << 20
+
 
 class Regions:
     """Ranges of addresses that do not overlap."""
@@ -93,3 +97,16 @@ def merged(pieces: Pieces) -> Pieces:
     return Pieces(
         pieces.local[firsts], pieces.remote[firsts], np.add.reduceat(pieces.nbytes, firsts)
     )
+
+
+def portions(nbytes: U64) -> list[int]:
+    """Where to cut pieces of these sizes, so that work on the first ones can go on beside the
+    transfer of the others: the end of each portion, ascending. The last one is a small one, since
+    nothing is beside the work on that."""
+    ends = np.cumsum(nbytes)
+    total = int(ends[-1])
+    if total < _WORTH_CUTTING:
+        return [len(nbytes)]
+    marks = [*range(_PORTION_BYTES, total - _LAST_BYTES, _PORTION_BYTES), total - _LAST_BYTES]
+    cuts = np.searchsorted(ends, np.array(marks, np.uint64), "right")
+    return sorted({*cuts.tolist(), len(nbytes)} - {0})

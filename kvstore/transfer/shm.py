@@ -37,7 +37,7 @@ from kvstore.memory import F_SEAL_FUTURE_WRITE, Arena
 from kvstore.session.copies import GROUP_BYTES, PIECE_BYTES, in_parallel, pieces_of
 from kvstore.streaming import copy_rows
 from kvstore.transfer import description as descriptions
-from kvstore.transfer.base import U64, Bytes1D, Pieces, TransferFailed
+from kvstore.transfer.base import U64, Arrived, Bytes1D, Pieces, TransferFailed
 from kvstore.transfer.handover import SECRET_BYTES, TOKEN_BYTES, Door, Handed, ask, is_over
 from kvstore.transfer.registered import Regions, Registered, checked
 
@@ -183,8 +183,9 @@ class ShmRemote:
             )
             self._populating.start()
 
-    def read(self, pieces: Pieces, timeout_s: float) -> None:
+    def read(self, pieces: Pieces, timeout_s: float, arrived: Arrived | None = None) -> None:
         """See `Remote`. After an error nothing arrives any more."""
+        del arrived  # both processors copy already
         wanted = self._checked(pieces)
         with self._call():
             self._copy(wanted.local, self._here(wanted), wanted.nbytes, timeout_s)

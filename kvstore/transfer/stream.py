@@ -21,7 +21,7 @@ from kvstore import limits
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ProtocolError
 from kvstore.transfer import description as descriptions
 from kvstore.transfer import frames
-from kvstore.transfer.base import U64, Bytes1D, Pieces, TransferFailed
+from kvstore.transfer.base import U64, Arrived, Bytes1D, Pieces, TransferFailed
 from kvstore.transfer.frames import Kind
 from kvstore.transfer.registered import Registered, checked
 
@@ -251,8 +251,9 @@ class StreamRemote:
         with self._changed:
             self._wait(lambda: self._welcome, deadline)
 
-    def read(self, pieces: Pieces, timeout_s: float) -> None:
+    def read(self, pieces: Pieces, timeout_s: float, arrived: Arrived | None = None) -> None:
         """See `Remote`. After `DeadlineExceeded` nothing arrives any more."""
+        del arrived  # chunks are in flight side by side, and who takes them in is another thread
         self._run(pieces, timeout_s, read=True)
 
     def write(self, pieces: Pieces, timeout_s: float) -> None:

@@ -23,7 +23,7 @@ from kvstore.cluster.placement import new_put_id, nonce_of, places_of_put_ids
 from kvstore.cluster.site import Counters, NodePolicy, Space
 from kvstore.errors import StaleNamespace
 from kvstore.session.parts import ALL_CELLS, part_of, payload_offset
-from kvstore.transfer.base import Pieces, TransferFailed
+from kvstore.transfer.base import Arrived, Pieces, TransferFailed
 
 RANKS = [np.array(cells, np.uint32) for cells in ([0], [1])]
 WAITING, STORED, FAILED = PutStatus.WAITING, PutStatus.STORED, PutStatus.FAILED
@@ -71,8 +71,8 @@ class Memory:
     ) -> None:
         self._before, self._closes = before, closes
 
-    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
-        del timeout_ms
+    async def read(self, pieces: Pieces, timeout_ms: float, arrived: Arrived | None = None) -> None:
+        del timeout_ms, arrived
         if self._before:
             await self._before()
         rows = zip(pieces.local, pieces.remote, pieces.nbytes, strict=True)

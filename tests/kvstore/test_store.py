@@ -200,6 +200,16 @@ def test_a_block_lives_no_longer_than_its_time_to_live() -> None:
     assert rig.store.stats().used_bytes == 0
 
 
+def test_a_lease_says_how_long_its_blocks_have_yet() -> None:
+    rig = Rig()
+    rig.put(keys(1), ttl_ms=5_000)
+    rig.put(keys(2))
+    rig.pass_ms(2_000)
+    leased = rig.do(c.Lease(namespace=rig.ns, hashes=keys(1, 2)))
+    assert isinstance(leased, c.Leased)
+    assert leased.left_ms.tolist() == [3_000, 0]
+
+
 def test_an_expired_block_keeps_its_slot_while_a_view_holds_it() -> None:
     rig = Rig()
     rig.put(keys(1), ttl_ms=100)

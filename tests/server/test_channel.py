@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -324,6 +325,43 @@ def answers(sock: socket.socket) -> int:
         data = data[wire.FRAME.size + wire.body_length(data[: wire.FRAME.size]) :]
         count += 1
     return count
+
+
+class _Stopped(ChannelPort):
+    """Its process stood still until the answer was there, and the time for it was over."""
+
+    def _receive(self, deadline: float, fds_wanted: int) -> Any:
+        assert self._readable.poll(WAIT_S * 1e3)
+        return super()._receive(deadline - 2 * WAIT_S, fds_wanted)
+
+
+class _Interrupted(ChannelPort):
+    """As `_Stopped`, in the middle of the wait: as Python's own, which tells of nothing then."""
+
+    def _receive(self, deadline: float, fds_wanted: int) -> Any:
+        real = self._readable
+
+        class Poll:
+            def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
+                found = real.poll(timeout_ms)
+                assert found
+                return found if timeout_ms == 0 else []
+
+        self._readable = Poll()  # type: ignore[assignment]
+        try:
+            return super()._receive(deadline, fds_wanted)
+        finally:
+            self._readable = real
+
+
+@pytest.mark.parametrize("kind", [_Stopped, _Interrupted])
+def test_an_answer_that_came_while_its_client_stood_still_counts(
+    served: Bench, kind: type[ChannelPort]
+) -> None:
+    port = kind(str(served.path), WAIT_S)
+    assert isinstance(port.call(c.Stat(), WAIT_S), c.Stats)
+    assert not port.closed
+    port.close()
 
 
 def test_who_sends_many_records_takes_turns_with_the_others(bench: Bench) -> None:

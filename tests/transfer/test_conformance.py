@@ -114,6 +114,29 @@ def test_pieces_of_any_size_arrive_where_they_belong(pair: Pair, n: int, seed: i
     assert pair.other.ask("hash")["hash"] == xxhash.xxh3_64_intdigest(there.data)
 
 
+@pytest.mark.parametrize("n", [1, 30, 64])
+def test_pieces_are_there_when_that_is_told(pair: Pair, n: int) -> None:
+    size = SMALL // 2 // n
+    there = pattern(SMALL, n)
+    pair.memory[:] = there
+    pair.remote.write(pair.pieces([(0, 0, SMALL)]), TIMEOUT_S)
+    pair.memory[:] = 0
+    # Here in another order than there, so that no two are neighbours on both sides.
+    rows = [((7 * i % n) * size, i * size, size) for i in range(n)]
+    told: list[int] = []
+
+    def arrived(end: int) -> None:
+        for here, far, nbytes in rows[told[-1] if told else 0 : end]:
+            assert np.array_equal(pair.memory[here : here + nbytes], there[far : far + nbytes])
+        told.append(end)
+
+    pair.remote.read(pair.pieces(rows), TIMEOUT_S, arrived)
+    assert told == sorted(set(told))
+    assert all(0 < end < n for end in told)
+    for here, far, nbytes in rows:
+        assert np.array_equal(pair.memory[here : here + nbytes], there[far : far + nbytes])
+
+
 def test_nothing_to_move_is_no_error(pair: Pair) -> None:
     pair.remote.read(pair.pieces([]), TIMEOUT_S)
     pair.remote.write(pair.pieces([(5, 5, 0)]), TIMEOUT_S)

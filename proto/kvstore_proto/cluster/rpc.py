@@ -13,7 +13,7 @@ from kvstore import limits
 from kvstore.errors import InvalidArgument
 
 SERVICE = "kvstore.cluster.v1.Peer"
-CALL = "Call"
+CALLS = "Calls"
 ATTACH = "Attach"
 AUTHORIZATION = "authorization"
 _FRAME_ROOM = 1 << 16  # beside a frame's body

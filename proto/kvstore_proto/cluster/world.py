@@ -21,8 +21,9 @@ from kvstore.errors import (
     ProtocolError,
     Unavailable,
 )
+from kvstore_proto.cluster.calls import CallStream, StreamEnded
 from kvstore_proto.cluster.pipes import StreamPipe, Streams
-from kvstore_proto.cluster.rpc import ATTACH, AUTHORIZATION, CALL, OPTIONS, SERVICE, Tls
+from kvstore_proto.cluster.rpc import ATTACH, AUTHORIZATION, CALLS, OPTIONS, SERVICE, Tls
 
 T = TypeVar("T")
 _DENIED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -79,6 +80,7 @@ class AsyncWorld:
         self._metadata = ((AUTHORIZATION, f"Bearer {token}"),)
         self._credentials = tls.channel() if tls else None
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._calls: dict[str, CallStream] = {}  # by address; one that is over gives way to another
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def now_ms(self) -> float:
@@ -119,22 +121,22 @@ class AsyncWorld:
 
     async def call(self, address: str, message: Any, timeout_ms: float) -> Any:
         """See `World.call`."""
-        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel(address).unary_unary(
-            f"/{SERVICE}/{CALL}"
-        )
         frame = CODEC.encode(message)
+        stream = self._calls.get(address)
+        if stream is None or stream.over:
+            stream = self._calls[address] = CallStream(self._stream(address, CALLS))
         try:
-            answer = await method(frame, timeout=timeout_ms / 1e3, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise _error_of(error, address) from None
+            async with asyncio.timeout(timeout_ms / 1e3):
+                answer = await stream.ask(frame)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{address} gave no answer in time") from None
+        except StreamEnded as ended:
+            raise _error_of(ended.code, ended.details, address) from None
         return raise_if_failed(CODEC.decode_frame(answer))
 
     async def attach(self, address: str, hello: Hello, timeout_ms: float) -> Attached:
         """See `World.attach`."""
-        method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel(
-            address
-        ).stream_stream(f"/{SERVICE}/{ATTACH}")
-        call: Any = method(metadata=self._metadata)
+        call = self._stream(address, ATTACH)
         pipe = StreamPipe(call.write, call.cancel)
         pipe.follow(_frames(call))
         if hello.agent:
@@ -147,7 +149,7 @@ class AsyncWorld:
             if not isinstance(welcomed, Welcomed):
                 raise ProtocolError(f"{address} answered {type(welcomed).__name__}")
         except grpc.aio.AioRpcError as error:
-            raise _error_of(error, address) from None
+            raise _error_of(error.code(), error.details(), address) from None
         except TimeoutError:
             call.cancel()
             raise DeadlineExceeded(f"{address} began no session in time") from None
@@ -171,9 +173,19 @@ class AsyncWorld:
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=5.0)
+        for stream in self._calls.values():
+            await stream.close()
+        self._calls.clear()
         for channel in self._channels.values():
             await channel.close(None)
         self._channels.clear()
+
+    def _stream(self, address: str, method: str) -> Any:
+        """Begins a stream; whether anybody is there shows when it is used."""
+        begin: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel(
+            address
+        ).stream_stream(f"/{SERVICE}/{method}")
+        return begin(metadata=self._metadata)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         channel = self._channels.get(address)
@@ -198,16 +210,14 @@ async def _frames(call: Any) -> AsyncIterator[bytes]:
 
 async def _why(call: Any, address: str) -> KVStoreError:
     """Why a stream ended before its session began."""
-    code, details = await call.code(), await call.details()
-    if code in _DENIED:
-        return PermissionDenied(f"{address}: {details}")
-    return Unavailable(f"{address} does not answer: {details}")
+    return _error_of(await call.code(), await call.details(), address)
 
 
-def _error_of(error: grpc.aio.AioRpcError, address: str) -> KVStoreError:
-    code = error.code()
+def _error_of(code: grpc.StatusCode, details: str | None, address: str) -> KVStoreError:
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{address} gave no answer in time")
     if code in _DENIED:
-        return PermissionDenied(f"{address}: {error.details()}")
-    return Unavailable(f"{address} does not answer: {error.details()}")
+        return PermissionDenied(f"{address}: {details}")
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(f"{address} speaks another protocol: run the same release on both")
+    return Unavailable(f"{address} does not answer: {details}")

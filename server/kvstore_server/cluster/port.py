@@ -25,25 +25,26 @@ class LoopPort(ChannelPort):
 
     def __init__(self, path: str, timeout_s: float) -> None:
         """Raises as `ChannelPort`. The daemon's memory is mapped by another connection."""
-        super().__init__(path, timeout_s)
-        for fd in self.fds:
-            os.close(fd)
-        self.fds.clear()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turns = asyncio.Semaphore(_AHEAD)
         self._asked: deque[asyncio.Future[Any]] = deque()  # answers come in this order
         self._arrived, self._unsent = bytearray(), bytearray()
+        super().__init__(path, timeout_s)  # which closes it where nobody answers
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
 
     async def ask(self, command: c.Command, timeout_s: float) -> Any:
-        """One command; `DeadlineExceeded` and `Unavailable` also end the connection."""
+        """One command; `DeadlineExceeded` and `Unavailable` also end the connection. An answer that
+        has arrived by the time that anybody looks counts, however long this process stood still."""
         frame = wire.encode(command)
         async with self._turns:  # for no longer than those before have time
+            answer = self._begin(frame)
+            timer = answer.get_loop().call_later(timeout_s, self._judge, answer, timeout_s)
             try:
-                async with asyncio.timeout(timeout_s):
-                    result = await self._send_and_wait(frame)
-            except TimeoutError:
-                self._end(Unavailable("the daemon did not answer in time"))
-                raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+                result = await answer
+            finally:
+                timer.cancel()
         return wire.raise_if_failed(result)
 
     def close(self) -> None:
@@ -51,7 +52,8 @@ class LoopPort(ChannelPort):
         self._end(Unavailable("the connection to the daemon is closed"))
         super().close()
 
-    async def _send_and_wait(self, frame: bytes) -> Any:
+    def _begin(self, frame: bytes) -> asyncio.Future[Any]:
+        """Sends a command; what its answer will be."""
         if self.closed:
             raise Unavailable("the daemon is gone")
         if self._loop is None:
@@ -63,7 +65,16 @@ class LoopPort(ChannelPort):
         self._unsent += frame
         if was_idle:
             self._flush()
-        return await answer
+        return answer
+
+    def _judge(self, answer: asyncio.Future[Any], timeout_s: float) -> None:
+        """At the deadline of an answer."""
+        # A process that was stopped, and its time with it, may hear of its timers first.
+        while not answer.done() and self._take_in():
+            pass
+        if not answer.done():
+            answer.set_exception(DeadlineExceeded(f"no answer within {timeout_s:g} s"))
+            self._end(Unavailable("the daemon did not answer in time"))
 
     def _flush(self) -> None:
         """Sends what the socket takes, and the rest as soon as it takes more."""
@@ -81,24 +92,25 @@ class LoopPort(ChannelPort):
         else:
             self._loop.remove_writer(self._sock)
 
-    def _take_in(self) -> None:
-        """Hands out the answers that have arrived."""
+    def _take_in(self) -> bool:
+        """Hands out the answers that have arrived; False where nothing has, or it is over."""
         try:
             data = self._sock.recv(_READ_BYTES)
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._end(Unavailable(f"the daemon is gone: {error.strerror}"))
-            return
+            return False
         if not data:
             self._end(Unavailable("the daemon closed the connection"))
-            return
+            return False
         self._arrived += data
         try:
             while len(self._arrived) >= wire.FRAME.size and self._hand_out():
                 pass
         except ProtocolError as error:
             self._end(error)
+        return not self.closed
 
     def _hand_out(self) -> bool:
         """Gives the first answer to who waits for it; False where it has not come whole."""

@@ -11,23 +11,26 @@ from typing import Any
 import grpc
 import structlog
 
+from kvstore import limits
 from kvstore.cluster.answers import failed
 from kvstore.cluster.messages import CODEC, Hello, Welcomed
 from kvstore.cluster.node import Node
-from kvstore.errors import KVStoreError, ProtocolError
+from kvstore.errors import KVStoreError, ProtocolError, ResourceExhausted, Unavailable
+from kvstore_proto.cluster.calls import numbered, opened
 from kvstore_proto.cluster.pipes import StreamPipe, Streams
-from kvstore_proto.cluster.rpc import ATTACH, AUTHORIZATION, CALL, OPTIONS, SERVICE, Tls
+from kvstore_proto.cluster.rpc import ATTACH, AUTHORIZATION, CALLS, OPTIONS, SERVICE, Tls
 
 log = structlog.get_logger()
 _MOST_CALLS = 512  # that run at one time
+_MOST_STREAMS = 2 * limits.MAX_CLUSTER_SESSIONS + 64  # sessions, and the calls of who has them
 _GREETING_S = 5.0
 _GOODBYE_S = 1.0
+_GONE = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError)  # nobody is there to be told
 _NO_TOKEN = (
     grpc.StatusCode.UNAUTHENTICATED,
     "the cluster's token is missing or wrong: nodes need the same cluster secret, clients what"
     " `kvstore-server cluster-token` prints there",
 )
-_ENDS = (grpc.StatusCode.UNAVAILABLE, "this node ends")
 
 
 class PeerService:
@@ -36,15 +39,17 @@ class PeerService:
     def __init__(self, node: Node, *, node_token: str, client_token: str, streams: Streams) -> None:
         self._node, self._streams = node, streams
         self._tokens = {True: f"Bearer {node_token}", False: f"Bearer {client_token}"}
-        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=_MOST_CALLS)
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=_MOST_STREAMS)
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            CALL: grpc.unary_unary_rpc_method_handler(self._call),
+            CALLS: grpc.stream_stream_rpc_method_handler(self._take_calls),
             ATTACH: grpc.stream_stream_rpc_method_handler(self._attach),
         }
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         self._server.add_generic_rpc_handlers((generic,))
         self._running: set[asyncio.Task[Any]] = set()
         self._pipes: set[StreamPipe] = set()
+        self._callers: set[asyncio.Task[None]] = set()
+        self._calls = 0  # under way
         self._stopping = False
 
     async def start(self, address: str, tls: Tls | None) -> int:
@@ -57,12 +62,14 @@ class PeerService:
         return int(port)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more calls, and lets those that run end for so long; then sessions end, which
+        """Takes no more calls, and lets those that run end for so long; then streams end, which
         would not by themselves."""
         self._stopping = True
         await self._let_end(grace_s)
         for pipe in self._pipes:
             pipe.close()
+        for caller in self._callers:
+            caller.cancel()
         await self._server.stop(_GOODBYE_S)
         await self._let_end(grace_s)
 
@@ -82,16 +89,57 @@ class PeerService:
         await context.abort(*_NO_TOKEN)
         raise AssertionError("abort raises")
 
-    async def _call(self, frame: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    async def _take_calls(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
         is_node = await self._who(context)
+        work = self._follow_calls(_quietly(requests), context, is_node)
+        caller = asyncio.get_running_loop().create_task(work)
+        self._callers.add(caller)
+        try:
+            await asyncio.wait([caller])
+        finally:
+            caller.cancel()
+            self._callers.discard(caller)
+
+    async def _follow_calls(
+        self,
+        messages: AsyncIterator[bytes],
+        context: grpc.aio.ServicerContext[bytes, bytes],
+        is_node: bool,
+    ) -> None:
+        turn = asyncio.Lock()  # a stream takes one message after another
+
+        async def carry_out(number: int, frame: bytes) -> None:
+            self._calls += 1
+            try:
+                answer = await self._answer_to(frame, is_node)
+                async with turn:
+                    with contextlib.suppress(*_GONE):
+                        await context.write(numbered(number, answer))
+            finally:
+                self._calls -= 1
+
+        async for message in messages:
+            try:
+                number, frame = opened(message)
+            except ProtocolError:
+                return  # nobody could tell what an answer is to
+            # A caller that gives up must not end what holds leases and slots in the middle.
+            self._keep(carry_out(number, frame))
+
+    async def _answer_to(self, frame: bytes, is_node: bool) -> bytes:
         if self._stopping:
-            await context.abort(*_ENDS)
+            return CODEC.encode(failed(Unavailable("this node ends")))
+        if self._calls > _MOST_CALLS:
+            full = f"{_MOST_CALLS} calls are under way here"
+            retry_ms = limits.RETRY_AFTER_MS
+            return CODEC.encode(failed(ResourceExhausted(full, retry_after_ms=retry_ms)))
         try:
             message = CODEC.decode_frame(frame)
         except KVStoreError as error:
             return CODEC.encode(failed(error))
-        # A caller that gives up must not end what holds leases and slots in the middle.
-        return await asyncio.shield(self._keep(self._answer(message, is_node)))
+        return await self._answer(message, is_node)
 
     async def _answer(self, message: Any, is_node: bool) -> bytes:
         try:

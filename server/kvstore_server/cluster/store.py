@@ -20,7 +20,9 @@ from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, Unav
 from kvstore.layout import Layout
 from kvstore.session.channel import ChannelLink
 from kvstore.session.copies import groups_of, in_parallel
+from kvstore.session.link import Memory
 from kvstore.session.parts import ALL_CELLS, part_of
+from kvstore_server.cluster.ahead import Ahead
 from kvstore_server.cluster.port import LoopPort
 
 _WAITERS = 4  # calls that may wait for the disks at one time; each needs a connection of its own
@@ -60,6 +62,7 @@ class ChannelNodeStore:
         self._ports: list[ChannelPort] = []  # of seats that nobody has
         # Set once the connection is over. What was held by it goes back when this process ends.
         self.lost = asyncio.Event()
+        self._ahead = Ahead(self._port, self._mapped)
         if self._port.welcome.instance != self._memory.instance:
             self.close()
             raise Unavailable("the daemon was restarted meanwhile")
@@ -88,11 +91,14 @@ class ChannelNodeStore:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._waits, self._wait, command, timeout_s)
         try:
-            return await self._port.ask(command, timeout_s)
+            return await self._ahead.ask(command, timeout_s)
         except (Unavailable, DeadlineExceeded):
             if self._port.closed:
                 self.lost.set()
             raise
+
+    def _mapped(self) -> Memory:
+        return self._link.memory(self._timeout_s)
 
     def _wait(self, command: c.Command, timeout_s: float) -> Any:
         link = self._idle.pop() if self._idle else ChannelLink(self._path, self._timeout_s)
@@ -145,8 +151,7 @@ class ChannelNodeStore:
         """See `NodeStore.look`."""
         if not len(hashes):
             return np.empty(0, np.uint8)
-        memory = self._link.memory(self._timeout_s)
-        return memory.index.lookup(namespace, hashes).tiers.copy()
+        return self._mapped().index.lookup(namespace, hashes).tiers.copy()
 
     def addresses(self, layout: Layout, granules: c.U32) -> c.U64:
         """See `NodeStore.addresses`."""
@@ -155,6 +160,10 @@ class ChannelNodeStore:
     def headers(self, layout: Layout, granules: c.U32) -> c.U8:
         """See `NodeStore.headers`."""
         return copied_headers(self._memory.slot_addresses(granules), layout.n_cells)
+
+    def sums_here(self, layout: Layout, granules: c.U32) -> c.U64:
+        """See `NodeStore.sums_here`."""
+        return part_of(layout).sums(self._memory.payload_addresses(layout, granules))
 
     async def sums(self, layout: Layout, granules: c.U32, cells: c.U32 = ALL_CELLS) -> c.U64:
         """See `NodeStore.sums`."""
@@ -184,6 +193,7 @@ class ChannelNodeStore:
             pool.shutdown(cancel_futures=True)
         for port in self._ports:
             port.close()
+        self._ahead.close()  # first: another client may have the board next
         self._port.close()
         for link in (*self._idle, self._link):
             link.close()

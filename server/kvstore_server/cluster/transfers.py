@@ -11,7 +11,7 @@ import structlog
 
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError
 from kvstore.transfer.apart import Mortal, export
-from kvstore.transfer.base import Agent, Bytes1D, Pieces, Remote
+from kvstore.transfer.base import Agent, Arrived, Bytes1D, Pieces, Remote
 from kvstore.transfer.choose import KINDS
 
 log = structlog.get_logger()
@@ -84,9 +84,10 @@ class AgentMemory:
         self._remote, self._threads, self._closes = remote, threads, closes
         self._turns = asyncio.Semaphore(_OF_ONE)
 
-    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
+    async def read(self, pieces: Pieces, timeout_ms: float, arrived: Arrived | None = None) -> None:
         """See `Memory.read`."""
-        await self._move(self._remote.read, pieces, timeout_ms)
+        read = functools.partial(self._remote.read, arrived=arrived)
+        await self._move(read, pieces, timeout_ms)
 
     async def write(self, pieces: Pieces, timeout_ms: float) -> None:
         """See `Memory.write`."""

@@ -94,7 +94,7 @@ def a_copy_that_failed_is_counted(patch: Patch) -> None:
     patch.setattr(copies, "_outcome", outcome)
 
 
-@plant(10, "is nowhere", "is not to be had", plan="mortal")
+@plant(3, "is nowhere", "is not to be had", plan="mortal")
 def a_block_that_has_no_room_is_counted(patch: Patch) -> None:
     real = copies.push
 
@@ -137,7 +137,7 @@ def a_part_of_the_ring_is_used_again_though_somebody_may_write_there(patch: Patc
     patch.setattr(Router, "__init__", init)
 
 
-@plant(12, "written over", plan="cramped")
+@plant(0, "written over", plan="cramped")
 def blocks_are_sent_without_a_lease(patch: Patch) -> None:
     real = node.hold
 
@@ -189,7 +189,7 @@ def sessions_never_end(patch: Patch) -> None:
 # -- epochs ----------------------------------------------------------------------------------
 
 
-@plant(13, "two views", plan="restless")
+@plant(2, "two views", plan="restless")
 def two_keepers_make_one_epoch_each(patch: Patch) -> None:
     real = Membership.wanted
 
@@ -228,7 +228,7 @@ def a_drop_is_acknowledged_though_not_all_have_done_it(patch: Patch) -> None:
     patch.setattr(Router, "drop_namespace", drop)
 
 
-@plant(1, "is served", plan="forsaken")
+@plant(0, "is served", plan="forsaken")
 def a_node_that_was_away_serves_what_was_forgotten_meanwhile(patch: Patch) -> None:
     async def learn(_self: Membership, _present: Any) -> bool:
         return True
@@ -251,7 +251,7 @@ def generations_are_counted_anew_by_who_missed_some(patch: Patch) -> None:
     patch.setattr(router, "_EPOCH_SHIFT", 0)
 
 
-@plant(16, "is served", plan="forgetful")
+@plant(1, "is served", plan="forgetful")
 def a_reader_with_a_later_view_is_answered(patch: Patch) -> None:
     patch.setattr(Site, "check_reader", lambda _self, _epoch: None)
 
@@ -301,7 +301,7 @@ def a_drop_of_keys_asks_nobody_again_about_what_was_on_its_way(patch: Patch) -> 
 # -- parts -----------------------------------------------------------------------------------
 
 
-@plant(1, "in part", plan="piecemeal")
+@plant(0, "in part", plan="piecemeal")
 def cells_of_two_puts_make_one_block(patch: Patch) -> None:
     patch.setattr(puts, "nonce_of", lambda agreed: bytes(len(_nonce_of(agreed))))
 
@@ -367,7 +367,7 @@ def a_block_that_is_not_there_hides_those_behind_it(patch: Patch) -> None:
 _whole_get = Node._get
 
 
-@plant(6, "is not to be had", plan="halting")
+@plant(1, "is not to be had", plan="halting")
 def a_session_is_used_on_though_its_memory_is_closed(patch: Patch) -> None:
     patch.setattr(Router, "leave", lambda _self, _member, _session: None)
 

@@ -123,6 +123,9 @@ class Simulation:
     def _trouble(self) -> None:
         end = self.loop.now + self.plan.round_ms
         self.nemesis.start()
+        for client in self.clients:
+            if client.process.alive:  # it has lived through the round before
+                client.world.spawn(self._work(client, end))
         while self.loop.now < end:
             self.clients = [client for client in self.clients if client.process.alive]
             while len(self.clients) < self.plan.clients:

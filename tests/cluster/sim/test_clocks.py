@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from cluster.sim.client import SimClient
 from cluster.sim.cluster import Setting, SimCluster
-from cluster.sim.history import Truth
-
-from kvstore import commands as c
+from cluster.sim.history import SPACES, Truth, keys
 
 HOUR_MS, TTL_MS = 3_600_000.0, 60_000
 
@@ -44,7 +42,7 @@ def test_a_node_that_begins_anew_after_a_jump_of_the_clock_keeps_times_to_live(
     cluster.loop.run_until(began + 20_000.0)  # and repair has made the second copies
     spent_ms = cluster.loop.now - began
     for host in (one, other):
-        left_ms = host.store.store._scan(c.Scan(first=0, most=64)).left_ms
+        left_ms = np.array(host.store.left_ms(*SPACES[1], keys(1, 0, 0, 4)))
         assert len(left_ms) == 4
         assert np.all(np.abs(left_ms - (TTL_MS - spent_ms)) < 2000.0), host.name
     for host in cluster.hosts.values():

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from cluster.sim.cluster import Host
-from cluster.sim.simulation import Simulation
+from cluster.sim.simulation import PEACE_MS, Simulation
 
 _NAME = (1, 0, 0)  # space, chain, position
 _STEP_MS = 0.01
+_ANSWER_MS = 1.0
 
 
 @pytest.fixture
@@ -28,10 +29,13 @@ def _put(simulation: Simulation) -> Host:
     return next(host for host in simulation._stores() if simulation.kept(host))
 
 
-def _pause_in_the_middle_of_a_command(simulation: Simulation, host: Host) -> None:
-    """The store of a host stops, and so does its node, which waits for an answer, beyond the time
-    that this may take; it stays registered."""
-    host.store.process.pause()
+def _pause_in_the_middle_of_a_command(
+    simulation: Simulation, host: Host, *, answered: bool = False
+) -> None:
+    """The store of a host stops, or goes on where the node is to be answered, and the node, which
+    waits for an answer, stops beyond the time that this may take; it stays registered."""
+    if not answered:
+        host.store.process.pause()
     while not host.node.site.store._main._waiting:  # type: ignore[attr-defined]
         simulation.loop.run_until(simulation.loop.now + _STEP_MS)
     host.world.process.pause()
@@ -64,3 +68,19 @@ def test_a_host_whose_node_is_about_to_end_does_not_serve(simulation: Simulation
     simulation._wait("once it is back", simulation._what_is_absent)
     assert host.alive
     assert not host.lost_store
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_node_whose_store_answered_while_it_stood_still_lives(
+    simulation: Simulation, in_time: bool
+) -> None:
+    """In time, or at least before the node goes on."""
+    host = next(iter(simulation.cluster.hosts.values()))
+    process = host.world.process
+    _pause_in_the_middle_of_a_command(simulation, host, answered=in_time)
+    if not in_time:
+        host.store.process.resume()
+        simulation.loop.run_until(simulation.loop.now + _ANSWER_MS)
+    host.resume()
+    simulation.loop.run_until(simulation.loop.now + PEACE_MS)
+    assert process.alive

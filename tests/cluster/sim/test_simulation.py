@@ -13,14 +13,14 @@ from cluster.sim.plans import PLANS
 from cluster.sim.simulation import Tally, run_seed
 
 SHORT = {
-    "ordinary": 44,
+    "ordinary": 33,
     "forgetful": 10,
     "parted": 14,
     "forsaken": 14,
-    "mortal": 15,
-    "halting": 18,
-    "cramped": 15,
-    "restless": 14,
+    "mortal": 8,
+    "halting": 14,
+    "cramped": 10,
+    "restless": 12,
     "piecemeal": 9,
 }
 LONG, LONGER = 500, 20_000

@@ -19,7 +19,7 @@ from cluster.sim.loop import Dead, Future, Loop, Process
 from cluster.sim.network import Network
 
 from kvstore.errors import DeadlineExceeded, InvalidArgument, ProtocolError
-from kvstore.transfer.base import Pieces, TransferFailed
+from kvstore.transfer.base import Arrived, Pieces, TransferFailed
 
 Guard = Callable[[int], int]
 Bytes1D = npt.NDArray[np.uint8]
@@ -168,20 +168,22 @@ class SimRemote:
         self.closed = False
         self.moves: dict[_Move, None] = {}
 
-    async def read(self, pieces: Pieces, timeout_ms: float) -> None:
-        """See `Remote.read`."""
-        await self._move(pieces, timeout_ms, writes=False)
+    async def read(self, pieces: Pieces, timeout_ms: float, arrived: Arrived | None = None) -> None:
+        """See `Remote.read`; tells of each piece as it comes."""
+        await self._move(pieces, timeout_ms, writes=False, arrived=arrived)
 
     async def write(self, pieces: Pieces, timeout_ms: float) -> None:
         """See `Remote.write`."""
         await self._move(pieces, timeout_ms, writes=True)
 
-    async def _move(self, pieces: Pieces, timeout_ms: float, *, writes: bool) -> None:
+    async def _move(
+        self, pieces: Pieces, timeout_ms: float, *, writes: bool, arrived: Arrived | None = None
+    ) -> None:
         if self.closed:
             raise TransferFailed("the connection is closed")
         if not self.agent.process.alive:
             raise Dead(self.agent.process.name)
-        move = _Move(self, pieces, writes=writes)
+        move = _Move(self, pieces, writes=writes, arrived=arrived)
         error = DeadlineExceeded("the transfer did not end in time")
         timer = self.agent.fabric.loop.after(
             timeout_ms, lambda: move.told.fail(error), self.agent.process
@@ -212,11 +214,14 @@ def _joined(fabric: Fabric, one: SimAgent, other: SimAgent) -> bool:
 class _Move:
     """One read or write under way: a chunk at a time leaves, and lands a moment later."""
 
-    def __init__(self, remote: SimRemote, pieces: Pieces, *, writes: bool) -> None:
-        self.remote, self.writes = remote, writes
+    def __init__(
+        self, remote: SimRemote, pieces: Pieces, *, writes: bool, arrived: Arrived | None = None
+    ) -> None:
+        self.remote, self.writes, self._arrived = remote, writes, arrived
         self.fabric = remote.agent.fabric
         self.told: Future[None] = Future()
         self._chunks = self._cut(pieces)
+        self._ends = self._ends_of(pieces)
         self._guarded = self._numbers_there() if writes else []
         guard = remote.agent.own_guard
         self._own = [guard(at) for at, _, _ in self._chunks] if guard is not None else []
@@ -235,6 +240,14 @@ class _Move:
             for local, remote, nbytes in rows
             for first in range(0, nbytes, most)
         ]
+
+    def _ends_of(self, pieces: Pieces) -> dict[int, int]:
+        """By the chunks that have landed, how many pieces are whole; but for the last one."""
+        most, ends, chunks = self.fabric.carriage.chunk_bytes, dict[int, int](), 0
+        for number, nbytes in enumerate(pieces.nbytes.tolist()[:-1], 1):
+            chunks += -(-nbytes // most)
+            ends[chunks] = number
+        return ends
 
     def _numbers_there(self) -> list[int]:
         """What each chunk's target is used for as the write begins."""
@@ -328,6 +341,8 @@ class _Move:
         self.fabric.moved += 1
         self.fabric.late += self.told.done
         self._next += 1
+        if self._arrived is not None and not self.told.done and self._next in self._ends:
+            self._arrived(self._ends[self._next])
         self._soon()
 
     def end(self, error: TransferFailed | None) -> None:
