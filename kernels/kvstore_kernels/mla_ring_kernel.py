@@ -183,7 +183,7 @@ def _group(q, ring, tail, weights, bars, line, items, sizes, scale, results):
         else:
             _store_partial(acc, top, weight, partials, lse, partial)
         sync()
-        mbarrier.arrive(stored)
+        mbarrier.arrive(stored.index(number & 1))
         if keeps == AT_ONCE:
             meet(out, partials, lse, counters, items, item, rows, False, 1)
         kept = gl.where(keeps == AT_END, item, kept)
@@ -236,7 +236,8 @@ def ring_kernel(
     told, heard = new_barriers(2, 1), new_barriers(2, 3 + WRITERS)
     q_full, q_free = new_barrier(1 + WRITERS), new_barrier(1)
     tail_full, tail_free = new_barrier(1), new_barrier(1)
-    stored, written = new_barrier(1), new_barrier(1)
+    # Two, since the group may have stored the next item before the first is counted.
+    stored, written = new_barriers(2, 1), new_barrier(1)
     fence_async_shared()
     # Nothing that a kernel writes: launches before this one may still run.
     worker = gl.program_id(0)

@@ -154,7 +154,7 @@ def announce(items, counters, stored, line):
     while item >= 0:
         _, counter, parts, _ = load_parts(items, item)
         keeps = gl.load(items + (1 + item) * COLUMNS + KEEPS)
-        mbarrier.wait(stored, number & 1)
+        mbarrier.wait(stored.index(number & 1), (number >> 1) & 1)
         if (parts > 1) & (keeps != AT_ONCE):
             gl.atomic_add(counters + counter, 1, sem="release", scope="gpu")
         # Not before: so the group is no more than one item ahead.

@@ -49,19 +49,21 @@ def launch(
     *args: Any,
     seed: int = 0,
     substitutes: dict[Any, str | Callable[..., Any]] | None = None,
+    slow: str = "",
 ) -> None:
     """Runs a kernel; tensors become pointers, `Boxes` are tensor maps.
 
     substitutes: what is called in place of a function that the kernels use: another function, or a
-    method of `Language` by its name.
+    method of `Language` by its name. slow: the function of a partition that goes on only where
+    nothing else does.
     """
-    machine = Machine(seed, grid)
+    machine = Machine(seed, grid, slow)
     python = _Python(machine, substitutes or {})
     run = python.function(kernel)
     python.complete()
     passed = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in args]
     for block in range(grid):
-        machine.spawn(Block(machine, block), None, lambda: run(*passed))
+        machine.spawn(Block(machine, block), None, lambda: run(*passed), "")
     machine.run()
 
 
@@ -74,8 +76,10 @@ class Partition:
     met: whether its threads have met since they last touched memory. unfenced: what they wrote.
     """
 
-    def __init__(self, block: Block, parent: Partition | None, body: Callable[[], None]) -> None:
-        self.block, self.body = block, body
+    def __init__(
+        self, block: Block, parent: Partition | None, body: Callable[[], None], name: str
+    ) -> None:
+        self.block, self.body, self.name = block, body, name
         self.view: View = dict(parent.view) if parent else {}
         self.products: list[Product] = []  # not computed
         self.in_flight: list[Product] = []  # not waited for
@@ -109,17 +113,19 @@ class Block:
 class Machine:
     """All partitions of all blocks, and what is under way."""
 
-    def __init__(self, seed: int, grid: int) -> None:
+    def __init__(self, seed: int, grid: int, slow: str) -> None:
         self.random = random.Random(seed)
-        self.grid = grid
+        self.grid, self.slow = grid, slow
         self.partitions: list[Partition] = []
         self.copies: list[Copy] = []
         self.back = threading.Semaphore(0)
         self.running: Partition | None = None
         self.stopped = False
 
-    def spawn(self, block: Block, parent: Partition | None, body: Callable[[], None]) -> Partition:
-        partition = Partition(block, parent, body)
+    def spawn(
+        self, block: Block, parent: Partition | None, body: Callable[[], None], name: str
+    ) -> Partition:
+        partition = Partition(block, parent, body, name)
         self.partitions.append(partition)
         partition.thread.start()
         return partition
@@ -147,7 +153,8 @@ class Machine:
     def _step(self) -> None:
         products = [p.products[0] for p in self.partitions if p.products]
         able = [p for p in self.partitions if p.ready()]
-        choices: list[Any] = [*able, *self.copies, *products]
+        quick = [p for p in able if p.name != self.slow]
+        choices: list[Any] = [*quick, *self.copies, *products] or able
         if not choices:
             raise DeadlockError(self._waits())
         chosen = self.random.choice(choices)
@@ -601,7 +608,8 @@ class Language:
         assert len(warps) == len(registers) == len(functions) - 1
         me = self._me
         others = [
-            self.machine.spawn(me.block, me, partial(run, *args)) for run, args in functions[1:]
+            self.machine.spawn(me.block, me, partial(run, *args), run.__name__)
+            for run, args in functions[1:]
         ]
         run, args = functions[0]
         run(*args)

@@ -77,8 +77,9 @@ class LatentCase:
         *,
         seed: int,
         substitutes: Substitutes | None,
+        slow: str = "",
     ) -> None:
-        """As `mla_hopper.launch`, in the emulator."""
+        """As `mla_hopper.launch`, in the emulator; slow: see there."""
         form = self.form
         launch(
             kernel,
@@ -101,6 +102,7 @@ class LatentCase:
                 parts.sync: "sync",
                 **(substitutes or {}),
             },
+            slow=slow,
         )
 
     def expected(self) -> torch.Tensor:

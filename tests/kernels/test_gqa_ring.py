@@ -209,7 +209,7 @@ class Case:
         self.counters = torch.zeros(partials, dtype=torch.int32)
         self.claims = torch.zeros(1, dtype=torch.int32)
 
-    def run(self, *, seed=0, substitutes=None):
+    def run(self, *, seed=0, substitutes=None, slow=""):
         form = self.form
         boxes = [
             Blocks(pages.unflatten(3, (2, 64)).transpose(2, 3), (1, 8, 2, 16, 64))
@@ -235,6 +235,7 @@ class Case:
             self.out.stride(0),
             self.out.stride(2),
             seed=seed,
+            slow=slow,
             substitutes={**SUBSTITUTES, **(substitutes or {})},
         )
         return self
@@ -271,6 +272,13 @@ BATCHES = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_results_in_any_order_of_events(name):
     Case(**BATCHES[name], seed=1).run(seed=len(name)).check()
+
+
+@pytest.mark.parametrize("slow", ["_tiles", "_scout", "_queries", "_announce"])
+def test_a_warp_that_comes_last_misses_nothing(slow):
+    """Also where all others go on as far as they can without it, over items of one tile each."""
+    Case([16, 1, 30, 16, 100, 5, 16], workers=1, seed=3).run(slow=slow).check()
+    Case([100, 16, 16, 60], workers=2, seed=4).run(slow=slow).check()
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -145,10 +145,10 @@ class Case(LatentCase):
         self.lse = torch.full((partials, 2, 64), torch.nan)
         self.counters = torch.zeros(partials, 2, dtype=torch.int32)
 
-    def run(self, *, seed=0, substitutes=None):
+    def run(self, *, seed=0, substitutes=None, slow=""):
         records = torch.from_numpy(self.schedule.records)
         buffers = [records, self.out, self.partials, self.lse, self.counters]
-        self.launch(seesaw_kernel, buffers, [], seed=seed, substitutes=substitutes)
+        self.launch(seesaw_kernel, buffers, [], seed=seed, substitutes=substitutes, slow=slow)
         return self
 
     def check(self):
@@ -181,6 +181,12 @@ BATCHES = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_results_in_any_order_of_events(name, seed):
     Case(**BATCHES[name], seed=seed).run(seed=seed).check()
+
+
+@pytest.mark.parametrize("slow", ["_odd_group", "_loader"])
+def test_who_comes_last_misses_nothing(slow):
+    """Also where all others go on as far as they can without it."""
+    Case([64, 1, 200, 65], workers=1, seed=3).run(slow=slow).check()
 
 
 def test_equal_inputs_give_equal_bits_in_any_order():

@@ -204,7 +204,7 @@ class Case(LatentCase):
         self.before = self.pages.clone()
         return self
 
-    def run(self, *, seed=0, substitutes=None):
+    def run(self, *, seed=0, substitutes=None, slow=""):
         new = [None] * 12
         if self.new is not None:
             some = self.new
@@ -220,6 +220,7 @@ class Case(LatentCase):
             [items, self.out, self.partials, self.lse, self.counters, self.claims],
             new,
             seed=seed,
+            slow=slow,
             substitutes={appending.fence_async_global: _nothing, **(substitutes or {})},
         )
         return self
@@ -268,6 +269,19 @@ BATCHES = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_results_in_any_order_of_events(name):
     Case(**BATCHES[name], seed=1).run(seed=len(name)).check()
+
+
+@pytest.mark.parametrize("slow", ["load_tiles", "load_sides", "announce"])
+def test_a_warp_that_comes_last_misses_nothing(slow):
+    """Also where all others go on as far as they can without it, over items of one tile each."""
+    Case([64, 1, 30, 64, 300, 5, 64], workers=1, seed=3).run(slow=slow).check()
+    Case([300, 64, 64, 200], workers=2, seed=4).run(slow=slow).check()
+
+
+@pytest.mark.parametrize("slow", ["load_tiles", "load_sides", "announce", "write_tokens"])
+def test_a_warp_that_comes_last_misses_nothing_where_new_tokens_are_written(slow):
+    case = Case([64, 1, 30, 200], workers=1, seed=5).with_new_tokens(interleaved=True)
+    case.run(slow=slow).check()
 
 
 @pytest.mark.parametrize("seed", range(2))
