@@ -30,6 +30,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", _SILENCE_MS),
     ("grpc.keepalive_timeout_ms", _SILENCE_MS),
     ("grpc.http2.max_pings_without_data", 0),
+    # gRPC also pings to learn how much a connection holds, and the other side has taken these for
+    # abuse and ended the connection of members that know each other.
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _SILENCE_MS // 2),
     ("grpc.enable_retries", 0),
     ("grpc.so_reuseport", 0),
