@@ -49,7 +49,7 @@ def launch(
     *args: Any,
     seed: int = 0,
     substitutes: dict[Any, str | Callable[..., Any]] | None = None,
-    slow: str = "",
+    slow: str | None = None,
 ) -> None:
     """Runs a kernel; tensors become pointers, `Boxes` are tensor maps.
 
@@ -113,7 +113,7 @@ class Block:
 class Machine:
     """All partitions of all blocks, and what is under way."""
 
-    def __init__(self, seed: int, grid: int, slow: str) -> None:
+    def __init__(self, seed: int, grid: int, slow: str | None) -> None:
         self.random = random.Random(seed)
         self.grid, self.slow = grid, slow
         self.partitions: list[Partition] = []

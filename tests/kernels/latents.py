@@ -77,7 +77,7 @@ class LatentCase:
         *,
         seed: int,
         substitutes: Substitutes | None,
-        slow: str = "",
+        slow: str | None = None,
     ) -> None:
         """As `mla_hopper.launch`, in the emulator; slow: see there."""
         form = self.form

@@ -209,7 +209,7 @@ class Case:
         self.counters = torch.zeros(partials, dtype=torch.int32)
         self.claims = torch.zeros(1, dtype=torch.int32)
 
-    def run(self, *, seed=0, substitutes=None, slow=""):
+    def run(self, *, seed=0, substitutes=None, slow=None):
         form = self.form
         boxes = [
             Blocks(pages.unflatten(3, (2, 64)).transpose(2, 3), (1, 8, 2, 16, 64))

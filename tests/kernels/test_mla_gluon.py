@@ -145,7 +145,7 @@ class Case(LatentCase):
         self.lse = torch.full((partials, 2, 64), torch.nan)
         self.counters = torch.zeros(partials, 2, dtype=torch.int32)
 
-    def run(self, *, seed=0, substitutes=None, slow=""):
+    def run(self, *, seed=0, substitutes=None, slow=None):
         records = torch.from_numpy(self.schedule.records)
         buffers = [records, self.out, self.partials, self.lse, self.counters]
         self.launch(seesaw_kernel, buffers, [], seed=seed, substitutes=substitutes, slow=slow)

@@ -204,7 +204,7 @@ class Case(LatentCase):
         self.before = self.pages.clone()
         return self
 
-    def run(self, *, seed=0, substitutes=None, slow=""):
+    def run(self, *, seed=0, substitutes=None, slow=None):
         new = [None] * 12
         if self.new is not None:
             some = self.new
