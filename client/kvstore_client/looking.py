@@ -20,6 +20,7 @@ from kvstore_proto.v1 import kvstore_pb2 as pb
 LIFE_S = 60.0  # of one stream; a server is not held for longer by a client that is gone
 _RENEWED_S = 45.0  # of use, after which the next look-up opens another
 _PAUSE_S = 1.0  # after a failure, in which look-ups are calls
+_OVER = (grpc.RpcError, StopIteration, KVStoreError, ValueError)  # what a call says better
 
 
 class _Stream:
@@ -73,9 +74,11 @@ class LookingStream:
         try:
             stream = self._open()
             return self._asked_by(stream, request, left_s) if stream else None
-        except (grpc.RpcError, StopIteration, KVStoreError, ValueError):
-            self._end()
+        except BaseException as error:
+            self._end()  # also where Ctrl-C broke it off: its answer would be the next look-up's
             self._not_before_s = time.monotonic() + _PAUSE_S
+            if not isinstance(error, _OVER):
+                raise
             return None
         finally:
             self._busy.release()

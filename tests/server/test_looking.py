@@ -149,6 +149,25 @@ def test_a_namespace_that_became_stale_is_opened_again(served: Served, client: C
     assert client.found() == STORED
 
 
+def test_a_look_up_that_was_broken_off_leaves_no_answer_to_the_next(client: Client) -> None:
+    stream = client.session._looking._stream
+    assert stream is not None
+    call = stream._call
+
+    class Interrupted:
+        def __next__(self) -> None:
+            raise KeyboardInterrupt
+
+        def cancel(self) -> None:
+            call.cancel()
+
+    stream._call = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        client.found()
+    stream._call = call
+    assert client.found(1) == STORED - 1
+
+
 def test_a_stream_is_used_for_a_while_only(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     first = client.session._looking._stream
     assert first is not None
