@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -58,6 +60,42 @@ def assert_serves(session: Session, seed: int) -> None:
     found = [block.copy() for block in data * 0]
     assert all(isinstance(each, Hit) for each in session.get_into(space, keys, found))
     assert all((a == b).all() for a, b in zip(found, data, strict=True))
+
+
+_WITHOUT_ETCD = """
+import sys
+sys.modules["aetcd"] = None
+from kvstore_server.cluster.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("--etcd=http://127.0.0.1:1", "kvstore-llm[etcd]"), ("--members=b=127.0.0.1:2", "members")],
+)
+def test_only_a_cluster_with_etcd_needs_the_client_of_etcd(
+    tmp_path: Path, where: str, said: str
+) -> None:
+    reads, writes = os.pipe()
+    secret = tmp_path / "secret-file"
+    secret.write_bytes(b"x" * 32)
+    secret.chmod(0o600)
+    flags = [f"--{name}={tmp_path / name}" for name in ("channel", "secret-file", "data-dir")]
+    flags += ["--name=a", "--listen=127.0.0.1:1", "--advertise=127.0.0.1:1", where]
+    flags += [f"--ready-fd={writes}", f"--lifeline-fd={reads}"]
+    ended = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_ETCD, *flags],
+        pass_fds=(reads, writes),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    for fd in (reads, writes):
+        os.close(fd)
+    assert ended.returncode == 2, ended.stderr
+    assert said in ended.stdout + ended.stderr
 
 
 def ask(running: Nodes, work: Callable[[AsyncWorld, str], Coroutine[Any, Any, T]]) -> T:

@@ -33,8 +33,6 @@ from kvstore_server.cluster.metrics import serve_metrics
 from kvstore_server.cluster.service import PeerService
 from kvstore_server.cluster.store import ChannelNodeStore
 from kvstore_server.cluster.transfers import AgentTransfers
-from kvstore_server.coordination.etcd import EtcdCoordination
-from kvstore_server.coordination.etcd_client import Access
 from kvstore_server.coordination.static import StaticCoordination
 from kvstore_server.gateway import End
 from kvstore_server.logs import configure_logging
@@ -155,6 +153,12 @@ async def _until_begun(node: Node) -> None:
 
 def _coordination(options: argparse.Namespace, me: Member) -> Coordination:
     if options.etcd:
+        try:  # a cluster of a static list works without the client of etcd
+            from kvstore_server.coordination.etcd import EtcdCoordination
+            from kvstore_server.coordination.etcd_client import Access
+        except ImportError as error:
+            hint = "needs its client: pip install 'kvstore-llm[etcd]'"
+            raise InvalidArgument("etcd", f"{hint} ({error})") from None
         access = Access(
             ca=options.etcd_ca,
             cert=options.etcd_cert,
