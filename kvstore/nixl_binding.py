@@ -50,6 +50,7 @@ class Bindings(Protocol):
 
     DRAM_SEG: object
     FILE_SEG: object
+    VRAM_SEG: object
     NIXL_READ: object
     NIXL_WRITE: object
     NIXL_SUCCESS: object

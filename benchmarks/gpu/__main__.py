@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-PARTS = ("collation", "gqa", "fused", "flex", "mla", "launches")
+PARTS = ("collation", "gqa", "fused", "flex", "mla", "launches", "hashing")
 
 
 def main() -> None:

@@ -17,7 +17,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-MODULES = ("collate", "experts", "gqa_variants", "mla_decode", "mla_gluon", "mla_ring", "step")
+MODULES = (
+    "collate",
+    "experts",
+    "gqa_variants",
+    "mla_decode",
+    "mla_gluon",
+    "mla_ring",
+    "step",
+    "xxh3",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,14 @@ from kvstore.session.base import Bytes1D, Hashes, Hint, NamespaceHandle
 from kvstore.session.parts import Part, checked_cells, part_of
 
 PUT_ID_BYTES = 16
+
+
+class FindAddresses(Protocol):
+    """See `addresses_of`."""
+
+    def __call__(
+        self, name: str, buffers: Sequence[Bytes1D], n: int, nbytes: int, *, writable: bool
+    ) -> c.U64: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,8 +147,9 @@ def checked_put(
     position: int,
     ttl_s: float | None,
     hint: Hint | None,
+    find: FindAddresses = addresses_of,
 ) -> PutRequest:
-    """See `Session.put`."""
+    """See `Session.put`. find: how to look where the sources lie."""
     chain = checked_chain(hashes)
     part = checked_part(namespace.layout, cells)
     if put_id is not None and len(put_id) != PUT_ID_BYTES:
@@ -155,7 +165,7 @@ def checked_put(
         chain=chain,
         part=part,
         sources=sources,
-        addresses=addresses_of("sources", sources, len(chain), part.nbytes, writable=False),
+        addresses=find("sources", sources, len(chain), part.nbytes, writable=False),
         put_id=put_id or secrets.token_bytes(PUT_ID_BYTES),
         parent=parent,
         position=position,

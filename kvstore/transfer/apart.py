@@ -26,7 +26,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from kvstore.errors import DeadlineExceeded, Unavailable
-from kvstore.transfer.base import Agent, Bytes1D, Remote, TransferFailed
+from kvstore.transfer.base import Agent, Bytes1D, Memory, Remote, TransferFailed
 from kvstore.transfer.choose import AUTO, available, make_agent
 from kvstore.transfer.stream import Pipes, no_pipes
 
@@ -62,7 +62,7 @@ class ApartAgent:
         del writable
         self._fd, self._memory = fd, memory
 
-    def register(self, memory: Bytes1D) -> None:
+    def register(self, memory: Memory) -> None:
         """Never: only memory that another process can map is of use here."""
         del memory
         raise TransferFailed("an agent apart takes shared memory only")

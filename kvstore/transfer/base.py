@@ -17,10 +17,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import InvalidArgument, KVStoreError
 
 Bytes1D = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
+HOST = -1  # in place of a GPU's number
 # Told how many leading pieces have arrived, more each time.
 Arrived = Callable[[int], None]
 
@@ -33,10 +34,41 @@ class TransferFailed(KVStoreError):  # noqa: N818 - it did
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class DeviceBytes:
+    """Bytes in a GPU's memory, 1-D: what an array of uint8 is on the host.
+
+    address: as a pointer of CUDA. device: the GPU's number, as CUDA counts in this process. owner:
+    what keeps the memory. Whoever speaks CUDA's array interface (torch, CuPy, Numba) takes it as
+    an array without a copy, as `torch.as_tensor(block, device=f"cuda:{block.device}")` does.
+    """
+
+    address: int
+    nbytes: int
+    device: int
+    owner: object
+
+    def cut(self, at: int, nbytes: int) -> DeviceBytes:
+        """Some of it; `InvalidArgument` for what lies outside."""
+        if not 0 <= at <= at + nbytes <= self.nbytes:
+            raise InvalidArgument("at", f"{nbytes} bytes at {at} of {self.nbytes}")
+        return DeviceBytes(self.address + at, nbytes, self.device, self.owner)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        """Version 3 of that interface; writable."""
+        data = (self.address, False)
+        return {"shape": (self.nbytes,), "typestr": "|u1", "data": data, "version": 3}
+
+
+Memory = Bytes1D | DeviceBytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
     """What goes where, in bytes: three arrays (n,) uint64 of equal length.
 
-    local and remote are addresses in the two processes; neighbours are best merged before.
+    local and remote are addresses in the two processes; neighbours are best merged before. On each
+    side all lie in the host's memory, or all in that of one GPU.
     """
 
     local: U64
@@ -94,11 +126,11 @@ class Agent(Protocol):
     def kind(self) -> str:
         """The transport's name in settings: shm, nixl, ucxx, grpc or auto."""
 
-    def register(self, memory: Bytes1D) -> None:
-        """Lets connected processes read and write this memory (uint8, contiguous), for as long as
-        the agent lives; it is kept alive and must not be unmapped before `close`. Only before
-        `describe` and `connect`. `InvalidArgument` for memory that is none of that, or registered
-        already; `TransferFailed` where the transport cannot."""
+    def register(self, memory: Memory) -> None:
+        """Lets connected processes read and write this memory (uint8, contiguous; a GPU's with nixl
+        only), for as long as the agent lives; it is kept alive and must not be unmapped before
+        `close`. Only before `describe` and `connect`. `InvalidArgument` for memory that is none of
+        that, or registered already; `TransferFailed` where the transport cannot."""
 
     def describe(self) -> bytes:
         """What another process needs to reach this agent's registered memory; at most

@@ -12,7 +12,7 @@ from kvstore.transfer.base import TransferFailed
 
 _HEAD = struct.Struct("<4s8sHHIQ")  # magic, kind, version, 0, bytes of the body, their xxh3
 _MAGIC = b"KVTA"
-VERSION = 1
+VERSION = 2
 
 
 def pack(kind: str, body: bytes) -> bytes:

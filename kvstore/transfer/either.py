@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from kvstore.errors import ProtocolError, Unavailable
 from kvstore.transfer import description as descriptions
 from kvstore.transfer.apart import ApartAgent, export
-from kvstore.transfer.base import Agent, Bytes1D, Remote, TransferFailed
+from kvstore.transfer.base import Agent, Bytes1D, Memory, Remote, TransferFailed
 
 KIND = "auto"
 _PART = struct.Struct("<8sI")  # kind, bytes of its description, which follow
@@ -50,10 +50,10 @@ class EitherAgent:
         for agent in self.agents:
             export(agent, memory, fd, writable=writable)
 
-    def register(self, memory: Bytes1D) -> None:
-        """Never: only memory that another process can map is of use here."""
-        del memory
-        raise TransferFailed("an agent of several kinds takes shared memory only")
+    def register(self, memory: Memory) -> None:
+        """See `Agent`; `TransferFailed` where one of the agents takes shared memory only."""
+        for agent in self.agents:
+            agent.register(memory)
 
     def describe(self) -> bytes:
         """See `Agent`."""

@@ -7,6 +7,8 @@ What NIXL 1.5.1 and its UCX were seen to do decides how they are used here:
 - Between processes of one host, UCX writes to the other's memory through the kernel (cma), which
   the other cannot refuse, whatever it destroys. Through a queue in shared memory, destroying an
   agent waits for a peer that is stopped. So neither is used: only RDMA and TCP are.
+- It takes a GPU's memory like the host's: over RDMA the network card reads and writes it by itself,
+  over TCP UCX copies it through the host's.
 - Over TCP a process that is read from or written to may abort when the other one disappears: always
   where it was stopped meanwhile and was being read from, else seldom. There a living agent also
   takes writes to any address, registered or not. So TCP is only used where that is asked for.
@@ -25,6 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -35,8 +38,8 @@ from kvstore import limits
 from kvstore.errors import DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
 from kvstore.nixl_binding import Bindings, Native
 from kvstore.transfer import description as descriptions
-from kvstore.transfer.base import U64, Arrived, Bytes1D, Pieces, TransferFailed
-from kvstore.transfer.registered import Regions, Registered, checked, merged, portions
+from kvstore.transfer.base import HOST, U64, Arrived, Memory, Pieces, TransferFailed
+from kvstore.transfer.registered import Region, Regions, Registered, checked, merged, portions
 
 KIND = "nixl"
 NO_RDMA = "no RDMA device is here, and over TCP NIXL can abort the other process: use grpc"
@@ -52,6 +55,9 @@ _UCX_DEFAULTS = {
     "UCX_TCP_RX_SEG_SIZE": _SEGMENT,
 }
 _BODY = struct.Struct("<BxHIQ")  # RDMA?, regions, 0, address of the probe; then regions, metadata
+_REGION = np.dtype([("address", "<u8"), ("nbytes", "<u8"), ("device", "<i8")])
+_MOST_DEVICES = 1024  # of a host
+_SEVERAL = "lie in the memory of several GPUs, or of one and the host's"
 _PROBE_BYTES = 8
 
 _creating = threading.Lock()
@@ -99,13 +105,13 @@ class NixlAgent:
         self._name, self._rdma = name, has_rdma()
         if not self._rdma and not over_tcp:
             raise Unavailable(NO_RDMA)
-        self._registered = Registered()
+        self._registered = Registered(devices=True)
         self._lock = threading.Lock()
         self._fixed = self._closed = False
         self._passive: _Engine | None = None
         self._remotes: set[NixlRemote] = set()
 
-    def register(self, memory: Bytes1D) -> None:
+    def register(self, memory: Memory) -> None:
         """See `Agent`."""
         with self._lock:
             if self._fixed or self._closed:
@@ -120,7 +126,7 @@ class NixlAgent:
                 self._passive = self._engine(passive=True)
             engine, ranges = self._passive, self._registered.regions.ranges
             head = _BODY.pack(self._rdma, len(ranges), 0, engine.probe.ctypes.data)
-            table = np.array(ranges, "<u8").tobytes()
+            table = np.array(ranges, _REGION).tobytes()
             return descriptions.pack(KIND, head + table + engine.metadata())
 
     def connect(self, description: bytes, timeout_s: float) -> NixlRemote:
@@ -183,7 +189,7 @@ class NixlRemote:
             self._peer = self._engine.load(metadata)
             one = np.array([self._engine.probe.ctypes.data], np.uint64)
             there, size = np.array([probe], np.uint64), np.array([_PROBE_BYTES], np.uint64)
-            self._move([Pieces(one, there, size)], timeout_s, read=False)
+            self._move([Pieces(one, there, size)], timeout_s, _Way(HOST, HOST, read=False))
 
     def read(self, pieces: Pieces, timeout_s: float, arrived: Arrived | None = None) -> None:
         """See `Remote`. With `arrived` it goes in parts, of which two are on their way."""
@@ -209,12 +215,15 @@ class NixlRemote:
         self, pieces: Pieces, timeout_s: float, *, read: bool, arrived: Arrived | None = None
     ) -> None:
         wanted = checked(pieces)
-        if self._local.find(wanted.local, wanted.nbytes) is None:
+        here = self._local.find(wanted.local, wanted.nbytes)
+        if here is None:
             raise InvalidArgument("pieces.local", "lies outside of the memory registered here")
-        if self._remote.find(wanted.remote, wanted.nbytes) is None:
+        there = self._remote.find(wanted.remote, wanted.nbytes)
+        if there is None:
             raise TransferFailed("the other process has not registered all of that memory")
         if not len(wanted.nbytes):
             return
+        way = _way(self._local.device_of(here), self._remote.device_of(there), read=read)
         n = len(wanted.nbytes)
         # Only where none was empty it is known which of the caller's have arrived.
         ends = portions(wanted.nbytes) if arrived and n == len(pieces.nbytes) else [n]
@@ -225,7 +234,7 @@ class NixlRemote:
                 arrived(ends[part])
 
         with self._call():
-            self._move(parts, timeout_s, read=read, landed=landed)
+            self._move(parts, timeout_s, way, landed=landed)
 
     def _fewest(self, pieces: Pieces) -> Pieces:
         fewer = merged(pieces)
@@ -253,8 +262,8 @@ class NixlRemote:
         self,
         parts: Sequence[Pieces],
         timeout_s: float,
+        way: _Way,
         *,
-        read: bool,
         landed: Callable[[int], None] = lambda _part: None,
     ) -> None:
         """Moves these one after the other, two at a time. landed: told of each once it is over."""
@@ -268,7 +277,7 @@ class NixlRemote:
                 # part begins some time behind the first, and from then on one ends with each that
                 # begins; asked for at one time all would end at one time.
                 if left and (not flying or (len(flying) == 1 and naps >= _STAGGER_NAPS)):
-                    flying.append(self._begin(left.popleft(), read=read))
+                    flying.append(self._begin(left.popleft(), way))
                     naps = 0
                 handle, done = flying[0]
                 if not (done or self._engine.done(handle)):
@@ -283,7 +292,7 @@ class NixlRemote:
                 self._engine.release(handle)
                 flying.popleft()
                 if left and flying:
-                    flying.append(self._begin(left.popleft(), read=read))
+                    flying.append(self._begin(left.popleft(), way))
                 landed(over)
                 over += 1
         finally:
@@ -292,9 +301,9 @@ class NixlRemote:
                     self._broken = True
                     self._unsettled.extend(handle for handle, _ in flying)
 
-    def _begin(self, part: Pieces, *, read: bool) -> tuple[int, bool]:
+    def _begin(self, part: Pieces, way: _Way) -> tuple[int, bool]:
         """Begins a transfer; whether it is over already."""
-        handle = self._engine.request(self._fewest(part), self._peer, read=read)
+        handle = self._engine.request(self._fewest(part), self._peer, way)
         try:
             return handle, self._engine.post(handle)
         except BaseException:
@@ -302,6 +311,23 @@ class NixlRemote:
                 self._broken = True
                 self._unsettled.append(handle)
             raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Between whose memories bytes move: numbers of GPUs, or `HOST`; read: to here."""
+
+    here: int
+    there: int
+    read: bool
+
+
+def _way(here: int | None, there: int | None, *, read: bool) -> _Way:
+    if here is None:
+        raise InvalidArgument("pieces.local", _SEVERAL)
+    if there is None:  # which the other process said
+        raise TransferFailed(f"the other process's pieces {_SEVERAL}")
+    return _Way(here, there, read)
 
 
 class _Engine:
@@ -314,7 +340,7 @@ class _Engine:
         self,
         bindings: Bindings,
         name: str,
-        ranges: Sequence[tuple[int, int]],
+        ranges: Sequence[Region],
         *,
         passive: bool,
         rdma: bool,
@@ -325,13 +351,17 @@ class _Engine:
         config = bindings.nixlAgentConfig()
         config.useProgThread, config.useListenThread = passive, False
         config.syncMode, config.pthrDelay = bindings.NIXL_THREAD_SYNC_STRICT, _PROGRESS_US
-        regions = [*ranges, (self.probe.ctypes.data, self.probe.nbytes)]
-        rows = [(address, nbytes, 0, "") for address, nbytes in regions]
+        regions = [*ranges, Region(self.probe.ctypes.data, self.probe.nbytes)]
+        rows: dict[object, list[tuple[int, int, int, str]]] = {}
+        for address, nbytes, device in regions:
+            kind, number = self._kind(device)
+            rows.setdefault(kind, []).append((address, nbytes, number, ""))
         with self._failing("NIXL does not start or does not take the memory"):
             agent = bindings.nixlAgent(f"{name}-{secrets.token_hex(8)}", config)
             with ucx_environment(transports(rdma=rdma)):
                 backend = agent.createBackend("UCX", {})
-            agent.registerMem(bindings.nixlRegDList(bindings.DRAM_SEG, rows), [backend])
+            for kind, some in rows.items():
+                agent.registerMem(bindings.nixlRegDList(kind, some), [backend])
         self._agent: Native | None = agent
 
     def metadata(self) -> bytes:
@@ -348,11 +378,11 @@ class _Engine:
                 raise TransferFailed(f"the other process cannot be reached: {error}") from None
             raise ProtocolError(f"NIXL does not understand the other's metadata: {error}") from None
 
-    def request(self, pieces: Pieces, peer: bytes | str, *, read: bool) -> int:
+    def request(self, pieces: Pieces, peer: bytes | str, way: _Way) -> int:
         """Makes a transfer."""
-        operation = self._bindings.NIXL_READ if read else self._bindings.NIXL_WRITE
-        local = self._descriptors(pieces.local, pieces.nbytes)
-        remote = self._descriptors(pieces.remote, pieces.nbytes)
+        operation = self._bindings.NIXL_READ if way.read else self._bindings.NIXL_WRITE
+        local = self._descriptors(pieces.local, pieces.nbytes, way.here)
+        remote = self._descriptors(pieces.remote, pieces.nbytes, way.there)
         with self._failing("NIXL refuses the transfer"):
             return self._own().createXferReq(operation, local, remote, peer, b"", [])
 
@@ -394,10 +424,17 @@ class _Engine:
             raise TransferFailed(f"NIXL's transfer failed: {status}")
         return status == self._bindings.NIXL_SUCCESS
 
-    def _descriptors(self, addresses: U64, nbytes: U64) -> object:
-        rows = np.zeros((len(addresses), 3), np.uint64)
-        rows[:, 0], rows[:, 1] = addresses, nbytes
-        return self._bindings.nixlXferDList(self._bindings.DRAM_SEG, rows)
+    def _descriptors(self, addresses: U64, nbytes: U64, device: int) -> object:
+        kind, number = self._kind(device)
+        rows = np.empty((len(addresses), 3), np.uint64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = addresses, nbytes, number
+        return self._bindings.nixlXferDList(kind, rows)
+
+    def _kind(self, device: int) -> tuple[object, int]:
+        """NIXL's kind of memory, and its number of the device."""
+        if device == HOST:
+            return self._bindings.DRAM_SEG, 0
+        return self._bindings.VRAM_SEG, device
 
     @contextlib.contextmanager
     def _failing(self, words: str) -> Iterator[None]:
@@ -420,12 +457,14 @@ def _opened(body: bytes) -> tuple[bool, int, Regions, bytes]:
     if len(body) < _BODY.size:
         raise ProtocolError("a NIXL agent's description is too short")
     rdma, n, _, probe = _BODY.unpack_from(body)
-    end = _BODY.size + 16 * n
+    end = _BODY.size + _REGION.itemsize * n
     if n > limits.MAX_AGENT_REGIONS or len(body) <= end:
         raise ProtocolError("a NIXL agent's description is too short")
-    table = np.frombuffer(body, "<u8", 2 * n, _BODY.size).reshape(-1, 2)
+    table = np.frombuffer(body, _REGION, n, _BODY.size)
+    if not ((table["device"] >= HOST) & (table["device"] < _MOST_DEVICES)).all():
+        raise ProtocolError("a NIXL agent's description names no device")
     try:
-        regions = Regions([(int(address), int(nbytes)) for address, nbytes in table])
+        regions = Regions([Region(*row) for row in table.tolist()])
     except InvalidArgument:
         raise ProtocolError("a NIXL agent's memories overlap") from None
     return bool(rdma), probe, regions, body[end:]

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from kvstore import limits
 from kvstore.errors import InvalidArgument, ResourceExhausted
-from kvstore.transfer.base import U64, Bytes1D, Pieces
+from kvstore.transfer.base import HOST, U64, DeviceBytes, Memory, Pieces
 
 _PORTION_BYTES = 2 << 20
 _LAST_BYTES = 1 << 20
 _WORTH_CUTTING = 4 << 20
 
 
-class Regions:
-    """Ranges of addresses that do not overlap."""
+class Region(NamedTuple):
+    """A range of addresses. device: the GPU whose memory it is, or `HOST`."""
 
-    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """ranges: (address, bytes) of each; `InvalidArgument` where they overlap."""
+    address: int
+    nbytes: int
+    device: int = HOST
+
+
+class Regions:
+    """Ranges of addresses that do not overlap. A GPU's addresses are none of the host's."""
+
+    def __init__(self, ranges: Iterable[Region]) -> None:
+        """`InvalidArgument` where they overlap."""
         self.ranges = sorted(ranges)
-        table = np.array(self.ranges, np.uint64).reshape(-1, 2)
+        table = np.array([each[:2] for each in self.ranges], np.uint64).reshape(-1, 2)
         self._starts, self._ends = table[:, 0], table[:, 0] + table[:, 1]
+        self._devices = np.array([each.device for each in self.ranges], np.int64)
         if (self._starts[1:] < self._ends[:-1]).any() or (self._ends < self._starts).any():
             raise InvalidArgument("memory", "overlaps with registered memory")
 
@@ -37,30 +47,45 @@ class Regions:
         inside = (addresses <= ends) & (nbytes <= ends - np.minimum(addresses, ends))
         return at.astype(np.uint64) if inside.all() else None
 
+    def device_of(self, found: U64) -> int | None:
+        """The GPU in whose memory regions that `find` named lie, or `HOST`; None for several."""
+        devices = self._devices[found.astype(np.intp)]
+        return int(devices[0]) if len(devices) and (devices == devices[0]).all() else None
+
 
 class Registered:
-    """The memories of one agent, by address. Not locked."""
+    """The memories of one agent, by address. devices: whether GPUs' are among them. Not locked."""
 
-    def __init__(self) -> None:
-        self._memories: list[Bytes1D] = []
+    def __init__(self, *, devices: bool = False) -> None:
+        self._devices = devices
+        self._memories: list[Memory] = []
         self.regions = Regions(())
 
-    def add(self, memory: Bytes1D) -> None:
+    def add(self, memory: Memory) -> None:
         """Keeps the memory; `InvalidArgument`, `ResourceExhausted`."""
+        region = self._region(memory)
+        if len(self._memories) == limits.MAX_AGENT_REGIONS:
+            message = f"an agent registers at most {limits.MAX_AGENT_REGIONS} memories"
+            raise ResourceExhausted(message, retry_after_ms=limits.RETRY_AFTER_MS)
+        self.regions = Regions([*self.regions.ranges, region])
+        self._memories.append(memory)
+        self._memories.sort(key=lambda each: self._region(each).address)
+
+    def _region(self, memory: Memory) -> Region:
+        if isinstance(memory, DeviceBytes):
+            if not self._devices:
+                raise InvalidArgument("memory", "is a GPU's, which nixl alone reaches")
+            if memory.nbytes < 1 or memory.device < 0:
+                raise InvalidArgument("memory", "must be a GPU's, and not empty")
+            return Region(memory.address, memory.nbytes, memory.device)
         if memory.dtype != np.uint8 or memory.ndim != 1 or not memory.flags.c_contiguous:
             raise InvalidArgument("memory", "must be uint8, 1-D and contiguous")
         if not memory.nbytes or not memory.flags.writeable:
             raise InvalidArgument("memory", "must be writable, and not empty")
-        if len(self._memories) == limits.MAX_AGENT_REGIONS:
-            message = f"an agent registers at most {limits.MAX_AGENT_REGIONS} memories"
-            raise ResourceExhausted(message, retry_after_ms=limits.RETRY_AFTER_MS)
-        wanted = (memory.ctypes.data, memory.nbytes)
-        self.regions = Regions([*self.regions.ranges, wanted])
-        self._memories.append(memory)
-        self._memories.sort(key=lambda each: int(each.ctypes.data))
+        return Region(memory.ctypes.data, memory.nbytes)
 
     def views(self, addresses: U64, nbytes: U64) -> list[memoryview] | None:
-        """The pieces' bytes themselves; None unless all of them are registered."""
+        """The pieces' bytes themselves, on the host; None unless all of them are registered."""
         found = self.regions.find(addresses, nbytes)
         if found is None:
             return None
@@ -68,8 +93,9 @@ class Registered:
         for which, address, size in zip(
             found.tolist(), addresses.tolist(), nbytes.tolist(), strict=True
         ):
-            offset = address - self.regions.ranges[which][0]
-            views.append(self._memories[which][offset : offset + size].data)
+            memory, offset = self._memories[which], address - self.regions.ranges[which].address
+            assert isinstance(memory, np.ndarray), "a GPU's memory has no bytes here"
+            views.append(memory[offset : offset + size].data)
         return views
 
 

@@ -37,9 +37,9 @@ from kvstore.memory import F_SEAL_FUTURE_WRITE, Arena
 from kvstore.session.copies import GROUP_BYTES, PIECE_BYTES, in_parallel, pieces_of
 from kvstore.streaming import copy_rows
 from kvstore.transfer import description as descriptions
-from kvstore.transfer.base import U64, Arrived, Bytes1D, Pieces, TransferFailed
+from kvstore.transfer.base import U64, Arrived, Bytes1D, Memory, Pieces, TransferFailed
 from kvstore.transfer.handover import SECRET_BYTES, TOKEN_BYTES, Door, Handed, ask, is_over
-from kvstore.transfer.registered import Regions, Registered, checked
+from kvstore.transfer.registered import Region, Regions, Registered, checked
 
 KIND = "shm"
 _BODY = struct.Struct(
@@ -93,7 +93,7 @@ class ShmAgent:
             handed = os.open(f"/proc/self/fd/{fd}", mode | os.O_CLOEXEC)
             self._memories.append(Handed(address, memory.nbytes, handed))
 
-    def register(self, memory: Bytes1D) -> None:
+    def register(self, memory: Memory) -> None:
         """Never: only memory that another process can map is of use here."""
         del memory
         raise TransferFailed("an agent over shared memory takes shared memory only")
@@ -167,7 +167,7 @@ class ShmRemote:
         self._sock, self._local = sock, local
         ordered = sorted(memories, key=lambda each: each[0])
         self._arenas = [arena for _, arena in ordered]
-        self._remote = Regions([(address, arena.nbytes) for address, arena in ordered])
+        self._remote = Regions([Region(address, arena.nbytes) for address, arena in ordered])
         here = [int(arena.array.__array_interface__["data"][0]) for arena in self._arenas]
         there = [address for address, _ in ordered]
         self._ahead: U64 = np.array(here, np.uint64) - np.array(there, np.uint64)
@@ -304,7 +304,7 @@ def _mapped(memories: Sequence[Handed]) -> list[tuple[int, Arena]]:
     left = list(memories)
     made: list[tuple[int, Arena]] = []
     try:
-        Regions([(memory.address, memory.nbytes) for memory in memories])
+        Regions([Region(memory.address, memory.nbytes) for memory in memories])
         while left:
             memory = left.pop()
             made.append((memory.address, _map(memory)))

@@ -21,7 +21,7 @@ from kvstore import limits
 from kvstore.errors import DeadlineExceeded, InvalidArgument, KVStoreError, ProtocolError
 from kvstore.transfer import description as descriptions
 from kvstore.transfer import frames
-from kvstore.transfer.base import U64, Arrived, Bytes1D, Pieces, TransferFailed
+from kvstore.transfer.base import U64, Arrived, Memory, Pieces, TransferFailed
 from kvstore.transfer.frames import Kind
 from kvstore.transfer.registered import Registered, checked
 
@@ -83,7 +83,7 @@ class StreamAgent:
         """See `Agent`."""
         return self._kind
 
-    def register(self, memory: Bytes1D) -> None:
+    def register(self, memory: Memory) -> None:
         """See `Agent`."""
         with self._gate:
             if self._fixed or self._closed:

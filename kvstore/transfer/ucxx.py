@@ -28,7 +28,7 @@ import numpy as np
 
 from kvstore import limits
 from kvstore.errors import DeadlineExceeded, ProtocolError, Unavailable
-from kvstore.transfer.base import Bytes1D, TransferFailed
+from kvstore.transfer.base import Memory, TransferFailed
 from kvstore.transfer.stream import TOKEN_BYTES, FramePipe, StreamAgent, StreamRemote
 
 KIND = "ucxx"
@@ -124,7 +124,7 @@ class UcxxAgent:
         self._agent = StreamAgent(name, self._reach, kind=KIND, where=where)
         self._thread.start(self._agent.serve)
 
-    def register(self, memory: Bytes1D) -> None:
+    def register(self, memory: Memory) -> None:
         """See `Agent`."""
         self._agent.register(memory)
 

@@ -138,7 +138,12 @@ class Nodes:
         with self.client(
             lazy=True, transfer="grpc", arena_bytes=1 << 16, ring_bytes=1 << 16
         ) as one:
-            eventually(lambda: all_well(one), _WELL_S, "all are well")
+            eventually(lambda: all_well(one), _WELL_S, self._last_words)
+
+    def _last_words(self) -> str:
+        """What the daemons said last, for a failure."""
+        said = [f"{name}: {line}" for name, d in self.daemons.items() for line in d.log[-5:]]
+        return "\n".join(("all are well", *said))
 
     def begin(self, name: str, *flags: str) -> Daemon:
         """Starts a node, and does not wait. flags: in addition to those of all."""

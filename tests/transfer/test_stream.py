@@ -18,7 +18,7 @@ from kvstore.errors import DeadlineExceeded, ProtocolError, ResourceExhausted
 from kvstore.transfer import frames
 from kvstore.transfer.base import Pieces, TransferFailed
 from kvstore.transfer.frames import Kind
-from kvstore.transfer.registered import Regions, Registered, checked, merged
+from kvstore.transfer.registered import Region, Regions, Registered, checked, merged
 from kvstore.transfer.stream import StreamAgent, StreamRemote
 
 TIMEOUT_S = 5.0
@@ -235,8 +235,8 @@ def _bytes(pieces: Pieces) -> list[tuple[int, int]]:
     nbytes=st.one_of(st.integers(0, 60), st.integers((1 << 64) - 60, (1 << 64) - 1)),
 )
 def test_regions_hold_what_lies_within_one_of_them(address: int, nbytes: int) -> None:
-    ranges = [(10, 10), (20, 5), (40, 8)]
-    inside = any(begin <= address and address + nbytes <= begin + size for begin, size in ranges)
+    ranges = [Region(10, 10), Region(20, 5), Region(40, 8)]
+    inside = any(begin <= address and address + nbytes <= begin + size for begin, size, _ in ranges)
     assert (Regions(ranges).find(u64(address), u64(nbytes)) is not None) == inside
     assert Regions([]).find(u64(address), u64(nbytes)) is None
 

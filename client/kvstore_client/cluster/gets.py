@@ -17,7 +17,6 @@ from kvstore.cluster.contacts import ClusterSpace
 from kvstore.cluster.gets import Accept, Keep
 from kvstore.cluster.router import Router
 from kvstore.layout import Layout
-from kvstore.session.base import Bytes1D
 from kvstore.session.control import Deadline
 from kvstore.session.copies import groups_of, in_parallel
 from kvstore.session.parts import Part
@@ -71,12 +70,13 @@ class Getter:
 
         def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
             landed[rows] = addresses
-            return plan.part.own_sums(addresses)
+            return self._ring.sums(plan.part, addresses)
 
         count = len(self._get(plan, arrive, view.keep))
         view.keep_only(landed[:count])
         nbytes = plan.part.nbytes
-        view.blocks = [_read_only(self._ring.row(at, nbytes)) for at in landed[:count].tolist()]
+        rows = landed[:count].tolist()
+        view.blocks = [self._ring.row(at, nbytes, writable=False) for at in rows]
 
     def close(self) -> None:
         """Nothing is got any more."""
@@ -114,7 +114,8 @@ class Getter:
                 found = arrive(rows[first:end], addresses[first:end])
                 sound[first:end] &= (found == said[first:end]).all(axis=1)
 
-            groups = groups_of(len(rows), part.nbytes)
+            n = len(rows)
+            groups = [(0, n)] if self._ring.on_device else groups_of(n, part.nbytes)
             end_s = time.monotonic() + _CHECK_S
             done = in_parallel(check_some, groups, part.nbytes * len(rows), end_s)
             for first, end in groups[done:]:
@@ -142,8 +143,3 @@ def _said(
     read = read_headers(np.ascontiguousarray(headers), layout.n_cells)
     sound = read.sound & (read.fields["key"] == chain).all(axis=1)
     return read.checksums[:, part.cells] if len(part.cells) else read.checksums, sound
-
-
-def _read_only(block: Bytes1D) -> Bytes1D:
-    block.flags.writeable = False
-    return block

@@ -10,10 +10,11 @@ from sortedcontainers import SortedDict
 
 from kvstore import commands as c
 from kvstore.errors import InvalidArgument, KVStoreError
-from kvstore.memory import Arena
 from kvstore.session.buffers import HeldBlocks
-from kvstore.transfer.apart import Mortal, export
+from kvstore.session.parts import Part
+from kvstore.transfer.apart import Mortal
 from kvstore.transfer.base import Agent, Bytes1D
+from kvstore_client.cluster.backing import Backing, HostBacking, MakeBacking
 
 _ALIGN = 4096
 
@@ -63,21 +64,18 @@ class _Life:
     """One agent, with the memory that it exports: the arena, then the ring. It ends when nobody
     uses it any more."""
 
-    def __init__(self, agent: Agent, arena_bytes: int, ring_bytes: int) -> None:
-        self.agent = agent
-        self.memory = Arena.create("landing", arena_bytes + ring_bytes)
+    def __init__(self, agent: Agent, backing: Backing, arena_bytes: int, ring_bytes: int) -> None:
+        self.agent, self.backing = agent, backing
         try:
-            export(agent, self.memory.array, self.memory.fd)
+            backing.show(agent)
             self.description = agent.describe()
         except BaseException:
-            self.memory.close()
+            backing.close()
             raise
-        # Taken at once, so that no page is first touched in the middle of a transfer.
-        self.memory.populate(threading.Event())
-        here = int(self.memory.array.__array_interface__["data"][0])
-        self.arena = self.memory.array[:arena_bytes]
-        self.ring = self.memory.array[arena_bytes:]
-        self.start = here + arena_bytes  # of the ring
+        none = np.empty(0, np.uint8)
+        self.arena = backing.block(0, arena_bytes, writable=True) if arena_bytes else none
+        self.start = backing.address + arena_bytes  # of the ring
+        self.end = self.start + ring_bytes
         self.extents = Extents(ring_bytes)
         self.lost_bytes = 0
         self.users = 0
@@ -87,8 +85,12 @@ class _Life:
         """When it returns, nothing lands any more where anybody looks, and the memory is given
         back for good: see `Agent.close`."""
         self.agent.close()
-        self.arena = self.ring = np.empty(0, np.uint8)
-        self.memory.close()
+        self.arena = np.empty(0, np.uint8)
+        self.backing.close()
+
+    def row(self, address: int, nbytes: int, *, writable: bool) -> Bytes1D:
+        """The bytes at an address of the ring."""
+        return self.backing.block(address - self.backing.address, nbytes, writable=writable)
 
 
 class LandingRing:
@@ -97,12 +99,20 @@ class LandingRing:
     A part of the ring that somebody may still write to is never used again: once half of the ring
     is lost so, a new agent with new memory takes its place. Closing the old agent is what makes
     sure that nothing lands any more; its memory goes after that.
+
+    make_backing: makes memory of so many bytes. With a GPU's there is no arena (arena_bytes is 0):
+    what is put lies in buffers of the ring.
     """
 
     def __init__(
-        self, make_agent: Callable[[], Agent], *, arena_bytes: int, ring_bytes: int
+        self,
+        make_agent: Callable[[], Agent],
+        *,
+        arena_bytes: int,
+        ring_bytes: int,
+        make_backing: MakeBacking = HostBacking,
     ) -> None:
-        self._make_agent = make_agent
+        self._make_agent, self._make_backing = make_agent, make_backing
         self._arena_bytes, self.ring_bytes = arena_bytes, ring_bytes
         self._lock = threading.RLock()
         self._closed = False
@@ -115,7 +125,8 @@ class LandingRing:
     def _new_life(self) -> _Life:
         agent = self._make_agent()
         try:
-            life = _Life(agent, self._arena_bytes, self.ring_bytes)
+            backing = self._make_backing(self._arena_bytes + self.ring_bytes)
+            life = _Life(agent, backing, self._arena_bytes, self.ring_bytes)
         except BaseException:
             agent.close()
             raise
@@ -134,6 +145,11 @@ class LandingRing:
     def kind(self) -> str:
         """See `ClientMemory.kind`."""
         return self._life.agent.kind
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the memory is a GPU's."""
+        return self._life.backing.on_device
 
     @property
     def arena(self) -> Bytes1D:
@@ -161,11 +177,13 @@ class LandingRing:
             self._taken[life.start + at] = (life, at, total)
             return (life.start + at + step * np.arange(blocks)).astype(np.uint64)
 
-    def row(self, address: int, nbytes: int) -> Bytes1D:
-        """The bytes that landed at an address."""
-        life = self._life_of(address)
-        at = address - life.start
-        return life.ring[at : at + nbytes]
+    def row(self, address: int, nbytes: int, *, writable: bool = True) -> Bytes1D:
+        """The bytes at an address of the ring; in a GPU's memory a `DeviceBytes`."""
+        return self._life_of(address).row(address, nbytes, writable=writable)
+
+    def sums(self, part: Part, addresses: c.U64) -> c.U64:
+        """The checksums of a part's cells, (n, cells), of its bytes at addresses (n,) here."""
+        return self._life.backing.sums(part, addresses)
 
     def reserve(self, n: int, nbytes: int) -> RingView | None:
         """A view that may hold so many blocks for longer than a call, None where that is too much:
@@ -185,8 +203,7 @@ class LandingRing:
     def registered(self, addresses: c.U64, nbytes: int) -> bool:
         """Whether nodes can read so many bytes at each address."""
         life = self._life
-        first = life.start - life.arena.size
-        last = life.start + life.ring.size - nbytes
+        first, last = life.backing.address, life.end - nbytes
         return bool(first <= int(addresses.min()) and int(addresses.max()) <= last)
 
     def give(self, addresses: c.U64) -> None:
@@ -239,7 +256,7 @@ class LandingRing:
 
     def _life_of(self, address: int) -> _Life:
         for life in (self._life, *self._old):
-            if life.start <= address < life.start + life.ring.size:
+            if life.start <= address < life.end:
                 return life
         raise AssertionError("an address of no ring")
 

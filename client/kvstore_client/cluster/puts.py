@@ -53,13 +53,16 @@ class Putter:
         self._arena_lock = threading.Lock()
 
     def put(self, plan: PutPlan) -> PutResult:
-        """`InvalidArgument` for a block that the arena cannot hold. What nobody took in time is
-        `not_stored`."""
+        """`InvalidArgument` for a block that the arena cannot hold, or that is not in the buffers
+        of a client with a GPU's memory. What nobody took in time is `not_stored`."""
         done: list[PutResult] = []
         request = plan.request
+        addresses = np.array(request.addresses, np.uint64)
+        in_place = self._ring.registered(addresses, request.part.nbytes)
+        if self._ring.on_device and not in_place:
+            raise InvalidArgument("sources", "must be of this client's buffers")
         try:
-            addresses = np.array(request.addresses, np.uint64)
-            if self._ring.registered(addresses, request.part.nbytes):
+            if in_place:
                 self._put_in_place(plan, addresses, done)
             else:
                 with self._arena_lock:
@@ -84,9 +87,12 @@ class Putter:
             shown = addresses[first:last]
 
             def hash_some(first: int, end: int) -> None:
-                sums[first:end] = part.own_sums(shown[first:end])
+                sums[first:end] = self._ring.sums(part, shown[first:end])
 
-            self._all(hash_some, last - first, plan)
+            if self._ring.on_device:  # on the caller's thread, whose stream has what it wrote there
+                hash_some(0, last - first)
+            else:
+                self._all(hash_some, last - first, plan)
             return shown, sums
 
         # Each piece is a call, which costs more than what small ones would let go on beside it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,8 +21,15 @@ from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import ClusterSpace, RouterPolicy
 from kvstore.cluster.router import Router
 from kvstore.commands import ExplainStatus
-from kvstore.errors import DeadlineExceeded, KVStoreError, ResourceExhausted, Unavailable
+from kvstore.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    KVStoreError,
+    ResourceExhausted,
+    Unavailable,
+)
 from kvstore.layout import Layout
+from kvstore.session.addresses import addresses_of
 from kvstore.session.base import (
     NOTHING_MATCHED,
     TIERS,
@@ -43,6 +51,15 @@ from kvstore.session.control import Deadline, reports, store_info
 from kvstore.session.parts import Part, part_of
 from kvstore.session.requests import checked_chain, checked_get, checked_put, hint_ms
 from kvstore.transfer.apart import make_safe_agent
+from kvstore.transfer.base import Agent
+from kvstore_client.cluster.backing import (
+    DeviceBacking,
+    DeviceMemory,
+    HostBacking,
+    addresses_on_device,
+    agent_of_device,
+    check_cells,
+)
 from kvstore_client.cluster.chains import Chains
 from kvstore_client.cluster.gets import GetPlan, Getter
 from kvstore_client.cluster.loop import SLACK_S, LoopThread
@@ -67,6 +84,11 @@ class ClusterSession:
     the bytes travel, as the nodes have it. replicas: for how many copies a put waits; None: as many
     as the cluster keeps. arena_bytes and ring_bytes: memory for what is put and got.
     `Unavailable` where no node answers, unless lazy.
+
+    device: a GPU whose memory the ring is to be, which NIXL reads and writes where it is; there is
+    no arena then. Views and `buffers` are `DeviceBytes` there: what is put must lie in `buffers`,
+    and `get_into` is refused, as all that would copy through the host. device_over_tcp: also
+    without an RDMA device, where this process may abort when a node dies.
     """
 
     def __init__(
@@ -82,17 +104,26 @@ class ClusterSession:
         ring_bytes: int = RING_BYTES,
         policy: RouterPolicy | None = None,
         lazy: bool = False,
+        device: DeviceMemory | None = None,
+        device_over_tcp: bool = False,
     ) -> None:
         Deadline(timeout_s)
         self._timeout_s, self._replicas = timeout_s, replicas
         self._streams = Streams()
 
-        def new_agent() -> Any:
+        def new_agent() -> Agent:
+            if device:
+                return agent_of_device(transfer, over_tcp=device_over_tcp)
             agent = make_safe_agent(transfer, "client", self._streams.book.find)
             self._streams.set_agent(agent)
             return agent
 
-        self._ring = LandingRing(new_agent, arena_bytes=arena_bytes, ring_bytes=ring_bytes)
+        self._ring = LandingRing(
+            new_agent,
+            arena_bytes=0 if device else arena_bytes,
+            ring_bytes=ring_bytes,
+            make_backing=partial(DeviceBacking, device) if device else HostBacking,
+        )
         self._spaces: dict[tuple[str, bytes], ClusterSpace] = {}
         self._chains = Chains()
         self._closed = False
@@ -121,8 +152,11 @@ class ClusterSession:
     def open_namespace(
         self, name: str, layout: Layout, *, timeout_s: float | None = None
     ) -> NamespaceHandle:
-        """See `Session.open_namespace`."""
+        """See `Session.open_namespace`; `LayoutMismatch` also for cells that a GPU does not hash,
+        where the memory is one's."""
         deadline = self._deadline(timeout_s)
+        if self._ring.on_device:
+            check_cells(layout)
         space = self._run(self.router.open(name, layout), deadline.left_s)
         self._spaces[name, layout.encode()] = space
         return NamespaceHandle(
@@ -176,8 +210,10 @@ class ClusterSession:
         timeout_s: float | None = None,
     ) -> list[Hit | Miss]:
         """See `Session.get_into`; nodes write to this client's ring, from where sound blocks are
-        copied to the destinations."""
+        copied to the destinations. `InvalidArgument` where that is a GPU's memory."""
         deadline = self._deadline(timeout_s)
+        if self._ring.on_device:
+            raise InvalidArgument("destinations", "in a GPU's memory blocks are got by view")
         request = checked_get(namespace, hashes, destinations, cells)
         n, reason = len(request.chain), MissReason.NOT_STORED
         try:
@@ -194,7 +230,8 @@ class ClusterSession:
         self, namespace: NamespaceHandle, hashes: Hashes, *, timeout_s: float | None = None
     ) -> RingView | CopiedView:
         """See `Session.view`; the blocks lie where they landed, in this client's ring. Views may
-        hold half of it; beyond that the blocks are copies."""
+        hold half of it; beyond that the blocks are copies, or `ResourceExhausted` where the ring
+        is in a GPU's memory."""
         deadline = self._deadline(timeout_s)
         chain, nbytes = checked_chain(hashes), namespace.layout.block_bytes
         view = self._ring.reserve(len(chain), nbytes)
@@ -214,6 +251,8 @@ class ClusterSession:
                 view.release()
                 raise
             return view
+        if self._ring.on_device:
+            raise _full(len(chain), nbytes)
         rows = list(np.empty((len(chain), nbytes), np.uint8))
         got = self.get_into(namespace, chain, rows, timeout_s=max(deadline.left_s, 1e-3))
         hits = sum(isinstance(each, Hit) for each in got)
@@ -261,6 +300,7 @@ class ClusterSession:
             position=position,
             ttl_s=ttl_s,
             hint=hint,
+            find=addresses_on_device if self._ring.on_device else addresses_of,
         )
         try:
             space = self._space(namespace, deadline)
@@ -285,17 +325,13 @@ class ClusterSession:
     def buffers(self, n: int, nbytes: int) -> RingView:
         """See `Session.buffers`; with views they may hold half of the ring."""
         check_buffers(n, nbytes)
-        full = ResourceExhausted(
-            f"{n} blocks of {nbytes} bytes more cannot be held: set ring_bytes higher",
-            retry_after_ms=limits.RETRY_AFTER_MS,
-        )
         view = self._ring.reserve(n, nbytes)
         if view is None:
-            raise full
+            raise _full(n, nbytes)
         addresses = self._ring.take(n, nbytes)
         if addresses is None:
             view.release()
-            raise full
+            raise _full(n, nbytes)
         view.keep(addresses)
         view.blocks = [self._ring.row(address, nbytes) for address in addresses.tolist()]
         return view
@@ -461,6 +497,13 @@ class ClusterSession:
             return self._thread.run(work, timeout_s)
         finally:
             self._ring.sweep()
+
+
+def _full(n: int, nbytes: int) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"{n} blocks of {nbytes} bytes more cannot be held: set ring_bytes higher",
+        retry_after_ms=limits.RETRY_AFTER_MS,
+    )
 
 
 def _merged(infos: Sequence[StoreInfo]) -> tuple[NamespaceInfo, ...]:
