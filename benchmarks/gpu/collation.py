@@ -30,7 +30,7 @@ import triton.language as tl
 from benchmarks.gpu.timing import eager_us, graph_us
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.collate_kernels import pull_kernel
-from kvstore_kernels.collate_plan import Tuning
+from kvstore_kernels.collate_plan import QUANTISE_TUNING, Tuning
 from kvstore_kernels.collate_reference import collate_reference, scatter_reference
 from kvstore_kernels.cuda_runtime import cuda_runtime
 from kvstore_kernels.page_table import CellForm, PageTable, runs_of
@@ -62,10 +62,7 @@ SWEPT_PULLS = [
     (32, 8, 132, 4), (28, 4, 66, 4), (28, 4, 264, 4), (28, 4, 4096, 4), (28, 4, 132, 2),
     (28, 4, 132, 6),
 ]  # fmt: skip
-SWEPT_KEPT = [
-    Tuning(kept_elements=kept << 10, thread_bytes=thread)
-    for kept, thread in ((8, 128), (16, 64), (32, 64), (32, 128))
-]
+SWEPT_KEPT = [replace(QUANTISE_TUNING, kept_bytes=kept << 10) for kept in (16, 40, 72)]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ way before its first store. Dozens of such programs are resident on a multiproce
 the two dependent reads. All shapes and strides are compile-time constants, so that addresses
 are shifts and a wide multiplication, and the compiler sees how each address is aligned. A quantised
 tile holds whole heads: it is read once, its largest magnitude is found across the threads, and what
-is in registers is scaled and written; of a head of more than 16 Ki elements the rest is read again,
-out of a cache.
+is in registers, as it was read, is scaled and written; of a head of more than 72 KiB the rest is
+read again, out of a cache.
 
 An address is never outside of the pool or of the rows' memory, whatever the numbers say: a run that
 does not exist is gathered as zeros, and nothing is scattered to it.
@@ -281,6 +281,11 @@ def variants() -> Iterator[Variant]:
     one = _dense(layers=32, heads=1, head_dim=128, page_tokens=16, dtype=half)
     odd = _dense(layers=30, heads=3, head_dim=80, page_tokens=16, dtype=half)
     mla = _dense(layers=61, heads=1, head_dim=576, page_tokens=64, dtype=half, kinds=1)
+    wide = _dense(layers=4, heads=4, head_dim=576, page_tokens=64, dtype=torch.float32)
+    wide_fp8 = plan_quantise(
+        Pairing(pages=wide, form=_form(wide, torch.float8_e4m3fn)), 16, QUANTISE_TUNING
+    )
+    yield _variant("quantise_float32", quantise_kernel, wide_fp8, max_registers=192)
     for name, pages in (("nhd", nhd), ("hnd", hnd), ("one_head", one), ("odd", odd), ("mla", mla)):
         pairing = Pairing(pages=pages, form=_form(pages, half))
         yield _variant(f"collate_{name}", collate_kernel, plan_copy(pairing, 16, Tuning()))

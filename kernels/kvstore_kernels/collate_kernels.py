@@ -4,8 +4,9 @@ All go through tiles: of neighbouring pieces, or (quantised) of whole heads. Bot
 follow from a piece's number, by divisions by constants.
 """
 
-# ruff: noqa: PLR0917, RET504 - kernels are called by position; assigned, a constant is a tensor
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Kernels are called by position; assigned, a constant is a tensor; nothing is unpacked in them.
+# ruff: noqa: PLR0917, RET504, RUF005
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 
 from __future__ import annotations
 
@@ -88,10 +89,16 @@ def _in_row(plane, head, g: tl.constexpr):
 
 
 @triton.jit
-def _tile(tile, g: tl.constexpr):
+def _tile(tile, n_tiles, g: tl.constexpr):
     """The block, plane (of all pieces, or of each) and pieces of a tile, and which exist."""
-    block = tile // g.tiles_per_block
-    number = tile % g.tiles_per_block
+    if g.plane_by_plane:
+        blocks = n_tiles // g.tiles_per_block
+        in_plane = tile // g.tiles_per_plane
+        block = in_plane % blocks
+        number = in_plane // blocks * g.tiles_per_plane + tile % g.tiles_per_plane
+    else:
+        block = tile // g.tiles_per_block
+        number = tile % g.tiles_per_block
     if g.tiles_per_plane == 0:
         piece = number * g.tile_pieces + tl.arange(0, g.tile_pieces)
         exists = piece < g.planes * g.plane_pieces
@@ -122,7 +129,7 @@ def collate_kernel(
     """Copies pages to rows, byte by byte."""
     columns = tl.arange(0, g.columns)[None, :]
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        block, plane, piece, exists = _tile(tile, g)
+        block, plane, piece, exists = _tile(tile, n_tiles, g)
         page, in_pool = _pages(table_ptr, runs_ptr, n_runs, block, plane, piece, g)
         row, pieces = _row(cells_ptr, offsets_ptr, row_stride, cells_nbytes, block, g)
         place, _ = _in_row(plane, piece // (g.chunks * g.lines), g)
@@ -159,7 +166,7 @@ def scatter_kernel(
     """Copies rows to pages, byte by byte or multiplied by their scales."""
     columns = tl.arange(0, g.columns)[None, :]
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        block, plane, piece, exists = _tile(tile, g)
+        block, plane, piece, exists = _tile(tile, n_tiles, g)
         page, in_pool = _pages(table_ptr, runs_ptr, n_runs, block, plane, piece, g)
         row, pieces = _row(cells_ptr, offsets_ptr, row_stride, cells_nbytes, block, g)
         place, scale_place = _in_row(plane, piece // (g.chunks * g.lines), g)
@@ -206,18 +213,31 @@ def _step(first_head, step, g: tl.constexpr):
 
 @triton.jit
 def _read(table_ptr, runs_ptr, n_runs, block, plane, first_head, step, g: tl.constexpr):
-    """(pieces, columns) float32 of one step, 0 where there is none."""
+    """(pieces, columns) of one step as they are in their pages, 0 where there is none."""
     piece, exists = _step(first_head, step, g)
     page, in_pool = _pages(table_ptr, runs_ptr, n_runs, block, plane, piece, g)
     pointers = page[:, None] + tl.arange(0, g.columns)[None, :]
-    return tl.load(pointers, mask=(exists & in_pool)[:, None], other=0).to(tl.float32)
+    return tl.load(pointers, mask=(exists & in_pool)[:, None], other=0)
 
 
 @triton.jit
 def _largest(values, g: tl.constexpr):
     """(heads,) float32, the largest magnitude of each."""
     width: tl.constexpr = g.tile_pieces // g.tile_heads
-    return tl.max(tl.reshape(tl.max(tl.abs(values), 1), (g.tile_heads, width)), 1)
+    magnitudes = tl.max(tl.abs(values.to(tl.float32)), 1)
+    return tl.max(tl.reshape(magnitudes, (g.tile_heads, width)), 1)
+
+
+@triton.jit
+def _unchanged(values, g: tl.constexpr):
+    """The same values, of which the compiler knows no more: else it would keep the float32 that
+    they have been, in twice the registers."""
+    if g.interpreted:
+        return values
+    bits: tl.constexpr = g.page_type.primitive_bitwidth
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [values], g.page_type, is_pure=False, pack=32 // bits
+    )
 
 
 @triton.jit
@@ -230,7 +250,10 @@ def _write(values, inverse, row, pieces, plane, first_head, step, g: tl.constexp
     place += piece % head_pieces * g.columns
     factor = tl.reshape(tl.broadcast_to(inverse[:, None], (g.tile_heads, width)), (g.tile_pieces,))
     pointers = row + (place[:, None] + tl.arange(0, g.columns)[None, :])
-    scaled = (values * factor[:, None]).to(g.cell_type)
+    scaled = (values.to(tl.float32) * factor[:, None]).to(g.cell_type)
+    vector: tl.constexpr = 128 // g.page_type.primitive_bitwidth
+    if g.columns >= vector:
+        pointers = tl.max_contiguous(pointers, [1, vector])  # as threads have read it
     tl.store(
         pointers,
         scaled,
@@ -255,12 +278,18 @@ def quantise_kernel(
     g: tl.constexpr,
 ):
     """Writes pages to rows as float8_e4m3, each head scaled by its largest magnitude."""
+    n_kept: tl.constexpr = g.kept_steps
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         block, plane, first = _heads_tile(tile, g)
         row, pieces = _row(cells_ptr, offsets_ptr, row_stride, cells_nbytes, block, g)
-        values = _read(table_ptr, runs_ptr, n_runs, block, plane, first, 0, g)
-        largest = _largest(values, g)
-        for step in range(1, g.steps):
+        # All that is kept is under way before any of it is looked at.
+        kept = ()
+        for step in tl.static_range(0, n_kept):
+            kept = kept + (_read(table_ptr, runs_ptr, n_runs, block, plane, first, step, g),)
+        largest = _largest(kept[0], g)
+        for step in tl.static_range(1, n_kept):
+            largest = tl.maximum(largest, _largest(kept[step], g))
+        for step in range(n_kept, g.steps):
             more = _read(table_ptr, runs_ptr, n_runs, block, plane, first, step, g)
             largest = tl.maximum(largest, _largest(more, g))
         scale = tl.math.div_rn(tl.maximum(largest, LEAST_MAGNITUDE), FP8_MAX)
@@ -269,8 +298,10 @@ def quantise_kernel(
         _, scale_place = _in_row(plane, head, g)
         scales = (row + scale_place).to(tl.pointer_type(tl.float32))
         tl.store(scales, scale, mask=(head < g.heads) & (head * (g.lines * g.chunks) < pieces))
-        _write(values, inverse, row, pieces, plane, first, 0, g)
-        for step in range(1, g.steps):
+        for step in tl.static_range(0, n_kept):
+            again = _unchanged(kept[step], g)
+            _write(again, inverse, row, pieces, plane, first, step, g)
+        for step in range(n_kept, g.steps):
             again = _read(table_ptr, runs_ptr, n_runs, block, plane, first, step, g)
             _write(again, inverse, row, pieces, plane, first, step, g)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from kvstore_kernels.checks import require
@@ -19,8 +20,9 @@ _ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
     """tile_bytes: of pages that one program moves. thread_bytes: of them that one thread has under
-    way. column_bytes: the longest piece that has one address. kept_elements: of a head, until it
-    has been read whole and is quantised; what is beyond is read again. All are powers of two.
+    way. column_bytes: the longest piece that has one address. All are powers of two. kept_bytes: of
+    a head that is larger than a tile, until it has been read whole and is quantised; what is beyond
+    is read again.
 
     load_policy: Triton's eviction policy of loads; "evict_first" was 1 % slower than none. keep:
     what is written is the last to leave the L2.
@@ -29,15 +31,17 @@ class Tuning:
     tile_bytes: int = 2 << 10
     thread_bytes: int = 32
     column_bytes: int = 2 << 10
-    kept_elements: int = 8 << 10
+    kept_bytes: int = 72 << 10
     load_policy: str = ""
     keep: bool = False
 
 
 # Few programs have to keep a link of microseconds of latency busy, so each has far more under way.
 ZERO_COPY_TUNING = Tuning(tile_bytes=128 << 10, thread_bytes=128, column_bytes=8 << 10)
-# Whole heads are to fit a tile.
+# Whole heads are to fit a tile; larger ones are gone through in steps of STEP_BYTES, by as many
+# threads as keep 72 KiB in half of a multiprocessor's registers.
 QUANTISE_TUNING = Tuning(tile_bytes=16 << 10, thread_bytes=128)
+STEP_BYTES, STEP_WARPS = 8 << 10, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +134,13 @@ class Geometry:
     tile_pieces: int  # a power of two
     tile_heads: int  # of a quantised tile, likewise
     steps: int  # in which a quantised tile is gone through
+    kept_steps: int  # the first of them, of which registers hold what was read
     tiles_per_plane: int  # 0 where a tile may have pieces of several planes
     tiles_per_block: int
+    plane_by_plane: bool  # tiles' order: all blocks' of a plane first, instead of all of a block
     load_policy: str
     store_policy: str
+    interpreted: bool  # by Triton's interpreter
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +175,12 @@ def plan_copy(pairing: Pairing, alignment: int, tuning: Tuning) -> Plan:
         tile_pieces=pieces,
         tile_heads=1,
         steps=1,
+        kept_steps=1,
         tiles_per_plane=per_plane // pieces if one_plane else 0,
         tiles_per_block=-(-planes * per_plane // pieces),
+        # From float8 two bytes are written for each that is read, and DRAM writes faster where what
+        # is written lies near to each other, as a plane's pages do.
+        plane_by_plane=scaled and one_plane and _dense_planes(pages),
     )
     return Plan(geometry, _warps(pieces * lines.columns * unit, tuning, most=32))
 
@@ -178,12 +189,16 @@ def plan_quantise(pairing: Pairing, alignment: int, tuning: Tuning) -> Plan:
     """For pages written to rows with scales: tiles of whole heads."""
     pages, size = pairing.pages, pairing.pages.dtype.itemsize
     lines = _lines(pairing, size, tuning)
+    piece = lines.columns * size
     width = _power_above(lines.pieces)
-    if 4 * lines.pieces < 3 * width:  # rather read the rest again than have threads idle
+    if 4 * lines.pieces < 3 * width:  # rather go on in another step than have threads idle
         width //= 2
-    width = max(1, min(width, tuning.kept_elements // lines.columns))
-    room = tuning.tile_bytes // (width * lines.columns * size)
-    heads = max(1, min(room, _power_above(pages.heads)))
+    in_steps = width * piece > tuning.tile_bytes
+    width = min(width, max(1, (STEP_BYTES if in_steps else tuning.tile_bytes) // piece))
+    steps = -(-lines.pieces // width)
+    heads = 1
+    if steps == 1:
+        heads = max(1, min(tuning.tile_bytes // (width * piece), _power_above(pages.heads)))
     per_plane = -(-pages.heads // heads)
     geometry = Geometry(
         **_common(pairing, lines, size, tuning),
@@ -192,11 +207,14 @@ def plan_quantise(pairing: Pairing, alignment: int, tuning: Tuning) -> Plan:
         alignment=alignment,
         tile_pieces=heads * width,
         tile_heads=heads,
-        steps=-(-lines.pieces // width),
+        steps=steps,
+        kept_steps=max(1, min(steps, tuning.kept_bytes // (width * piece))),
         tiles_per_plane=per_plane,
         tiles_per_block=per_plane * pages.layers * pages.kinds,
+        plane_by_plane=False,
     )
-    return Plan(geometry, _warps(2 * heads * width * lines.columns, tuning, most=16))
+    warps = STEP_WARPS if in_steps else _warps(heads * width * piece, tuning, most=16)
+    return Plan(geometry, warps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +275,13 @@ def _common(pairing: Pairing, lines: _Lines, unit: int, tuning: Tuning) -> dict[
         "scaled": form.scaled,
         "load_policy": tuning.load_policy,
         "store_policy": "evict_last" if tuning.keep else "",
+        "interpreted": bool(triton.knobs.runtime.interpret),
     }
+
+
+def _dense_planes(pages: PageForm) -> bool:
+    """Whether nothing lies between the pages of a plane."""
+    return pages.page_stride == pages.page_tokens * pages.heads * pages.head_dim
 
 
 def _unit(pages: PageForm, alignment: int) -> int:

@@ -63,6 +63,10 @@ BUFFERS = gl.constexpr(3)
 AHEAD = gl.constexpr(5)  # tiles before its end that an item's successor is claimed
 THREADS_REGISTERS = 168
 
+DROP = gl.constexpr(
+    "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p discard.global.L2 [$1], 128; mov.u32 $0, 0; }"
+)
+
 TILE_BYTES = gl.constexpr(2 * 8 * 16 * 128 * 2)
 QUERY_BYTES = gl.constexpr(8 * 8 * 128 * 2)
 
@@ -162,6 +166,35 @@ def _claim(items, claims, workers):
 
 
 @gluon.jit
+def _load_item(items, item):
+    """(sequence, group, first token, end, partial, counter, parts, part)."""
+    at = items + (1 + item) * COLUMNS
+    return (
+        gl.load(at),
+        gl.load(at + 1),
+        gl.load(at + 2),
+        gl.load(at + 3),
+        gl.load(at + 4),
+        gl.load(at + 5),
+        gl.load(at + 6),
+        gl.load(at + 7),
+    )
+
+
+@gluon.jit
+def call_up(place):
+    """Brings what is there into the L2; whatever it is, as that is what others write to as well."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [place],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _tell(fields, number, column, value):
     place = fields.index((number & 1) * FIELDS + column)
     place.store(gl.full([1], value, gl.int32, ONE_WARP))
@@ -171,18 +204,24 @@ def _tell(fields, number, column, value):
 def _scout(page_table, items, item, claims, table_stride, page_tokens, line, near):
     fields, pages, told, heard = line
     workers = gl.num_programs(0)
+    # Launches before this one may still run. Nothing that a kernel writes is read before they end,
+    # but where the first page numbers are is known.
+    sequence, group, first, end, partial, counter, parts, part = _load_item(
+        items, gl.maximum(item, 0)
+    )
+    if (item >= 0) & (first < end):
+        table = page_table + sequence.to(gl.int64) * table_stride
+        call_up(table + first // page_tokens)
+        call_up(table + gl.minimum(first + 31 * UNIT, end - 1) // page_tokens)
+    gdc_wait()
+    gdc_launch_dependents()
     if item < 0:
         item = _claim(items, claims, workers)
+        sequence, group, first, end, partial, counter, parts, part = _load_item(
+            items, gl.maximum(item, 0)
+        )
     number = 0
     while item >= 0:
-        at = items + (1 + item) * COLUMNS
-        sequence, group, first, end = gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-        partial, counter, parts, part = (
-            gl.load(at + 4),
-            gl.load(at + 5),
-            gl.load(at + 6),
-            gl.load(at + 7),
-        )
         table = page_table + sequence.to(gl.int64) * table_stride
         numbers = _page_numbers(table, first, end, page_tokens)
         mbarrier.wait(heard.index(number & 1), (number >> 1 & 1) ^ 1)
@@ -200,6 +239,9 @@ def _scout(page_table, items, item, claims, table_stride, page_tokens, line, nea
         mbarrier.wait(near, number & 1)
         number += 1
         item = _claim(items, claims, workers)
+        sequence, group, first, end, partial, counter, parts, part = _load_item(
+            items, gl.maximum(item, 0)
+        )
     mbarrier.wait(heard.index(number & 1), (number >> 1 & 1) ^ 1)
     _tell(fields, number, _SEQUENCE, -1)
     sync()
@@ -320,6 +362,21 @@ def _heed(verdicts, decided, number, results, sizes):
 
 
 @gluon.jit
+def forget(start, lines):
+    """Has the L2 drop so many lines of 128 bytes, of float32, which it would write to memory."""
+    for at in range(0, lines, 256):
+        line = at + gl.arange(0, 256, GROUP_WARPS)
+        gl.inline_asm_elementwise(
+            DROP,
+            "=r,l,r",
+            [(start + line * 32).to(gl.int64), (line < lines).to(gl.int32)],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@gluon.jit
 def _merge(results, sequence, group, lead, parts, sizes, WIDTH: gl.constexpr, DEPTH: gl.constexpr,
            CUBE: gl.constexpr):  # fmt: skip
     """Always in the order of the parts, so that equal inputs give equal bits."""
@@ -368,20 +425,29 @@ def _merge(results, sequence, group, lead, parts, sizes, WIDTH: gl.constexpr, DE
     query_head = (group * HEADS + head) * rows + row
     target = out + sequence.to(gl.int64) * out_sequence
     gl.store(target + query_head * out_head + column, result.to(gl.bfloat16), mask=row < rows)
+    # Whoever has stored its share of the output has read its share of all parts.
+    sync()
+    forget(partials + lead.to(gl.int64) * (LINES * DIM), parts * (LINES * DIM // 32))
 
 
 @gluon.jit
 def _store_partial(acc, logs, partials, lse, partial, WIDTH: gl.constexpr):
-    """Rows that there are not too, since memory is slow where part of 32 bytes is written."""
+    """Rows that there are not too, since memory is slow where part of 32 bytes is written. To stay
+    in the L2 until they are merged."""
     head = gl.arange(0, HEADS, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
     column = gl.arange(0, DIM, gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
     start = partials + partial.to(gl.int64) * (HEADS * DIM * WIDTH)
-    gl.store(start + (head * DIM + column) * WIDTH + row, acc, mask=row < WIDTH)
+    gl.store(
+        start + (head * DIM + column) * WIDTH + row,
+        acc,
+        mask=row < WIDTH,
+        eviction_policy="evict_last",
+    )
     line_head = gl.arange(0, HEADS, gl.SliceLayout(1, BY_ROW))[:, None]
     line_row = gl.arange(0, ROWS, gl.SliceLayout(0, BY_ROW))[None, :]
     line = (partial * HEADS + line_head) * WIDTH + line_row
-    gl.store(lse + line, logs, mask=line_row < WIDTH)
+    gl.store(lse + line, logs, mask=line_row < WIDTH, eviction_policy="evict_last")
 
 
 @gluon.jit
@@ -493,11 +559,8 @@ def gqa_ring_kernel(
     stored, decided = new_barriers(2, 1), new_barriers(2, 1)
     q_full, q_free, near = new_barrier(1), new_barrier(1), new_barrier(1)
     fence_async_shared()
-    # Nothing that a kernel writes: launches before this one may still run.
     worker = gl.program_id(0)
-    item = gl.where(worker < gl.load(items), worker, -1)
-    gdc_wait()
-    gdc_launch_dependents()
+    item = gl.where(worker < gl.load(items), worker, -1)  # the host's, as all items
     line = (fields, pages, told, heard)
     sizes = (rows, out_sequence, out_head)
     results = (out, partials, lse)

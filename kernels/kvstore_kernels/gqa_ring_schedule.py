@@ -1,11 +1,13 @@
 """Which tokens of which sequences a multiprocessor attends to in `gqa_ring`.
 
 As in `mla_ring_schedule`, workers claim items, the longest first, since multiprocessors read at
-unequal speed. A tile is less and an item costs less than there, so that the rest may be smaller.
+unequal speed: where memory is the limit, 24 of an H200's 132 take 1.4 us for a tile, and all others
+2.05. A tile is less and an item costs less than there, so that the rest may be smaller.
 
 Workers are filled up to a share of the mean load, the longest sequence first, each to who has
-least: with a whole sequence where it fits, else with as much of it as does. What is left of
-sequences that were cut is halved, again and again: the last items are small.
+least: with a whole sequence where it fits, else with as much of it as does. What the slow ones have
+then lasts until shortly before the end. What is left of the sequences is claimed by the fast ones,
+at first in large parts and at last in small ones (guided self-scheduling).
 
 Everything here is numpy and lists on the host, once per step, for all layers.
 """
@@ -13,6 +15,7 @@ Everything here is numpy and lists on the host, once per step, for all layers.
 from __future__ import annotations
 
 from heapq import heapreplace
+from itertools import pairwise
 
 import numpy.typing as npt
 
@@ -25,8 +28,9 @@ from kvstore_kernels.mla_ring_schedule import (
 )
 
 TILE_TOKENS = 16
-SHARE = 0.95  # of the mean load, up to which workers are filled first
-CHUNK = 16  # tiles of the smallest parts: 1 MiB, and a partial result has 32 KiB
+SHARE = 0.9  # of the mean load, up to which workers are filled first
+CLAIMS = 64  # of all that is left to be claimed, the next part is one 64th,
+CHUNK = 8  # but no less than so many tiles: 512 KiB, and a partial result has 32 KiB
 LEAST_LOAD = 64  # tiles a worker, under which all get one part and nothing is left to be claimed
 
 
@@ -54,10 +58,7 @@ def _cuts(tiles: list[int], groups: int, workers: int) -> list[list[int]]:
     firsts = _filled(tiles, groups, workers, mean * SHARE)
     chunk = CHUNK
     while True:
-        found = [
-            parts + _halves(count - sum(parts), chunk)
-            for count, parts in zip(tiles, firsts, strict=True)
-        ]
+        found = _with_rests(tiles, firsts, groups, chunk)
         parts = groups * sum(len(sizes) for sizes in found if len(sizes) > 1)
         if parts <= most_partials(workers):
             return found
@@ -86,11 +87,20 @@ def _filled(tiles: list[int], groups: int, workers: int, most: float) -> list[li
     return found
 
 
-def _halves(count: int, chunk: int) -> list[int]:
-    """Each half of what is left, as long as that is no less than a chunk."""
-    parts: list[int] = []
-    while count:
-        size = count if 2 * count <= 3 * chunk else max(-(-count // 2), chunk)
-        parts.append(size)
-        count -= size
-    return parts
+def _with_rests(
+    tiles: list[int], firsts: list[list[int]], groups: int, chunk: int
+) -> list[list[int]]:
+    """Those parts, and behind them equal ones of what is left of each sequence, the most first:
+    each a share of all that is left then, but no less than a chunk."""
+    found = [list(parts) for parts in firsts]
+    rests = [count - sum(parts) for count, parts in zip(tiles, firsts, strict=True)]
+    left = sum(rests)
+    for sequence in sorted(range(len(tiles)), key=lambda index: -rests[index]):
+        rest = rests[sequence]
+        if rest:
+            size = max(groups * left / CLAIMS, chunk)
+            parts = max(round(rest / size), 1)
+            edges = [part * rest // parts for part in range(parts + 1)]
+            found[sequence] += [end - first for first, end in pairwise(edges)]
+            left -= rest
+    return found

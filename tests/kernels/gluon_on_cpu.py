@@ -468,7 +468,9 @@ class Language:
         found = pointer.values[torch.where(mask, at, 0).long()]
         return torch.where(mask, found, torch.as_tensor(other, dtype=found.dtype))
 
-    def store(self, pointer: Pointer, value: Any, mask: Any = True) -> None:
+    def store(
+        self, pointer: Pointer, value: Any, mask: Any = True, eviction_policy: str = ""
+    ) -> None:
         at, mask = pointer.places(mask)
         value = torch.as_tensor(value, dtype=pointer.values.dtype).expand(at.shape)
         pointer.values[at[mask].long()] = value[mask]

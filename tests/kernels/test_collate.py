@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import mmap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from triton.runtime import interpreter
 from kvstore.layout import Attention, Layout
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.collate_kernels import pull_kernel
-from kvstore_kernels.collate_plan import Tuning, plan_quantise, rows_are_pages
+from kvstore_kernels.collate_plan import (
+    QUANTISE_TUNING,
+    Tuning,
+    plan_copy,
+    plan_quantise,
+    rows_are_pages,
+)
 from kvstore_kernels.collate_reference import collate_reference, scatter_reference
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable, runs_of
@@ -241,11 +248,30 @@ def test_quantised_heads_are_within_half_a_step_of_what_they_were(
             assert bool(((was - now).abs() <= half_a_step * 1.01 + rounded_back).all())
 
 
-def test_a_head_too_large_for_one_tile_is_quantised_in_steps() -> None:
+@pytest.mark.parametrize(("kept_bytes", "kept"), [(72 << 10, 9), (20 << 10, 2), (1, 1)])
+def test_a_head_too_large_for_one_tile_is_quantised_in_steps(kept_bytes: int, kept: int) -> None:
+    """Of which the last are read again where not all is kept."""
     table = PageTable.of(pools((1, 3, 64, 576), torch.float16, numbers=True), "LPND")
     form = form_of(table, 64, dtype=FP8, scaled=True)
-    assert plan_quantise(Collator(table, form).pairing, 16, Tuning()).geometry.steps > 1
-    check_both_ways(table, form, torch.tensor([[2]]))
+    tuning = replace(QUANTISE_TUNING, kept_bytes=kept_bytes)
+    geometry = plan_quantise(Collator(table, form).pairing, 16, tuning).geometry
+    assert (geometry.steps, geometry.kept_steps) == (9, kept)
+    check_both_ways(table, form, torch.tensor([[2]]), tuning=tuning)
+
+
+@pytest.mark.parametrize(
+    ("dims", "scaled", "ordered"),
+    [("LKPNHD", True, True), ("LKPNHD", False, False), ("PLKNHD", True, False)],
+)
+def test_what_is_written_from_float8_lies_together(dims: str, scaled: bool, ordered: bool) -> None:
+    """Plane by plane, where a plane's pages follow each other."""
+    sizes = {"L": 3, "K": 2, "P": 4, "N": 16, "H": 2, "D": 64}
+    pool = pools(tuple(sizes[letter] for letter in dims), torch.float16, numbers=True)
+    table = PageTable.of(pool, dims)
+    form = form_of(table, 16, dtype=FP8, scaled=True) if scaled else form_of(table, 16)
+    plan = plan_copy(Collator(table, form).pairing, 16, Tuning())
+    assert plan.geometry.plane_by_plane == ordered
+    check_both_ways(table, form, torch.tensor([[2], [0], [3]]))
 
 
 def test_zeros_keep_a_scale_and_stay_zeros() -> None:
