@@ -56,11 +56,18 @@ class Held:
 @asynccontextmanager
 async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncIterator[Held]:
     """Keeps the leading stored blocks of a chain in memory meanwhile; brings them from NVMe."""
-    await _bring(site, space, hashes, site.world.now_ms() + wait_ms)
+    end_ms = site.world.now_ms() + wait_ms
     generation = site.generation(space.mark)
     lease = c.Lease(namespace=space.number, hashes=hashes)
     leased: c.Leased = await site.store.command(lease, site.policy.call_ms)
     try:
+        # Asked for first, since most often all is in memory.
+        if len(leased.granules) < len(hashes) and await _bring(site, space, hashes, end_ms):
+            earlier = leased.lease
+            generation = site.generation(space.mark)
+            leased = await site.store.command(lease, site.policy.call_ms)
+            if earlier:
+                site.world.spawn(_release(site, earlier))
         n = len(leased.granules)
         headers = site.store.headers(space.layout, leased.granules)
         put_ids = np.ascontiguousarray(fixed_fields(headers)["put_id"]) if n else _NO_IDS
@@ -96,15 +103,15 @@ async def _release(site: Site, lease: int) -> None:
         await site.store.command(c.Release(lease=lease), site.policy.call_ms)
 
 
-async def _bring(site: Site, space: Space, hashes: c.U8, end_ms: float) -> None:
-    """Has leading blocks brought from NVMe, as long as more come."""
+async def _bring(site: Site, space: Space, hashes: c.U8, end_ms: float) -> bool:
+    """Has leading blocks brought from NVMe, as long as more come; whether some were there."""
     before = -1
     while True:
         tiers = site.store.look(space.number, hashes)
         stored, warm = _leading(tiers > 0), _leading((tiers > 0) & (tiers != _NVME))
         left_ms = end_ms - site.world.now_ms()
         if warm >= stored or warm <= before or left_ms <= 0:
-            return
+            return before >= 0
         before = warm
         fetch = c.Fetch(namespace=space.number, hashes=hashes[:stored], wait_ms=int(left_ms))
         await site.store.command(fetch, left_ms + site.policy.call_ms)

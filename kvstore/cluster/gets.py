@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,23 +24,53 @@ _ROOM_MS = 2.0  # between two looks at whether there is room in the landing ring
 
 # Told of rows (of the get) that have landed at addresses, with their headers: which are sound.
 Accept = Callable[[npt.NDArray[np.intp], c.U64, c.U8], Awaitable[npt.NDArray[np.bool_]]]
-# Takes over a part of the ring with sound blocks, to give it back later; False where it does not.
-Keep = Callable[[c.U64], bool]
+
+
+class Keep(Protocol):
+    """Takes over parts of the ring that have sound blocks, to give them back later."""
+
+    def __call__(self, addresses: c.U64, *, lost: bool = False) -> bool:
+        """False where it does not. lost: somebody may still write there, so that the part must not
+        be given back, but be lost then (`ClientMemory`)."""
+
+
+class Watch(Protocol):
+    """Looks at blocks while they land, on another thread: those that it has found sound are not
+    accepted a second time. head: how many bytes of each block's header land in front of it."""
+
+    @property
+    def head(self) -> int:
+        """In bytes."""
+
+    def expect(
+        self, rows: npt.NDArray[np.intp], addresses: c.U64, sound: npt.NDArray[np.bool_]
+    ) -> None:
+        """Rows of the get will land at addresses, or some of them; each is True in `sound` (n,)
+        from when it has landed whole, and as it was put. Told before anybody can write there."""
+
+    def forget(self, addresses: c.U64) -> None:
+        """Nobody looks there any more when this returns."""
 
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """Blocks that one member is asked for. ring: the generation of the memory that `addresses`
-    are of. asked: whether the member may have heard of them, and by which session."""
+    """Blocks that one member is asked for. part: of the ring, as it was taken; ring: the generation
+    of that memory. asked: whether the member may have heard of them, and by which session. sound:
+    those that a watch has seen land, which nobody else writes."""
 
     member: Member
     rows: npt.NDArray[np.intp]
     addresses: c.U64
+    part: c.U64
     ring: int
     hedge_at_ms: float
     asked: bool = False
     hedged: bool = False
     session: int = 0
+    sound: npt.NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sound = np.zeros(len(self.rows), bool)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,11 +95,13 @@ class Get:
         nbytes: int,
         accept: Accept,
         keep: Keep | None,
+        watch: Watch | None,
         leading: bool,
     ) -> None:
         self._contacts, self._space, self._chain, self._places = contacts, space, chain, places
         self._cells, self._nbytes, self._accept, self._keep = cells, nbytes, accept, keep
-        self._leading = leading
+        self._watch, self._leading = watch, leading
+        self._head = watch.head if watch else 0
         readers = contacts.readers(places)
         self._left = [list(readers[place]) for place in places.tolist()]
         self._tiers = np.zeros(len(chain), np.uint8)
@@ -133,19 +166,22 @@ class Get:
                     return False
                 chosen = np.array(rows[first : first + size], np.intp)
                 first += size
-                addresses = contacts.memory.take(len(chosen), self._nbytes)
-                while addresses is None and len(chosen) > 1 and not self._running:
+                part = contacts.memory.take(len(chosen), self._head + self._nbytes)
+                while part is None and len(chosen) > 1 and not self._running:
                     # What is lost of the ring, or held, may leave room for fewer, and for long.
                     chosen = chosen[: len(chosen) // 2]
-                    addresses = contacts.memory.take(len(chosen), self._nbytes)
-                if addresses is None:
+                    part = contacts.memory.take(len(chosen), self._head + self._nbytes)
+                if part is None:
                     return True  # when another piece has landed there is room again
+                addresses = part + np.uint64(self._head)
                 for row in chosen.tolist():
                     self._left[row].pop(0)
                 self._flying[chosen] += 1
                 hedge_at_ms = contacts.world.now_ms() + self._patience_ms(len(chosen))
                 ring = contacts.memory.generation
-                piece = _Piece(member, chosen, addresses, ring, hedge_at_ms)
+                piece = _Piece(member, chosen, addresses, part, ring, hedge_at_ms)
+                if self._watch:
+                    self._watch.expect(chosen, addresses, piece.sound)
                 task = contacts.world.spawn(self._ask(piece, end_ms))
                 self._running.append(_Flight(piece, task))
                 after = [self._left[row][0] for row in chosen.tolist() if self._left[row]]
@@ -178,6 +214,7 @@ class Get:
                 hashes=np.ascontiguousarray(self._chain[piece.rows]),
                 addresses=piece.addresses,
                 cells=self._cells,
+                heads=int(self._head > 0),
                 wait_ms=int(wait_ms),
             ),
             timeout_ms=wait_ms + contacts.policy.grace_ms,
@@ -194,12 +231,18 @@ class Get:
         except KVStoreError as error:
             self._failed(piece, error)
             return
+        self._forget(piece)
         came = np.flatnonzero(got.tiers[: len(piece.rows)])
         came = came[self._tiers[piece.rows[came]] == 0]
-        kept = False
         if len(came):
-            sound = await self._accept(piece.rows[came], piece.addresses[came], got.headers[came])
+            sound = piece.sound[came]
+            new = came[~sound]
+            if len(new):
+                sound[~sound] = await self._accept(
+                    piece.rows[new], piece.addresses[new], got.headers[new]
+                )
             good = came[sound]
+            piece.sound[good] = True
             self._tiers[piece.rows[good]] = got.tiers[good]
             for row in good.tolist():
                 if got.hot[row] and len(contacts.hot) < contacts.policy.hot_segments:
@@ -207,13 +250,28 @@ class Get:
             if not sound.all():
                 contacts.counters.corrupted += int(np.count_nonzero(~sound))
                 self._doubt(piece.member, piece.rows[came[~sound]])
-            kept = self._keep is not None and bool(len(good)) and self._keep(piece.addresses)
-        if not kept:
-            contacts.memory.give(piece.addresses)
+        self._leave(piece)
+
+    def _forget(self, piece: _Piece) -> None:
+        """What has landed of a piece by now is known, and nobody else looks at it any more."""
+        if self._watch:
+            self._watch.forget(piece.addresses)
+
+    def _leave(self, piece: _Piece, *, lost: bool = False) -> None:
+        """A piece is over. Blocks of it may be shown where they landed. lost: somebody may still
+        write there."""
+        memory = self._contacts.memory
+        if self._keep is not None and piece.sound.any() and self._keep(piece.part, lost=lost):
+            return
+        if lost:
+            memory.lose(piece.part)
+        else:
+            memory.give(piece.part)
 
     def _failed(self, piece: _Piece, error: KVStoreError) -> None:
         """The next member is asked; whether this one still writes is not known, unless it said."""
         contacts = self._contacts
+        self._forget(piece)
         contacts.counters.failed_over += 1
         if piece.ring != contacts.memory.generation and self._again > 0:
             # It was this side's ring that failed: the member is as good as before.
@@ -229,9 +287,9 @@ class Get:
         if piece.asked and isinstance(error, GONE):
             contacts.leave(piece.member, piece.session)
             contacts.counters.lost_landings += len(piece.rows)
-            contacts.memory.lose(piece.addresses)
+            self._leave(piece, lost=True)
         else:
-            contacts.memory.give(piece.addresses)
+            self._leave(piece)
 
     def _doubt(self, member: Member, rows: npt.NDArray[np.intp]) -> None:
         contacts = self._contacts
@@ -262,4 +320,5 @@ class Get:
         except KVStoreError as error:
             self._failed(piece, error)
             return
-        contacts.memory.give(piece.addresses)
+        self._forget(piece)
+        self._leave(piece)

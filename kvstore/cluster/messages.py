@@ -17,7 +17,7 @@ from kvstore.channel.records import Codec
 from kvstore.commands import U8, U32, U64
 from kvstore.errors import KVStoreError
 
-MESSAGES_VERSION = 2
+MESSAGES_VERSION = 3
 
 
 class WrongEpoch(KVStoreError):  # noqa: N818
@@ -149,8 +149,10 @@ class Get:
     """Asks the node to write blocks into the sender's memory, at `addresses` (uint64 (n,)).
     epoch: as in `Look`.
 
-    cells: ascending, only those of each block; empty for all. wait_ms: how long the node may take;
-    it answers once no byte of the call moves any more, however long that takes.
+    cells: ascending, only those of each block; empty for all. heads: 1 where each block's header is
+    to land right in front of it as well, so that the sender can tell what has landed before it is
+    answered. wait_ms: how long the node may take; it answers once no byte of the call moves any
+    more, however long that takes.
     """
 
     epoch: int
@@ -160,6 +162,7 @@ class Get:
     hashes: U8
     addresses: U64
     cells: U32
+    heads: int
     wait_ms: int
 
 

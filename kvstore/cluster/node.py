@@ -250,6 +250,10 @@ class Node:
         starts = site.store.addresses(layout, held.granules)
         targets = message.addresses[rows]
         runs = np.array(part.runs, np.uint64).reshape(-1, 3)  # in the block, in the part, bytes
+        if message.heads:
+            head = np.uint64(part.payload_at)
+            starts, targets = starts - head, targets - head
+            runs = _with_heads(runs, part.payload_at)
         pieces = Pieces(
             local=(starts[:, None] + runs[None, :, 0]).ravel(),
             remote=(targets[:, None] + runs[None, :, 1]).ravel(),
@@ -566,6 +570,15 @@ class Node:
 
     async def _stat(self, message: c.Stat) -> Any:
         return await self.site.store.command(message, self.site.policy.call_ms)
+
+
+def _with_heads(runs: c.U64, head: int) -> c.U64:
+    """The same runs behind a header of so many bytes, in front of which nothing is."""
+    behind = runs + np.array([head, head, 0], np.uint64)
+    if runs[0, :2].any():
+        return np.concatenate((np.array([[0, 0, head]], np.uint64), behind))
+    behind[0] = (0, 0, head + int(runs[0, 2]))  # neighbours on both sides
+    return behind
 
 
 def _checked(hashes: c.U8) -> c.U8:

@@ -14,7 +14,7 @@ import numpy as np
 from kvstore import commands as c
 from kvstore.cluster import messages as m
 from kvstore.cluster.contacts import GONE, NO_NODE, ClusterSpace, Contacts
-from kvstore.cluster.gets import Accept, Get, Keep
+from kvstore.cluster.gets import Accept, Get, Keep, Watch
 from kvstore.cluster.members import Member, MemberState, View
 from kvstore.cluster.puts import Put, PutOutcome, Puts
 from kvstore.cluster.world import Task
@@ -113,6 +113,7 @@ class Router(Contacts):
         nbytes: int,
         accept: Accept,
         keep: Keep | None = None,
+        watch: Watch | None = None,
         leading: bool = False,
         timeout_ms: float,
     ) -> c.U8:
@@ -120,7 +121,8 @@ class Router(Contacts):
 
         nbytes: of the cells of one block. accept: copies a block from where it landed to where it
         is wanted, and says whether the copy is sound; only then it counts. keep: for blocks that
-        are wanted where they landed. leading: whether nobody wants what is behind a miss.
+        are wanted where they landed. watch: sees them land; with it each block's header lands too.
+        leading: whether nobody wants what is behind a miss.
         """
         await self.present()
         get = Get(
@@ -132,6 +134,7 @@ class Router(Contacts):
             nbytes=nbytes,
             accept=accept,
             keep=keep,
+            watch=watch,
             leading=leading,
         )
         return await get.run(self.world.now_ms() + timeout_ms)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,8 @@ import pytest
 from cluster.nodes import LAYOUT, blocks, chain, nodes
 
 from kvstore import Hit, NamespaceHandle
-from kvstore.errors import InvalidArgument, ResourceExhausted
+from kvstore.errors import InvalidArgument, ResourceExhausted, Unavailable
+from kvstore_client.cluster import landing
 from kvstore_client.cluster.memory import RingView
 from kvstore_client.cluster.session import ClusterSession
 
@@ -177,3 +181,80 @@ def test_buffers_and_views_of_an_earlier_ring_stay_good(
     with session.view(space, chain(4, 10)) as view:
         assert np.array_equal(np.array(view.blocks), blocks(4, 10))
     assert not session._ring._old
+
+
+def test_a_view_does_not_wait_for_the_answer_once_all_has_landed(
+    session: ClusterSession, space: NamespaceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, before = put(session, space, 8, 11), free_bytes(session)
+    monkeypatch.setattr(landing, "WORTH_WATCHING", 0)
+    answered, real, gets = threading.Event(), session.router.read, list[Future[Any]]()
+
+    async def read_later(*arguments: Any, **options: Any) -> Any:
+        answer = await real(*arguments, **options)
+        await asyncio.to_thread(answered.wait, 20.0)
+        return answer
+
+    begin = session._thread.begin
+
+    def kept(work: Any) -> Any:
+        gets.append(begin(work))
+        return gets[-1]
+
+    monkeypatch.setattr(session.router, "read", read_later)
+    monkeypatch.setattr(session._thread, "begin", kept)
+    view, other = (session.view(space, chain(8, 11)) for _ in range(2))
+    assert not any(get.done() for get in gets)
+    assert all(np.array_equal(np.array(each.blocks), data) for each in (view, other))
+    other.release()  # the node may still have that part of the ring
+    assert free_bytes(session) < before
+    answered.set()
+    for get in gets:
+        assert get.result(20.0).all()
+    assert np.array_equal(np.array(view.blocks), data)
+    view.release()
+    assert free_bytes(session) == before
+    assert session._ring._held_bytes == 0
+
+
+def test_a_part_of_a_view_whose_node_failed_is_never_used_again(
+    session: ClusterSession, space: NamespaceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(session, space, 2, 12)
+    monkeypatch.setattr(landing, "WORTH_WATCHING", 0)
+    shown, real, gets = threading.Event(), session.router.read, list[Future[Any]]()
+
+    async def fail_later(*arguments: Any, **options: Any) -> Any:
+        await real(*arguments, **options)
+        await asyncio.to_thread(shown.wait, 20.0)
+        raise Unavailable("nobody knows what it does now")
+
+    begin = session._thread.begin
+
+    def kept(work: Any) -> Any:
+        gets.append(begin(work))
+        return gets[-1]
+
+    monkeypatch.setattr(session.router, "read", fail_later)
+    monkeypatch.setattr(session._thread, "begin", kept)
+    before, lost = free_bytes(session), session._ring._life.lost_bytes
+    view = session.view(space, chain(2, 12))
+    shown.set()
+    assert not gets[0].result(20.0).any()
+    assert np.array_equal(np.array(view.blocks), data)
+    view.release()
+    assert free_bytes(session) < before
+    assert session._ring._life.lost_bytes > lost
+
+
+def test_where_a_network_card_may_write_once_more_a_view_waits_for_the_answer(
+    session: ClusterSession, space: NamespaceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(session, space, 2, 13)
+    monkeypatch.setattr(landing, "WORTH_WATCHING", 0)
+    monkeypatch.setattr(session._getter, "_early", False)
+    watched: list[Any] = []
+    monkeypatch.setattr(landing.Landings, "follow", lambda *_: watched.append(1))
+    with session.view(space, chain(2, 13)) as view:
+        assert np.array_equal(np.array(view.blocks), data)
+    assert not watched

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+import threading
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -14,11 +17,22 @@ from kvstore.session.requests import PutRequest
 _CHAINS = 64  # whose segments are remembered for later calls
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """Chains, the latest last. words: the first 8 bytes of all of their keys, so that one pass over
+    one array finds a key in any of them; ends: where each chain's end."""
+
+    chains: tuple[c.U8, ...]
+    words: c.U64
+    ends: tuple[int, ...]
+
+
 class Chains:
     """The latest chains from their beginnings; thread-safe."""
 
     def __init__(self) -> None:
-        self._chains: deque[c.U8] = deque(maxlen=_CHAINS)
+        self._lock = threading.Lock()
+        self._known = _Known((), np.empty(0, np.uint64), ())
 
     def places(self, layout: Layout, chain: c.U8) -> c.U64:
         """Of a chain from its beginning, or of one that a match or put has shown before: uint64
@@ -30,7 +44,7 @@ class Chains:
             if at:
                 head = earlier[at // segment * segment].tobytes()
                 return places_of(chain, position=at, segment=segment, first_place=place_of(head))
-        self._chains.append(chain)
+        self._add(chain)
         return places_of(chain, position=0, segment=segment)
 
     def places_of_put(self, put: PutRequest) -> c.U64:
@@ -48,19 +62,32 @@ class Chains:
     def remember(self, put: PutRequest) -> None:
         """So that what follows in the chain finds its segment."""
         if put.position == 0:
-            self._chains.append(put.chain)
+            self._add(put.chain)
         elif put.position > 0 and put.parent:
             known = self._with(put.parent)
             if known is not None and known[0] == put.position - 1:
-                self._chains.append(np.concatenate((known[1][: put.position], put.chain)))
+                self._add(np.concatenate((known[1][: put.position], put.chain)))
 
     def _with(self, key: bytes) -> tuple[int, c.U8] | None:
         """The position of a key in the latest chain that has it, and that chain."""
-        wanted = np.frombuffer(key, np.uint64)
-        for chain in reversed(self._chains.copy()):
-            words = np.ascontiguousarray(chain).view(np.uint64).reshape(-1, 4)
-            found = np.flatnonzero(words[:, 0] == wanted[0])
-            for at in found.tolist():
-                if (words[at] == wanted).all():
-                    return at, chain
+        known = self._known
+        found = np.flatnonzero(known.words == np.frombuffer(key, np.uint64, 1)[0])
+        for at in reversed(found.tolist()):
+            which = bisect_right(known.ends, at)
+            chain = known.chains[which]
+            row = at - (known.ends[which] - len(chain))
+            if chain[row].tobytes() == key:
+                return row, chain
         return None
+
+    def _add(self, chain: c.U8) -> None:
+        words = np.ascontiguousarray(chain[:, :8]).view(np.uint64)[:, 0]
+        with self._lock:
+            known = self._known
+            over = 0 if len(known.chains) < _CHAINS else known.ends[0]
+            chains = (*known.chains, chain)[-_CHAINS:]
+            self._known = _Known(
+                chains=chains,
+                words=np.concatenate((known.words[over:], words)),
+                ends=tuple(accumulate(len(each) for each in chains)),
+            )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,23 +16,19 @@ from kvstore.cluster.contacts import ClusterSpace
 from kvstore.cluster.gets import Accept, Keep
 from kvstore.cluster.router import Router
 from kvstore.layout import Layout
+from kvstore.session.base import Bytes1D
 from kvstore.session.control import Deadline
 from kvstore.session.copies import groups_of, in_parallel
 from kvstore.session.parts import Part
+from kvstore_client.cluster.landing import Landings
 from kvstore_client.cluster.loop import SLACK_S, LoopThread
 from kvstore_client.cluster.memory import LandingRing, RingView
 
-T = TypeVar("T")
+_NOTHING: Bytes1D = np.empty(0, np.uint8)
 _CHECK_S = 60.0
 _CHECK_HERE_BYTES = 1 << 20  # takes less than it takes to wake another thread
 # Takes rows that have landed at addresses; their cells' checksums, uint64 (k, cells).
 Arrive = Callable[[npt.NDArray[np.intp], c.U64], c.U64]
-
-
-class Run(Protocol):
-    """How a thread has a coroutine run on the session's loop."""
-
-    def __call__(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,10 +43,13 @@ class GetPlan:
 
 
 class Getter:
-    """Gets of one client. run: see `Run`."""
+    """Gets of one client. early: whether what has landed is believed before the node has answered:
+    only where no transport writes it once more."""
 
-    def __init__(self, router: Router, ring: LandingRing, thread: LoopThread, run: Run) -> None:
-        self._router, self._ring, self._thread, self._run = router, ring, thread, run
+    def __init__(
+        self, router: Router, ring: LandingRing, thread: LoopThread, *, early: bool
+    ) -> None:
+        self._router, self._ring, self._thread, self._early = router, ring, thread, early
         self._copies = ThreadPoolExecutor(1, "kvstore-landing")
 
     def into(self, plan: GetPlan, targets: c.U64) -> c.U8:
@@ -61,29 +59,63 @@ class Getter:
         def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
             return plan.part.take_out(addresses, targets[rows])
 
-        return self._get(plan, arrive)
+        watch = self._watch(plan, arrive)
+        running = self._begin(plan, arrive, watch)
+        if watch:
+            watch.follow(running.done, time.monotonic() + plan.deadline.left_s)
+        return self._end(running, plan)
 
     def land(self, plan: GetPlan, view: RingView) -> None:
         """Gets blocks to stay where they land; the leading ones that came are the view's. Raises
-        as `into`."""
+        as `into`. Nobody waits for the nodes' answers where all blocks are there and sound: the
+        parts of the ring, which the nodes have until then, are the view's one by one as they
+        come."""
         landed = np.zeros(len(plan.chain), np.uint64)
+        blocks: list[Bytes1D] = [_NOTHING] * len(plan.chain)
+        nbytes = plan.part.nbytes
 
         def arrive(rows: npt.NDArray[np.intp], addresses: c.U64) -> c.U64:
             landed[rows] = addresses
+            for row, address in zip(rows.tolist(), addresses.tolist(), strict=True):
+                blocks[row] = self._ring.row(address, nbytes, writable=False)
             return self._ring.sums(plan.part, addresses)
 
-        count = len(self._get(plan, arrive, view.keep))
-        view.keep_only(landed[:count])
-        nbytes = plan.part.nbytes
-        rows = landed[:count].tolist()
-        view.blocks = [self._ring.row(at, nbytes, writable=False) for at in rows]
+        watch = self._watch(plan, arrive)
+        running = self._begin(plan, arrive, watch, view.keep)
+        if watch:
+            watch.follow(running.done, time.monotonic() + plan.deadline.left_s)
+        if watch and watch.complete:
+            count = len(landed)
+            self._ring.sweep()
+        else:
+            count = len(self._end(running, plan))
+            view.keep_only(landed[:count] - np.uint64(watch.head if watch else 0))
+        view.blocks = blocks[:count]
 
     def close(self) -> None:
         """Nothing is got any more."""
         self._copies.shutdown()
 
-    def _get(self, plan: GetPlan, arrive: Arrive, keep: Keep | None = None) -> c.U8:
-        tiers = self._run(
+    def _watch(self, plan: GetPlan, arrive: Arrive) -> Landings | None:
+        part, n = plan.part, len(plan.chain)
+        if not self._early or not Landings.worth_it(n, part.nbytes, part.payload_at):
+            return None
+
+        def verify(
+            rows: npt.NDArray[np.intp], addresses: c.U64, headers: c.U8
+        ) -> npt.NDArray[np.bool_]:
+            said, sound = _said(headers, plan.chain[rows], plan.space.layout, part)
+            here = np.flatnonzero(sound)
+            if len(here):
+                sound[here] = (arrive(rows[here], addresses[here]) == said[here]).all(axis=1)
+            return sound
+
+        return Landings(self._ring, n, part.nbytes, head=part.payload_at, verify=verify)
+
+    def _begin(
+        self, plan: GetPlan, arrive: Arrive, watch: Landings | None, keep: Keep | None = None
+    ) -> Future[c.U8]:
+        return self._thread.begin(
             self._router.get(
                 plan.space,
                 plan.chain,
@@ -92,11 +124,18 @@ class Getter:
                 nbytes=plan.part.nbytes,
                 accept=self._accepting(plan, arrive),
                 keep=keep,
+                watch=watch,
                 leading=True,
                 timeout_ms=1e3 * max(plan.deadline.left_s - SLACK_S, 1e-3),
-            ),
-            plan.deadline.left_s,
+            )
         )
+
+    def _end(self, running: Future[c.U8], plan: GetPlan) -> c.U8:
+        """The tiers of the leading blocks that came."""
+        try:
+            tiers = self._thread.end(running, plan.deadline.left_s)
+        finally:
+            self._ring.sweep()
         return tiers if tiers.all() else tiers[: int(tiers.argmin())]
 
     def _accepting(self, plan: GetPlan, arrive: Arrive) -> Accept:

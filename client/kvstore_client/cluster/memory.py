@@ -270,13 +270,14 @@ class RingView(HeldBlocks):
         self._nbytes = n * step  # held
         self._lock = threading.Lock()
         self._parts: list[c.U64] = []
+        self._lost: list[c.U64] = []  # of these, those where somebody may still write
         self._released = False
 
-    def keep(self, addresses: c.U64) -> bool:
-        """Takes over a part of the ring; not once this was released."""
+    def keep(self, addresses: c.U64, *, lost: bool = False) -> bool:
+        """See `Keep`; not once this was released."""
         with self._lock:
             if not self._released:
-                self._parts.append(addresses)
+                (self._lost if lost else self._parts).append(addresses)
             return not self._released
 
     def keep_only(self, addresses: c.U64) -> None:
@@ -300,6 +301,8 @@ class RingView(HeldBlocks):
         super().release()
         for part in self._parts:
             self._ring.give(part)
+        for part in self._lost:
+            self._ring.lose(part)
         self._ring.unhold(self._nbytes)
 
 

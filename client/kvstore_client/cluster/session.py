@@ -52,6 +52,7 @@ from kvstore.session.parts import Part, part_of
 from kvstore.session.requests import checked_chain, checked_get, checked_put, hint_ms
 from kvstore.transfer.apart import make_safe_agent
 from kvstore.transfer.base import Agent
+from kvstore.transfer.nixl import has_rdma
 from kvstore_client.cluster.backing import (
     DeviceBacking,
     DeviceMemory,
@@ -136,7 +137,10 @@ class ClusterSession:
         except BaseException:
             self.close()
             raise
-        self._getter = Getter(self.router, self._ring, self._thread, self._run)
+        # A network card that hears no acknowledgement reads and writes once more, maybe from slots
+        # that are others' by then: what lands so is final only when the node has answered.
+        early = not (device or has_rdma())
+        self._getter = Getter(self.router, self._ring, self._thread, early=early)
         self._putter = Putter(self.router, self._ring, self._thread)
 
     async def _make(

@@ -114,7 +114,10 @@ class Ahead:
         if layout is not None and command.namespace in self._known and self._post(command, layout):
             if not self._untold:
                 self._untold = True
-                self._spawn(self._tell(command.namespace))
+                # The core takes over many at once while their sender hears of it, so that who asks
+                # for them next need not wait for that.
+                after_s = 0.0 if n >= _FEWEST_AHEAD else _TELL_S
+                self._spawn(self._tell(command.namespace, after_s))
             status = np.full(n, c.CommitStatus.STORED, np.uint8)
             return c.Committed(status=status, granules=np.empty(0, np.uint32))
         committed: c.Committed = await self._call(command, timeout_s)
@@ -191,9 +194,9 @@ class Ahead:
             with contextlib.suppress(KVStoreError):
                 await self._call(c.GiveBack(granules=np.array(slots, np.uint32)), _ANSWER_S)
 
-    async def _tell(self, number: int) -> None:
+    async def _tell(self, number: int, after_s: float) -> None:
         """Has the core take over what was posted, which is shown already."""
-        await asyncio.sleep(_TELL_S)
+        await asyncio.sleep(after_s)
         if self._untold:
             with contextlib.suppress(KVStoreError):
                 await self._call(c.Adopt(namespace=number), _ANSWER_S)
