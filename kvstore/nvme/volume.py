@@ -42,7 +42,8 @@ class Use:
     next_granule, batches, header, last: where and how the next batch goes on. synced: the granule
     up to which all is durable. entries: of all batches, until the footer is written. live: blocks
     that are found here. reads: operations that read from it now. writing: whether one writes to it,
-    be it a batch, the header or the footer.
+    be it a batch, the header or the footer. ends: whether no whole batch fits behind the one that
+    was begun last.
     """
 
     volume: int
@@ -60,6 +61,7 @@ class Use:
     live: int = 0
     reads: int = 0
     writing: bool = False
+    ends: bool = False
     _ids: list[IdArray] = field(default_factory=list)
     _places: list[U32] = field(default_factory=list)
 

@@ -31,7 +31,9 @@ class BlockState(enum.IntEnum):
 
 
 _LIVE = int(BlockState.LIVE)
-_IN_INDEX = (BlockState.LIVE, BlockState.COLD, BlockState.COMING)
+_IN_INDEX = np.isin(
+    np.arange(len(BlockState)), (BlockState.LIVE, BlockState.COLD, BlockState.COMING)
+)  # by state
 
 
 def _show(
@@ -183,7 +185,7 @@ class Blocks:
 
     def in_index(self, ids: IdArray) -> npt.NDArray[np.bool_]:
         """Which of the ids stand for blocks that can be found."""
-        found: npt.NDArray[np.bool_] = np.isin(self.state[ids], _IN_INDEX)
+        found: npt.NDArray[np.bool_] = _IN_INDEX[self.state[ids]]
         return found
 
     def vanish(self, ids: IdArray) -> IdArray:
@@ -233,8 +235,8 @@ class Blocks:
     def release(self, ids: IdArray) -> IdArray:
         """One lease less on each; returns the doomed ones that nobody leases any more."""
         np.subtract.at(self.leases, ids, 1)
-        over = (self.leases[ids] == 0) & (self.state[ids] == BlockState.DOOMED)
-        return np.unique(ids[over])
+        doomed = ids[self.state[ids] == BlockState.DOOMED]
+        return np.unique(doomed[self.leases[doomed] == 0]) if len(doomed) else doomed
 
     @contextlib.contextmanager
     def kept(self, ids: IdArray) -> Iterator[None]:
@@ -248,7 +250,7 @@ class Blocks:
 
     def live_in(self, namespace: int) -> IdArray:
         """All blocks of a namespace that can be found."""
-        found = np.isin(self.state, _IN_INDEX) & (self.namespace == namespace)
+        found = _IN_INDEX[self.state] & (self.namespace == namespace)
         return np.flatnonzero(found).astype(np.uint32)
 
     def page(self, first: int, most: int) -> tuple[IdArray, int]:
@@ -282,7 +284,7 @@ class Blocks:
         assert (self.granule[cold] == NO_GRANULE).all()
         counted = np.zeros_like(self.children)
         np.add.at(counted, self._current_parents(live), 1)
-        known = np.isin(self.state, _IN_INDEX)
+        known = _IN_INDEX[self.state]
         assert (counted[known] == self.children[known]).all(), "children are miscounted"
 
     def _current_parents(self, ids: IdArray) -> IdArray:

@@ -59,10 +59,11 @@ class Deadlines:
     def clear(self, kind: Due, ids: IdArray) -> None:
         """Takes the deadline of these blocks back, where they have one; an id may come twice."""
         times = self.times[kind]
-        had = np.unique(ids[times[ids] != 0])
-        # Only where there is one: memory that was never written costs nothing.
-        times[had] = 0
-        self._active -= len(had)
+        had = ids[times[ids] != 0]
+        if len(had):  # memory that was never written costs nothing
+            had = np.unique(had)
+            times[had] = 0
+            self._active -= len(had)
 
     def has(self, kind: Due, ids: IdArray) -> npt.NDArray[np.bool_]:
         """Which of the blocks have a deadline: bool (n,)."""

@@ -102,8 +102,13 @@ class Calls:
         ids = found[known].astype(np.uint32)
         births = shelf.blocks.birth[ids].copy()
         self._writer.wish(ids, urgent=True)
+        awaited = np.arange(0)  # which of them was the last to be written, when this last looked
 
         def poll(last: bool) -> c.Persisted | None:
+            nonlocal awaited
+            still = shelf.blocks.birth[ids[awaited]] == births[awaited]
+            if not last and (still & self._writer.waits(ids[awaited])).any():
+                return None
             alive = (shelf.blocks.birth[ids] == births) & shelf.blocks.in_index(ids)
             durable = alive & shelf.places.durable(ids)
             open_ = alive & ~durable
@@ -112,10 +117,11 @@ class Calls:
             hope = (self._writer.waits(ids) | self._may_be_synced(ids)) & bool(
                 shelf.places.writable()
             )
-            comes = ids[open_ & hope]
-            if len(comes) and not last:
+            comes = open_ & hope
+            if comes.any() and not last:
+                awaited = np.flatnonzero(comes & self._writer.waits(ids))[-1:]
                 # One sync for all of them: when the last is written.
-                self._writer.sync_wanted |= not self._writer.waits(comes).any()
+                self._writer.sync_wanted |= not len(awaited)
                 return None
             answer = np.zeros(len(command.hashes), np.uint8)
             answer[known] = durable
@@ -128,6 +134,8 @@ class Calls:
     def _may_be_synced(self, ids: IdArray) -> npt.NDArray[np.bool_]:
         places = self._shelf.places
         result = places.there(ids)
+        if len(places.writable()) == len(places.volumes):
+            return result
         for use, mine in places.by_use(ids[result]):
             if places.volumes[use.volume].health is not Health.OK:
                 result[np.isin(ids, mine)] = False

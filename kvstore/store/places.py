@@ -113,10 +113,13 @@ class Places:
     def durable(self, ids: IdArray) -> Mask:
         """Which blocks survive a power cut, as far as is known: bool (n,)."""
         result = self.there(ids)
-        for use, mine in self.by_use(ids[result]):
-            behind = self._place[mine] + np.uint32(use.slot_granules) > use.synced
-            behind |= use.state is UseState.LEAVING
-            result[np.isin(ids, mine[behind])] = False
+        if not result.any():
+            return result
+        segments, places = self._segment[ids], self._place[ids]
+        for number in set(segments[result].tolist()):
+            use = self._uses[number]
+            synced = 0 if use.state is UseState.LEAVING else use.synced
+            result[(segments == number) & (places + use.slot_granules > synced)] = False
         return result
 
     def new(self, ids: IdArray) -> None:
@@ -152,7 +155,7 @@ class Places:
     def by_use(self, ids: IdArray) -> Iterator[tuple[Use, IdArray]]:
         """The uses in which these blocks lie, with the blocks of each, in their order."""
         segments = self._segment[ids]
-        for number in np.unique(segments).tolist():
+        for number in sorted(set(segments.tolist())):
             yield self._uses[number], ids[segments == number]
 
     def use_of(self, block: int) -> Use:

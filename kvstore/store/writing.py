@@ -105,15 +105,15 @@ class Writer:
         shelf = self._shelf
         if not shelf.places.writable():
             return
-        ids = np.unique(ids)
-        ids = ids[shelf.blocks.state[ids] == BlockState.LIVE]
-        ids = ids[~shelf.places.there(ids)]
+        fit = (shelf.blocks.state[ids] == BlockState.LIVE) & ~shelf.places.there(ids)
+        # As they came: neighbours in a chain are to lie side by side, because they are read so.
+        ids = _distinct(ids[fit])
         waiting = self._waits(ids)
-        for number in np.unique(shelf.blocks.namespace[ids]).tolist():
-            namespace = shelf.namespaces.get(number)
-            mine = ids[shelf.blocks.namespace[ids] == number]
-            self._queue(namespace, mine[~waiting[shelf.blocks.namespace[ids] == number]], urgent)
-            self.written.again += len(mine) if again else 0
+        numbers = shelf.blocks.namespace[ids]
+        for number in sorted(set(numbers.tolist())):
+            mine = numbers == number
+            self._queue(shelf.namespaces.get(number), ids[mine & ~waiting], urgent)
+            self.written.again += int(np.count_nonzero(mine)) if again else 0
 
     def _queue(self, namespace: Namespace, ids: IdArray, urgent: bool) -> None:
         queue = self._queues.get(namespace.lineage)
@@ -238,6 +238,10 @@ class Writer:
         if not len(ids):
             return False
         self._write_batch(queue.namespace, use, volume, ids)
+        use.ends = volume.room_in(use, len(ids) + most) < len(ids) + most
+        if use.ends and self._is_much(queue):
+            # Now, so that its header is synced while this one is still written.
+            self._open_another(queue, ahead=True)
         return True
 
     def _pop(self, queue: _Queue, n: int) -> IdArray:
@@ -350,14 +354,26 @@ class Writer:
         for use in uses:
             if use.state is UseState.OPEN and not use.writing:
                 return use
-        much = queue.count * namespace.slot_bytes >= limits.NVME_WRITE_BYTES
-        if len(uses) >= (_STREAMS if much else 1):
-            return None
+        if not uses or self._is_much(queue):
+            self._open_another(queue)
+        return None
+
+    def _is_much(self, queue: _Queue) -> bool:
+        """Whether another segment is worth it."""
+        return queue.count * queue.namespace.slot_bytes >= limits.NVME_WRITE_BYTES
+
+    def _open_another(self, queue: _Queue, *, ahead: bool = False) -> None:
+        """Begins a segment for the queue's lineage, unless enough of them go on for a while.
+        ahead: it is not needed yet, so that no other makes room for it."""
+        namespace, uses = queue.namespace, self._open.setdefault(queue.namespace.lineage, [])
+        if sum(not use.ends for use in uses) >= _STREAMS or len(uses) >= 2 * _STREAMS:
+            return
         granules = namespace.slot_bytes // limits.GRANULE_BYTES
         volumes = [v for v in self._shelf.places.writable() if v.free and v.holds(granules)]
         if not volumes:
-            self.needed.add(granules)
-            return None
+            if not ahead:
+                self.needed.add(granules)
+            return
         volume = max(volumes, key=lambda v: len(v.free) / v.geometry.n_segments)
         use = volume.begin(namespace.lineage, granules)
         use.writing = True
@@ -384,7 +400,6 @@ class Writer:
             functools.partial(self._opened, use),
         )
         self.written.nbytes += header.size
-        return None
 
     def _opened(self, use: Use, outcome: Outcome) -> None:
         volume = self._shelf.places.volumes[use.volume]
@@ -499,3 +514,10 @@ class Writer:
 
 def _sync_of(volume: int, number: int) -> Sync:
     return Sync(number=number, volume=volume)
+
+
+def _distinct(ids: IdArray) -> IdArray:
+    """Each once, in the order of their first places."""
+    _, first = np.unique(ids, return_index=True)
+    found: IdArray = ids if len(first) == len(ids) else ids[np.sort(first)]
+    return found

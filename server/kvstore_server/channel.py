@@ -289,7 +289,7 @@ class ChannelServer:
         if kind in wire.COMMANDS:
             self._give(peer, self._handle(peer, record))
             if kind is c.Commit or kind is c.Adopt:
-                peer.tenant.store.make_room()
+                self._loop.call_soon(functools.partial(self._make_room, peer.tenant))
         elif kind is wire.SealStaged:
             self._copy_in(peer, record)
         elif kind is wire.Stage:
@@ -300,6 +300,12 @@ class ChannelServer:
             peer.send(wire.IndexMapped(index_bytes=index.nbytes), (index.fd,))
         else:
             raise ProtocolError(f"{kind.__name__} is no command")
+
+    def _make_room(self, tenant: Tenant) -> None:
+        """What the next put would else wait for; after the records that came meanwhile, since who
+        puts durably asks for the write right behind, and the disk has nothing to do until then."""
+        tenant.store.make_room()
+        tenant.settle()
 
     def _handle(self, peer: Peer, command: c.Command) -> c.Result | Deferred:
         """One command; sees to it that what it made due is done in time."""

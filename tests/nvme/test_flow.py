@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from nvme.rig import EVERY, UNIT, Plan, Rig, small_limits, tight
+from nvme.judge import SLOT_GRANULES, chain
+from nvme.rig import EVERY, PATIENT_MS, UNIT, Plan, Rig, small_limits, tight
 
+from kvstore import commands as c
 from kvstore import limits
+from kvstore.nvme.ops import WriteBlocks, WriteRaw
 from kvstore.store import NvmePolicy
 
 QUIET = Plan(nesting=0.0, pauses=1)
@@ -112,6 +116,49 @@ def test_of_a_segment_that_makes_room_no_more_than_a_share_is_written_again() ->
         rig.get(0, number, 4)
         number += 4
     assert rig.store.stats().nvme_again_blocks <= most_again(rig)
+
+
+def test_neighbours_in_a_chain_lie_side_by_side_on_disk() -> None:
+    """Whatever their ids are: those that were given back come again in another order."""
+    rig = Rig(1, QUIET)
+    rig.put(0, 0, 4)
+    rig.drop(0, 0, 4)
+    rig.settle()
+    rig.put(0, 10, 4)
+    ids = np.array([rig._block((0, number)) for number in range(10, 14)])
+    assert (np.diff(ids) < 0).all()
+    rig.persist(0, 10, 4)
+    rig.settle()
+    _, granules, _ = rig.store._shelf.places.of(ids)
+    assert (np.diff(granules) == SLOT_GRANULES[0]).all()
+
+
+def test_what_lies_side_by_side_is_read_at_once_in_whatever_order_it_is_wanted() -> None:
+    rig = Rig(1, QUIET)
+    rig.put(0, 0, 4)
+    backwards = c.Persist(
+        namespace=rig.ids[0], hashes=chain(0, 0, 4)[::-1].copy(), wait_ms=PATIENT_MS
+    )
+    rig.wait(backwards, PATIENT_MS)
+    rig.demote_all()
+    ios: list[str] = []
+    rig.on_io = lambda _rig, kind: ios.append(kind)
+    assert rig.get(0, 0, 4) == 4
+    assert ios == ["read", "read"]  # the first one by itself
+
+
+def test_the_next_segments_are_opened_while_those_before_are_filled() -> None:
+    """Their headers are synced meanwhile, so that no batch waits for that."""
+    rig = Rig(1, replace(QUIET, geometries=(tight(17, 12),)))
+    rig.put(0, 0, 16)
+    rig.persist(0, 0, 16)
+    rig.carry_out(WriteRaw)
+    rig.carry_out(WriteRaw)
+    kinds = [type(op) for op in rig.out]
+    assert kinds.count(WriteBlocks) == 2  # of which each leaves no room for another
+    assert WriteRaw in kinds
+    rig.settle()
+    assert len(rig.judge.must) == 16
 
 
 def most_again(rig: Rig) -> int:

@@ -29,6 +29,8 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.memory import Arena, Arenas, HugePages, Placement
+from kvstore.session import local
+from kvstore.session.channel import ChannelLink, ChannelSession
 from kvstore.session.staging import Staging
 from kvstore_server import channel
 from kvstore_server.channel import ChannelServer, bind
@@ -575,3 +577,30 @@ def test_a_kernel_without_transparent_huge_pages_gives_memory(
     arena = Arena.create("test", 1 << 20)
     arena.array[:] = 1
     arena.close()
+
+
+@pytest.mark.parametrize("bench", ["direct"], indirect=True)
+def test_the_pieces_of_a_durable_put_find_their_slots_ahead(
+    served: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They grow, so that what the last one took is not enough for the next."""
+    calls: list[type[c.Command]] = []
+    call = ChannelLink.call
+
+    def noted(self: ChannelLink, command: c.Command, timeout_s: float) -> c.Result:
+        calls.append(type(command))
+        return call(self, command, timeout_s)
+
+    monkeypatch.setattr(ChannelLink, "call", noted)
+    sizes = (17 * LAYOUT.block_bytes, 34 * LAYOUT.block_bytes)
+    monkeypatch.setattr(local, "_DURABLE_PIECE_BYTES", sizes)
+    grants = []
+    with ChannelSession(str(served.path), timeout_s=WAIT_S) as session:
+        namespace = session.open_namespace("n", LAYOUT)
+        blocks = [np.full(LAYOUT.block_bytes, i, np.uint8) for i in range(60)]
+        for number in range(2):
+            calls.clear()
+            hashes = np.random.default_rng(number).integers(0, 256, (60, 32), np.uint8)
+            assert session.put(namespace, hashes, blocks, persist=True).stored == 60
+            grants.append(calls.count(c.Grant))
+    assert grants == [1, 0]
