@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.__about__ import __version__
 from kvstore.clock import Clock
 from kvstore.errors import DeadlineExceeded, Unavailable
+from kvstore.index.boards import BOARDS_BYTES, Boards
 from kvstore.index.format import IndexView
 from kvstore.index.reader import IndexReader
 from kvstore.memory import Arenas, HugePages, Placement
@@ -21,16 +24,10 @@ from kvstore.nvme.runner import Runner
 from kvstore.session.fork import ForkGuard
 from kvstore.session.link import Granted, Memory, fill_directly
 from kvstore.session.local import LocalSession
+from kvstore.session.posting import Board
 from kvstore.store import Deferred, NvmePolicy, Store
 
 VOLUME_NAME = "blocks.kvs"
-
-
-def default_max_blocks(pool_bytes: int, nvme_bytes: int = 0) -> int:
-    """How many blocks a pool of this size is made for: the smallest slots, up to a million; and
-    on NVMe as many of 16 KiB, up to four million."""
-    in_memory = min(1 << 20, max(64, pool_bytes // limits.GRANULE_BYTES))
-    return in_memory + min(1 << 22, nvme_bytes // (16 << 10))
 
 
 class _StoreLink:
@@ -38,11 +35,21 @@ class _StoreLink:
     where it has disks by a thread."""
 
     def __init__(
-        self, store: Store, arenas: Arenas, clock: Clock, instance: int, opened: Opened
+        self,
+        store: Store,
+        arenas: Arenas,
+        boards: Boards,
+        *,
+        clock: Clock,
+        instance: int,
+        opened: Opened,
     ) -> None:
         self._store, self._arenas, self._clock = store, arenas, clock
-        self._instance = instance
+        self._instance, self._boards = instance, boards
         self._connection = store.connect()
+        number = store.board_of(self._connection)
+        assert number is not None
+        self._board = Board(boards, number)
         self._changed = threading.Condition(threading.Lock())
         self._guard = ForkGuard()
         self._memory: Memory | None = self._map()
@@ -173,13 +180,15 @@ class _StoreLink:
         return Memory(
             pool=memory.pool,
             generations=memory.generations,
-            index=IndexReader(IndexView.open(self._arenas.index.array)),
+            index=IndexReader(IndexView.open(self._arenas.index.array), self._boards),
             instance=self._instance,
+            board=self._board,
         )
 
 
 class KVStore(LocalSession):
-    """An embedded store: a `Session` over memory of its own; thread-safe.
+    """An embedded store: a `Session` over memory of its own; thread-safe. It holds a few
+    empty slots for its next puts, at most 1/32 of the pool and 32 MiB.
 
     dram: pool size in bytes. secret: 16 to 64 bytes that key the chains (None: random, so
     nothing outside this process can name its blocks). policy: "lru", "arc" or "s3fifo".
@@ -210,16 +219,19 @@ class KVStore(LocalSession):
         ]
         placement = Placement(huge_pages=huge_pages, numa_node=numa_node)
         arenas = Arenas(dram, placement, pool_writable=False)
+        # So that a put of a small block is no command to the store either: that takes longer than
+        # to copy it. Nobody else sees them, so they are memory like any other.
+        boards = Boards.create(np.zeros(BOARDS_BYTES, np.uint8))
         clock, instance = Clock(), secrets.randbits(63)
         opened = Opened()
         try:
             opened = open_all(locations, name=VOLUME_NAME)
             policy_of_nvme = nvme_policy or NvmePolicy()
             store = Store(
-                arenas.store_memory(),
+                replace(arenas.store_memory(), boards=boards),
                 secret=secret or secrets.token_bytes(32),
                 instance_id=instance,
-                max_blocks=max_blocks or default_max_blocks(dram, opened.nbytes),
+                max_blocks=max_blocks or limits.default_max_blocks(dram, opened.nbytes),
                 policy=policy,
                 now_ms=clock.now_ms(),
                 version=__version__,
@@ -230,10 +242,12 @@ class KVStore(LocalSession):
             opened.close()
             arenas.close()
             raise
-        link = _StoreLink(store, arenas, clock, instance, opened)
+        link = _StoreLink(store, arenas, boards, clock=clock, instance=instance, opened=opened)
         # A call waits for disks alone here; its copies take the time that they take.
         self._own = link
-        super().__init__(link, timeout_s=limits.MAX_DEADLINE_MS / 1e3, verify_reads=verify_reads)
+        super().__init__(
+            link, timeout_s=limits.MAX_DEADLINE_MS / 1e3, verify_reads=verify_reads, ahead=True
+        )
 
     def check(self) -> None:
         """Walks every invariant of the store; for tests."""

@@ -55,7 +55,7 @@ def _fill(slot: int, source: int, fixed: U64, room: int, cells: U64, sums: U64) 
 
 
 _WORD = types.uint64
-_fill_now: Callable[[int, int, U64, int, U64, U64], None] = compiled(
+fill_now: Callable[[int, int, U64, int, U64, U64], None] = compiled(
     types.void(
         *(_WORD, _WORD, types.Array(_WORD, 1, "C", readonly=True), types.int64),
         *(types.Array(_WORD, 2, "C", readonly=True), types.Array(_WORD, 2, "C")),
@@ -87,15 +87,37 @@ def fill_slot(
     memory, the slot's aligned to 8 bytes.
     """
     sums = np.empty((1, len(cells)), np.uint64)
-    fixed = fixed_part(
+    fixed = fixed_words(
         namespace=namespace,
         key=key,
         put_id=put_id,
         length=length,
         n_cells=len(cells),
+        parent=parent,
+        position=position,
+    )
+    fill_now(slot, source, fixed, header_bytes // 8, cells, sums)
+    return sums
+
+
+def fixed_words(
+    *,
+    namespace: int,
+    key: bytes,
+    put_id: bytes,
+    length: int,
+    n_cells: int,
+    parent: bytes,
+    position: int,
+) -> U64:
+    """`block.fixed_part` as uint64 (13,); no parent where it is unknown."""
+    fixed = fixed_part(
+        namespace=namespace,
+        key=key,
+        put_id=put_id,
+        length=length,
+        n_cells=n_cells,
         parent=parent or NO_PARENT,
         position=position,
     )
-    words = np.frombuffer(fixed, np.uint64)
-    _fill_now(slot, source, words, header_bytes // 8, cells, sums)
-    return sums
+    return np.frombuffer(fixed, np.uint64)

@@ -68,3 +68,10 @@ STREAM_CHUNKS_AHEAD = 8  # asked for or sent, and not answered, on one connectio
 MAX_SHARED_MEMORIES = 16  # that an agent hands to other processes of its host
 MAX_SHM_CONNECTIONS = 256  # of other processes that map what an agent shares
 SHM_HELLO_S = 0.5  # until memories were asked for, and handed over; then another way is taken
+
+
+def default_max_blocks(pool_bytes: int, nvme_bytes: int = 0) -> int:
+    """How many blocks a pool of this size is made for: the smallest slots, up to a million; and
+    on NVMe as many of 16 KiB, up to four million."""
+    in_memory = min(1 << 20, max(64, pool_bytes // GRANULE_BYTES))
+    return in_memory + min(1 << 22, nvme_bytes // (16 << 10))

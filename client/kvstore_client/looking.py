@@ -1,46 +1,25 @@
-"""Look-ups over one stream that stays open, where a call of its own for each takes twice as long.
+"""Look-ups over one stream that stays open, where a call of its own for each takes three times as
+long.
 
 The stream is never needed: whatever is wrong with it, a call says so or answers.
 """
 
 from __future__ import annotations
 
-import math
-import queue
 import threading
 import time
-from collections.abc import Iterator
 
-import grpc
+from google.protobuf.message import DecodeError
 
-from kvstore.errors import KVStoreError
+from kvstore_client.messages import MessageStream, dialable
 from kvstore_client.rpc import Rpc
 from kvstore_proto.v1 import kvstore_pb2 as pb
 
 LIFE_S = 60.0  # of one stream; a server is not held for longer by a client that is gone
 _RENEWED_S = 45.0  # of use, after which the next look-up opens another
 _PAUSE_S = 1.0  # after a failure, in which look-ups are calls
-_OVER = (grpc.RpcError, StopIteration, KVStoreError, ValueError)  # what a call says better
-
-
-class _Stream:
-    """One stream: a look-up is a message there and one back."""
-
-    def __init__(self, rpc: Rpc) -> None:
-        self.until_s = time.monotonic() + _RENEWED_S
-        self._requests: queue.SimpleQueue[pb.MatchRequest | None] = queue.SimpleQueue()
-        requests: Iterator[pb.MatchRequest] = iter(self._requests.get, None)
-        self._call = rpc.stub.Matches(requests, timeout=LIFE_S, metadata=rpc.metadata)
-
-    def ask(self, request: pb.MatchRequest) -> pb.MatchResponse:
-        """Raises `grpc.RpcError`, or StopIteration where the server ended it, after `end` too."""
-        self._requests.put(request)
-        return next(self._call)
-
-    def end(self) -> None:
-        """Also ends `ask` in another thread."""
-        self._requests.put(None)  # or gRPC's thread, which waits for requests, would stay
-        self._call.cancel()
+_OVER = (OSError, DecodeError)  # what a call says better
+_METHOD = f"/{pb.DESCRIPTOR.services_by_name['KVStore'].full_name}/Matches"
 
 
 class LookingStream:
@@ -52,13 +31,10 @@ class LookingStream:
     def __init__(self, rpc: Rpc) -> None:
         self._rpc = rpc
         self._busy = threading.Lock()
-        self._stream: _Stream | None = None
+        self._stream: MessageStream | None = None
+        self._until_s = 0.0  # when the stream is old
         self._not_before_s = 0.0
-        self._asked = False
-        self._changed = threading.Condition()
-        self._due_s: float | None = None  # when a look-up that is under way has to be over
-        self._sleeps_until_s = -math.inf  # the watching thread, while it does
-        self._watching: threading.Thread | None = None
+        self._dialable, self._asked = dialable(rpc.address), False
         self._closed = False
 
     def ask(self, request: pb.MatchRequest, left_s: float) -> pb.MatchResponse | None:
@@ -68,12 +44,18 @@ class LookingStream:
         look-up is a call too: who has only one needs no stream.
         """
         self._rpc.check()
+        if not self._dialable:
+            return None
         if not self._asked or not self._busy.acquire(blocking=False):
             self._asked = True
             return None
+        end_s = time.monotonic() + left_s
         try:
-            stream = self._open()
-            return self._asked_by(stream, request, left_s) if stream else None
+            stream = self._open(end_s)
+            if stream is None:
+                return None
+            answer = stream.exchange(request.SerializeToString(), end_s)
+            return pb.MatchResponse.FromString(answer)
         except BaseException as error:
             self._end()  # also where Ctrl-C broke it off: its answer would be the next look-up's
             self._not_before_s = time.monotonic() + _PAUSE_S
@@ -82,62 +64,44 @@ class LookingStream:
             return None
         finally:
             self._busy.release()
+            if self._closed:
+                self.close()  # which found this under way
 
     def close(self) -> None:
         """Ends the stream, and a look-up under way with it; safe to call twice."""
+        stream = self._stream
         if self._rpc.forked:
-            return  # the stream and the thread are the parent's
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._end()
-        if self._watching:
-            self._watching.join()
+            if stream:
+                stream.close()  # only here: the stream is the parent's
+            return
+        self._closed = True
+        if self._busy.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._busy.release()
+        elif stream:
+            stream.shut()
 
     # -- inside ------------------------------------------------------------------------
 
-    def _open(self) -> _Stream | None:
+    def _open(self, end_s: float) -> MessageStream | None:
         now = time.monotonic()
-        if self._stream and now > self._stream.until_s:
+        if self._stream and now > self._until_s:
             self._end()
         if not self._stream and now >= self._not_before_s and not self._closed:
-            self._stream = _Stream(self._rpc)
-            if not self._watching:
-                self._watching = threading.Thread(
-                    target=self._watch, name="kvstore-looking", daemon=True
-                )
-                self._watching.start()
+            self._stream = MessageStream(
+                self._rpc.address,
+                _METHOD,
+                metadata=self._rpc.metadata,
+                life_s=LIFE_S,
+                end_s=end_s,
+            )
+            self._until_s = now + _RENEWED_S
         return self._stream
-
-    def _asked_by(
-        self, stream: _Stream, request: pb.MatchRequest, left_s: float
-    ) -> pb.MatchResponse:
-        self._due_s = due_s = time.monotonic() + left_s
-        if due_s < self._sleeps_until_s:
-            with self._changed:
-                self._changed.notify()
-        try:
-            return stream.ask(request)
-        finally:
-            self._due_s = None
 
     def _end(self) -> None:
         stream, self._stream = self._stream, None
         if stream:
-            stream.end()
-
-    def _watch(self) -> None:
-        """The thread: ends the stream under a look-up whose time is over, because gRPC has no time
-        for one message of a stream. It is not woken for each, but looks when one may be due."""
-        with self._changed:
-            while not self._closed:
-                self._sleeps_until_s = math.inf  # first: what is due from now on wakes us
-                due_s, now = self._due_s, time.monotonic()
-                if due_s is not None and now >= due_s:
-                    self._due_s = None
-                    self._end()
-                    continue
-                if due_s is not None:
-                    self._sleeps_until_s = due_s
-                self._changed.wait(None if due_s is None else due_s - now)
-                self._sleeps_until_s = -math.inf
+            stream.shut()
+            stream.close()

@@ -239,8 +239,8 @@ class RemoteSession:
 
     def close(self) -> None:
         """See `Session.close`; calls of other threads end at once."""
+        self._rpc.close()  # first: else a look-up that the other ends is asked again by a call
         self._looking.close()
-        self._rpc.close()
 
     def __enter__(self) -> Self:
         return self

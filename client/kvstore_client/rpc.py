@@ -39,8 +39,7 @@ class Rpc:
 
     def __init__(self, address: str, *, token: str | None) -> None:
         """`InvalidArgument` for a token that no header can carry. Connects with the first call."""
-        self.metadata = _metadata(token)
-        self._address = address
+        self.metadata, self.address = _metadata(token), address
         self._ended = threading.Event()
         self._guard = ForkGuard()
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
@@ -69,7 +68,7 @@ class Rpc:
         try:
             yield
         except grpc.RpcError as failure:
-            raise error_of(failure, peer=self._address) from None
+            raise error_of(failure, peer=self.address) from None
         except ValueError:
             # What gRPC raises for a channel that another thread closed just now.
             if not self._ended.is_set():

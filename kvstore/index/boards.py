@@ -143,7 +143,7 @@ pending: Callable[[Words], bool] = compiled(types.boolean(_READ_WORDS), _pending
 find: Callable[[Words, Words, Words, int, Words], None] = compiled(
     types.void(_READ_WORDS, _READ_ROWS, _READ_ROWS, types.uint64, _ROWS), _find
 )
-_post_now: Callable[..., bool] = compiled(
+post_now: Callable[..., bool] = compiled(
     types.boolean(
         *(_WORDS, _ROWS, types.int64, _READ_ROWS, types.uint64, types.uint64),
         *(_array(types.uint32, 1), _READ_WORDS),
@@ -213,7 +213,7 @@ class Boards:
         """Shows blocks whose headers and bytes are in their slots: keys (n, 4), payload bytes of
         each, first granules (n,). generations: of all granules. False, with nothing shown, where
         the board has no room for all of them, or is closed."""
-        return _post_now(
+        return post_now(
             *(self.words, self.rows, board, keys, namespace, length, granules, generations)
         )
 

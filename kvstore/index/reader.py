@@ -101,7 +101,7 @@ class IndexReader:
     def __init__(self, view: IndexView, boards: Boards | None = None) -> None:
         """Read through `view`, which may be read-only. boards: beside it, where clients post."""
         self.view, self.boards = view, boards
-        self._bound = probe_bound(view.capacity)
+        self.bound = probe_bound(view.capacity)
         self._header = view.header.data
 
     @property
@@ -133,5 +133,5 @@ class IndexReader:
         rows = np.empty((len(words), ROW_WORDS), np.uint64)
         if boards:
             beside = boards.words, boards.rows
-            return rows, look(view.rows, words, namespace, self._bound, leading, *beside, rows)
-        return rows, search(view.rows, words, namespace, self._bound, leading, rows)
+            return rows, look(view.rows, words, namespace, self.bound, leading, *beside, rows)
+        return rows, search(view.rows, words, namespace, self.bound, leading, rows)

@@ -446,7 +446,9 @@ class LocalSession(ControlSession):
         self._touched(began)
 
     def _came_upon(self, known: Lookup) -> None:
-        """A put has found these there already."""
+        """A put has found these there already; none: there is something to report soon."""
+        if not len(known.rows) and self._touches.pending:
+            return
         now = time.monotonic()
         self._touched(self._touches.add(known.rows, lookups=0, hits=0, now=now))
 

@@ -80,7 +80,7 @@ def _columns(sums: Iterable[c.U64]) -> c.U64:
 
 def part_of(layout: Layout, cells: c.U32 = ALL_CELLS) -> Part:
     """The part of `layout` that `cells` (uint32, ascending, none for all) name."""
-    return _part_of(layout, cells.tobytes())
+    return _part_of(layout, cells.tobytes() if cells is not ALL_CELLS else b"")
 
 
 @functools.lru_cache(maxsize=1024)

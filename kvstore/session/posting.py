@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 from kvstore.index.boards import Boards
 from kvstore.index.format import Words
+from kvstore.index.reader import IndexReader
+from kvstore.session.parts import Part
+from kvstore.session.single import UNSEEN, put_one
 
 
 class Board:
@@ -35,6 +38,38 @@ class Board:
                 length=length,
                 granules=granules,
                 generations=generations,
+            )
+
+    def put_one(
+        self,
+        index: IndexReader,
+        namespace: int,
+        key: Words,
+        *,
+        epoch: int,
+        granule: int,
+        generations: Words,
+        slot: int,
+        source: int,
+        fixed: Words,
+        part: Part,
+        found: Words,
+    ) -> int:
+        """Looks a key (1, 4) up, and where it is not there puts its block and posts it: `FOUND`,
+        with its row in `found` (1, 8), `POSTED`, or `UNSEEN` where the board has no room, is
+        closed, or the index has another epoch of namespaces.
+
+        granule: of an empty slot, which lies at the address `slot`. source: the address of the
+        bytes, as `part`, of all cells, has them. fixed: as of `block.fixed_part`. Other threads
+        wait meanwhile, so let it be small.
+        """
+        with self._lock:
+            if self._closed:
+                return UNSEEN
+            return put_one(
+                *(index.view.header, index.view.rows, key, namespace, epoch, index.bound),
+                *(self._number, self._boards.words, self._boards.rows, granule, generations),
+                *(slot, source, fixed, part.payload_at // 8, part.cell_words, part.nbytes, found),
             )
 
     def close(self) -> None:

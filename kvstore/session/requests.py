@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -53,7 +53,8 @@ class GetRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PutRequest:
-    """Blocks to store. sources: the buffers; addresses: where they lie while these are held."""
+    """Blocks to store. sources: the buffers; addresses: where they lie while these are held.
+    of: how many blocks the call has, of which these may be a piece."""
 
     namespace: NamespaceHandle
     chain: c.U8
@@ -65,6 +66,7 @@ class PutRequest:
     position: int
     ttl_ms: int
     hint: Hint | None
+    of: int
 
     def cut(self, first: int, end: int) -> PutRequest:
         """Blocks [first, end) of it, as a put of their own."""
@@ -166,14 +168,17 @@ def checked_put(
         part=part,
         sources=sources,
         addresses=find("sources", sources, len(chain), part.nbytes, writable=False),
-        put_id=put_id or secrets.token_bytes(PUT_ID_BYTES),
+        put_id=put_id or os.urandom(PUT_ID_BYTES),
         parent=parent,
         position=position,
         ttl_ms=duration_ms("ttl_s", ttl_s, limits.MAX_TTL_MS),
         hint=hint,
+        of=len(chain),
     )
 
 
 def checked_part(layout: Layout, cells: Iterable[int]) -> Part:
     """The part that these cells make; `LayoutMismatch` names `cells`."""
+    if isinstance(cells, tuple) and not cells:
+        return part_of(layout)
     return part_of(layout, checked_cells(layout, cells))

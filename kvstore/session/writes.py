@@ -28,22 +28,27 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.filling import fill_slot
-from kvstore.index.format import W_CHECK, key_words
+from kvstore.filling import fill_slot, fixed_words
+from kvstore.index.format import ROW_WORDS, W_CHECK, key_words
 from kvstore.index.reader import Lookup
 from kvstore.session.base import PutResult
 from kvstore.session.control import Deadline
 from kvstore.session.copies import ALONE_BYTES
 from kvstore.session.link import Link, Memory, copy_all_in
 from kvstore.session.requests import PutRequest
+from kvstore.session.single import POSTED, UNSEEN
 
 # After these a commit has shown nothing, or its connection is over. What else a store may answer it
 # should not; then nobody writes to the slots any more.
 _UNCHANGED = (StaleNamespace, DeadlineExceeded, Unavailable)
 Rows = npt.NDArray[np.intp]
+_NOTHING = Lookup(np.empty((0, ROW_WORDS), np.uint64))
+_STORED = PutResult(stored=1, existed=0, waiting=0, not_stored=0)
+_EXISTED = PutResult(stored=0, existed=1, waiting=0, not_stored=0)
 _NO_ROW: Rows = np.arange(0)
 _ONE_ROW: Rows = np.arange(1)
 _FEWEST_AHEAD = 16  # slots to ask for ahead, so that small puts seldom ask
+_UNUSED_PUTS = 8  # of other sizes, after which slots of a size are of more use to the store
 
 
 class SlotStock:
@@ -55,6 +60,8 @@ class SlotStock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._slots: dict[int, list[int]] = {}
+        self._takes = 0
+        self._taken_at: dict[int, int] = {}  # by size: the number of its last `take`
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))
@@ -66,16 +73,38 @@ class SlotStock:
     def take(self, size: int, n: int) -> list[int]:
         """Up to n slots."""
         with self._lock:
+            self._takes += 1
+            self._taken_at[size] = self._takes
             slots = self._slots.get(size, [])
             keep = max(0, len(slots) - n)
             taken = slots[keep:]
             del slots[keep:]
             return taken
 
+    def take_spare(self, size: int, keep: int) -> int | None:
+        """One slot, if so many are left then."""
+        with self._lock:
+            slots = self._slots.get(size)
+            if not slots or len(slots) <= keep:
+                return None
+            self._takes += 1
+            self._taken_at[size] = self._takes
+            return slots.pop()
+
     def put(self, size: int, slots: Sequence[int]) -> None:
         """Slots that nobody writes."""
         with self._lock:
             self._slots.setdefault(size, []).extend(slots)
+
+    def take_unused(self) -> list[int]:
+        """Every slot of the sizes that none of the last puts was of."""
+        with self._lock:
+            taken: list[int] = []
+            for size, slots in self._slots.items():
+                if self._takes - self._taken_at.get(size, 0) > _UNUSED_PUTS:
+                    taken += slots
+                    slots.clear()
+            return taken
 
     def take_all(self) -> list[int]:
         """Every slot, of any size."""
@@ -93,6 +122,7 @@ class Writer:
 
     def __init__(self, link: Link, *, ahead: bool) -> None:
         self._link, self._ahead = link, ahead
+        self._short = False  # whether the store gave less for later than it was asked for
         self.stock = SlotStock()
 
     def put(
@@ -115,6 +145,9 @@ class Writer:
         `ResourceExhausted` where there is no room for any of them, `StaleNamespace`.
         """
         n = len(put.chain)
+        self._link.take_answers(0)
+        if n == 1 and (done := self._put_one(put, number, memory, epoch=epoch, note=note)):
+            return done
         there = memory.index.lookup(number, put.chain)
         absent = _absent(there)
         if len(absent) < n:
@@ -122,9 +155,11 @@ class Writer:
             if not len(absent):
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = put.part.slot_granules
-        self._link.take_answers(0)
+        # Of a call in pieces the next ones, which are larger, find their slots here as well.
+        in_pieces = put.of > n
         left = self.stock.count(size) - len(absent)
-        asks = left < 0 or self._wanted(size, len(absent), left) > 0
+        more = self._wanted(size, put.of if in_pieces else len(absent), left)
+        asks = left < 0 or more > 0
         # While much is copied the store can hear of it; a little is copied before it would wake.
         early = left < 0 or len(absent) * put.part.nbytes > ALONE_BYTES
         if asks and early:
@@ -132,7 +167,9 @@ class Writer:
         slots = self._slots(size, number, len(absent), deadline)
         try:
             fill = _filled(memory, put, number, rows=absent[: len(slots)], slots=slots, by=deadline)
-            more = self._wanted(size, len(slots), self.stock.count(size))
+            if left < 0:  # what came of asking for them may be more than they are, or less
+                likely = put.of if in_pieces else len(slots)
+                more = self._wanted(size, likely, self.stock.count(size))
             if asks and not early:
                 before(deadline)
         except BaseException:
@@ -143,7 +180,7 @@ class Writer:
             if more:
                 self._have_adopted(number, size, more, deadline)
             else:
-                note(Lookup(there.rows[:0]))  # soon the next report tells the store
+                note(_NOTHING)  # soon the next report tells the store
             return PutResult(stored=len(slots), existed=n - len(slots), waiting=0, not_stored=0)
         try:
             committed = self._link.call(fill.commit(absent, more), deadline.left_s)
@@ -152,7 +189,54 @@ class Writer:
             if not isinstance(error, KVStoreError) or isinstance(error, _UNCHANGED):
                 self.stock.put(size, slots)
             raise
+        self._short = len(committed.granules) < more
         return self._after(committed, size, slots, absent, n)
+
+    def _put_one(
+        self,
+        put: PutRequest,
+        number: int,
+        memory: Memory,
+        *,
+        epoch: int,
+        note: Callable[[Lookup], None],
+    ) -> PutResult | None:
+        """A put of one small block that nothing has to be asked for; None where it is not that."""
+        board, part, size = memory.board, put.part, put.part.slot_granules
+        if board is None or put.ttl_ms or part.nbytes > ALONE_BYTES:
+            return None
+        slot = self.stock.take_spare(size, _FEWEST_AHEAD // 2 if self._ahead else 0)
+        if slot is None:
+            return None
+        found = np.empty((1, ROW_WORDS), np.uint64)
+        # Whatever breaks this off, the slot is not written again: the block may be shown.
+        state = board.put_one(
+            *(memory.index, number, key_words(put.chain)),
+            epoch=epoch,
+            granule=slot,
+            generations=memory.generations,
+            slot=memory.pool_address + slot * limits.GRANULE_BYTES,
+            source=int(put.addresses[0]),
+            fixed=fixed_words(
+                namespace=number,
+                key=put.chain.tobytes(),
+                put_id=put.put_id,
+                length=part.nbytes,
+                n_cells=len(part.cell_words),
+                parent=put.parent if put.position >= 0 else b"",
+                position=put.position,
+            ),
+            part=part,
+            found=found,
+        )
+        if state == POSTED:
+            note(_NOTHING)
+            return _STORED
+        self.stock.put(size, [slot])
+        if state == UNSEEN:
+            return None
+        note(Lookup(found))
+        return _EXISTED
 
     def _after(
         self, committed: c.Committed, size: int, slots: list[int], absent: Rows, n: int
@@ -184,6 +268,7 @@ class Writer:
             slots += self.stock.take(size, n - len(slots))
             if len(slots) == n:
                 return slots
+            self._give_unused_back(deadline)
             asked = c.Grant(namespace=number, blocks=n - len(slots))
             granted = self._link.call(asked, deadline.left_s)
         except ResourceExhausted:
@@ -197,6 +282,13 @@ class Writer:
         slots += granted.granules.tolist()
         return slots
 
+    def _give_unused_back(self, deadline: Deadline) -> None:
+        """A client may hold so many bytes ahead: slots of a size that it has done with would keep
+        it from having enough of another one, and each of its puts would ask for some."""
+        unused = self.stock.take_unused()
+        if unused:
+            self._link.cast(c.GiveBack(granules=np.array(unused, np.uint32)), deadline.left_s)
+
     def _have_adopted(self, number: int, size: int, more: int, deadline: Deadline) -> None:
         """Asks for slots, and so lets the store take over what was posted by now, which is shown
         already: whatever becomes of this, it is put. Small puts do this once in a while, because
@@ -205,8 +297,11 @@ class Writer:
         def then(answer: object) -> None:
             if isinstance(answer, c.Granted):
                 self.stock.put(size, answer.granules.tolist())
+                self._short = len(answer.granules) < more
 
         with contextlib.suppress(KVStoreError):
+            if self._short:
+                self._give_unused_back(deadline)
             self._link.cast(c.Adopt(namespace=number, more=more), deadline.left_s, then)
 
     def _wanted(self, size: int, n: int, left: int) -> int:

@@ -234,13 +234,17 @@ class Stock:
         self.remove(who, whole.granules[shown].tolist())
 
     def _ahead(self, who: Connection, namespace: Namespace, n: int) -> c.U32:
-        """More slots for later, as long as all that lie idle are a small part of the pool."""
+        """More slots for later, as long as all that lie idle are a small part of the pool; no block
+        that was stored just now goes for them, where all else is in use."""
         total = self._shelf.room.slabs.total_bytes
         own = min(total // limits.AHEAD_SHARE, limits.MAX_AHEAD_BYTES) - who.stock_bytes
         room = min(own, total // limits.ALL_AHEAD_SHARE - self.nbytes)
         n = min(n, max(0, room) // namespace.slot_bytes)
         self._next = (namespace.slot_bytes, n)
-        return self._take(who, namespace, n) if n else _NOTHING
+        if not n:
+            return _NOTHING
+        with self._shelf.blocks.kept(self._latest):
+            return self._take(who, namespace, n)
 
     def _take(self, who: Connection, namespace: Namespace, n: int) -> c.U32:
         """Up to n more slots of the pool for the connection's stock."""

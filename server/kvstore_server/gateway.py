@@ -6,6 +6,11 @@ ends it, as does SIGTERM. `python -m kvstore_server.gateway --help` lists its fl
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `settle`
+
 import argparse
 import contextlib
 import json
@@ -23,6 +28,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.errors import KVStoreError
+from kvstore.lasting import settle
 from kvstore.session import ChannelSession, Session
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.v1.kvstore_pb2_grpc import add_KVStoreServicer_to_server
@@ -31,6 +37,7 @@ from kvstore_server.auth import TokenInterceptor
 from kvstore_server.health import Health
 from kvstore_server.logs import configure_logging
 from kvstore_server.service import KVStoreService
+from kvstore_server.slices import LONG_S, set_slice
 
 WORKERS = 16  # more than all of service's streams, so that health is answered beside those
 MAX_CALLS = 64  # running and waiting for a worker
@@ -147,6 +154,7 @@ class End:
 def run(options: argparse.Namespace) -> None:
     """Serves until the end; `KVStoreError`, `OSError` or `RuntimeError` where it cannot."""
     os.nice(NICENESS)
+    set_slice(LONG_S)
     end = End(options.lifeline_fd)
     token = options.token_file.read_text().strip()
     # The bytes leave this host's memory, so they are checked before they do.
@@ -184,6 +192,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the process; its exit status."""
+    settle()
     options = parse(arguments)
     configure_logging(options.log_format, options.log_level)
     try:

@@ -26,6 +26,7 @@ from kvstore_server.logs import configure_logging
 from kvstore_server.loop import Loop
 from kvstore_server.secrets_file import load_secret, load_shared_secret, load_token_path
 from kvstore_server.settings import Settings
+from kvstore_server.slices import SHORT_S, set_slice
 from kvstore_server.supervisor import Gateway, GatewayReady, NodeProcess, NodeReady
 from kvstore_server.tenants import Tenants
 
@@ -33,6 +34,9 @@ _ALL_BYTES = 1 << 40  # a second: more than any link carries
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 # Some programs, timeout(1) among them, signal a process and then its group: that is one request.
 _SAME_SIGNAL_S = 0.2
+# How long a thread that is to begin a read or a write waits for the loop, which may be busy with
+# many small commands, to hand the interpreter on; by default ten times that, longer than a write.
+_SWITCH_S = 0.0005
 
 log = structlog.get_logger()
 
@@ -310,6 +314,7 @@ def serve(settings: Settings) -> None:
     check_pool_fits(settings, read_host())
     configure_logging(settings.log_format, settings.log_level)
     raise_descriptor_limit()
+    sys.setswitchinterval(_SWITCH_S)
     with contextlib.ExitStack() as stack:
         signals = EndingSignals()
         stack.callback(signals.close)
@@ -326,4 +331,5 @@ def serve(settings: Settings) -> None:
         daemon = _Daemon(settings, tenants, loop, channel, signals)
         stack.callback(daemon.close)
         daemon.start()
+        set_slice(SHORT_S)
         loop.run()

@@ -28,6 +28,7 @@ from kvstore.session.addresses import addresses_of
 from kvstore.session.channel import ChannelLink, ChannelSession, _ChannelConnection
 from kvstore.session.link import Granted, Memory, copy_all_in
 from kvstore.session.parts import part_of
+from kvstore.session.single import UNSEEN
 from kvstore.streaming import U64, copy_rows
 
 BLOCK_BYTES = 3840
@@ -323,7 +324,8 @@ def test_where_the_board_is_full_a_put_shows_its_blocks_by_a_call(
             return real(command, timeout_s)
 
         monkeypatch.setattr(session._link, "call", counted)
-        monkeypatch.setattr("kvstore.index.boards._post_now", lambda *_: False)
+        monkeypatch.setattr("kvstore.session.posting.put_one", lambda *_: UNSEEN)
+        monkeypatch.setattr("kvstore.index.boards.post_now", lambda *_: False)
         assert session.put(namespace, hashes(1, seed=41), block).stored == 1
         assert calls == {"Commit": 1}
         assert session.match(namespace, hashes(1, seed=41)).count == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from gateway_rig import DEADLINE_S, LAYOUT, Served, dialled, opened, refused, until
+from gateway_rig import DEADLINE_S, LAYOUT, TOKEN, Served, dialled, opened, refused, until
 
-from kvstore.errors import InvalidArgument, PermissionDenied
+from kvstore.errors import InvalidArgument, PermissionDenied, Unavailable
 from kvstore.session.base import NamespaceHandle
 from kvstore_client import looking
+from kvstore_client.messages import MessageStream
 from kvstore_client.remote import RemoteSession
 from kvstore_proto.v1 import kvstore_pb2 as pb
 from kvstore_proto.v1.kvstore_pb2_grpc import KVStoreStub
@@ -100,18 +102,6 @@ def test_a_look_up_on_a_stream_has_a_deadline(
     until(lambda: client.found() == STORED and client.streams)
 
 
-def test_a_shorter_deadline_than_the_last_one_holds(
-    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever watches sleeps until the earlier look-up's deadline would have come."""
-    until(lambda: client.session._looking._sleeps_until_s > 0)
-    _, go_on = holding(served, monkeypatch, 2)
-    try:
-        assert client.found(timeout_s=0.05) == 0
-    finally:
-        go_on.set()
-
-
 def test_another_threads_look_up_does_not_wait_for_the_stream(
     served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,29 +139,23 @@ def test_a_namespace_that_became_stale_is_opened_again(served: Served, client: C
     assert client.found() == STORED
 
 
-def test_a_look_up_that_was_broken_off_leaves_no_answer_to_the_next(client: Client) -> None:
-    stream = client.session._looking._stream
-    assert stream is not None
-    call = stream._call
+def test_a_look_up_that_was_broken_off_leaves_no_answer_to_the_next(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    class Interrupted:
-        def __next__(self) -> None:
-            raise KeyboardInterrupt
-
-        def cancel(self) -> None:
-            call.cancel()
-
-    stream._call = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        client.found()
-    stream._call = call
+    with monkeypatch.context() as now:
+        now.setattr(MessageStream, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.found()
     assert client.found(1) == STORED - 1
 
 
-def test_a_stream_is_used_for_a_while_only(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_used_for_a_while_only(client: Client) -> None:
     first = client.session._looking._stream
     assert first is not None
-    first.until_s = 0.0
+    client.session._looking._until_s = 0.0
     assert client.found() == STORED
     assert client.session._looking._stream not in {None, first}
 
@@ -182,14 +166,62 @@ def test_a_gateway_that_drains_waits_for_no_stream(served: Served, client: Clien
     assert client.found(timeout_s=0.05) == 0
 
 
-def test_closing_ends_the_stream_and_its_thread(client: Client) -> None:
-    def watching() -> list[str]:
-        return [t.name for t in threading.enumerate() if t.name == "kvstore-looking"]
-
-    assert watching()
+def test_closing_ends_the_stream(served: Served, client: Client) -> None:
     client.session.close()
-    assert not watching()
+    assert not client.streams
     assert client.found() == 0  # as always once closed: a store that is away
+    client.session.close()
+
+
+def test_closing_ends_a_look_up_under_way(
+    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = holding(served, monkeypatch)
+    found: list[int] = []
+    slow = threading.Thread(target=lambda: found.append(client.found()))
+    slow.start()
+    try:
+        assert begun.acquire(timeout=DEADLINE_S)
+        client.session.close()
+        slow.join(DEADLINE_S)
+        assert found == [0]
+        assert not client.streams
+    finally:
+        go_on.set()
+
+
+def test_a_forked_child_leaves_the_parents_stream_as_it_is(client: Client) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            with pytest.raises(Unavailable):
+                client.session._looking.ask(pb.MatchRequest(), 1.0)
+            client.session._looking.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert not status
+    assert client.found() == STORED
+    assert client.streams
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_streams_over_tcp_bear_the_token(served: Served, host: str) -> None:
+    """Only where no name has to be looked up, which may take longer than a deadline."""
+    address = f"{host}:{served.gateway.grpc_port}"
+    with RemoteSession(address, token=TOKEN, timeout_s=DEADLINE_S) as session:
+        space = session.open_namespace("test", LAYOUT)
+        assert [session.match(space, KEYS).count for _ in range(3)] == [0, 0, 0]
+        assert (session._looking._stream is not None) is (host == "127.0.0.1")
+
+
+def test_many_keys_are_looked_up_on_a_stream(client: Client) -> None:
+    """More than the first window of HTTP/2 takes, there and back again."""
+    keys = np.concatenate([KEYS[:STORED]] * 5_000)
+    found = client.session.match(client.space, keys)
+    assert found.count == len(keys)
+    assert client.streams
 
 
 def test_a_stream_needs_a_deadline(served: Served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 import itertools
 import json
@@ -127,6 +128,7 @@ QUICK = Patience(back_off=BackOff(first_s=0.01, limit_s=0.04), ready_s=20.0, dra
 @pytest.fixture
 def start() -> Iterator[Callable[..., Bench]]:
     """Makes benches; ends their processes, and checks that no descriptor is left."""
+    gc.collect()  # other tests' memory may go meanwhile, and its descriptors with it
     before = set(os.listdir("/proc/self/fd"))
     loop = TestLoop()
     made: list[Bench] = []

@@ -17,7 +17,7 @@ from kvstore.transfer.choose import Availability, available
 from kvstore_client.cli.target import Connect
 
 PACKAGES = (
-    *("grpcio", "numba", "numpy", "protobuf", "sortedcontainers", "tenacity", "xxhash"),
+    *("grpcio", "h2", "numba", "numpy", "protobuf", "sortedcontainers", "tenacity", "xxhash"),
     *("rich", "typer"),  # this command's own
 )
 NO_NVME = 3  # the store has no volume

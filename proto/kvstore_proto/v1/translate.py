@@ -118,8 +118,7 @@ def hint_of(message: pb.BlockHint) -> Hint:
     return Hint(kind=kind, for_s=message.for_ms / 1e3)
 
 
-_IS_TIER = np.zeros(256, np.bool_)
-_IS_TIER[list(TIERS)] = True
+_TIER_CODES = bytes(TIERS)
 
 # -- what answers carry --------------------------------------------------------------------
 
@@ -131,10 +130,10 @@ def matched_to_wire(matched: Matched) -> pb.MatchResponse:
 
 def matched_of(message: pb.MatchResponse, asked: int) -> Matched:
     """The match of `asked` keys; `ProtocolError` where count and tiers do not fit."""
-    codes = np.frombuffer(message.tiers, np.uint8)
-    if not message.count == len(codes) <= asked or not _IS_TIER[codes].all():
+    codes = message.tiers
+    if not message.count == len(codes) <= asked or codes.translate(None, _TIER_CODES):
         raise ProtocolError(f"a match of {asked} keys says {message.count} and {len(codes)} tiers")
-    return Matched(message.count, codes)
+    return Matched(message.count, np.frombuffer(codes, np.uint8))
 
 
 def tier_of(number: int) -> Tier:
