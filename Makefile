@@ -26,7 +26,7 @@ cluster-demo: $(READY) ## three servers, one killed while an engine reads from i
 	$(BIN)/python -m kvstore_engines.cluster_demo
 
 test: lint ## lint and the whole test suite, but for the long hunts; in two processes
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(READY) ## the long hunts: millions of reads, deep random histories, large pools
 	$(BIN)/python -m pytest -m long --ignore tests/cluster/sim

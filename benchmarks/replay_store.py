@@ -11,10 +11,10 @@ import numpy.typing as npt
 from benchmarks.replay_trace import BLOCK_TOKENS, Chain, keys_of
 from kvstore import commands as c
 from kvstore import limits
-from kvstore.embedded import default_max_blocks
 from kvstore.errors import ResourceExhausted
 from kvstore.index import IndexReader, IndexView, Match
 from kvstore.layout import Attention, Layout
+from kvstore.limits import default_max_blocks
 from kvstore.nvme.volume import Volume
 from kvstore.store import Deferred, NvmePolicy, Store, StoreMemory
 from kvstore.tiers.slab import SlabAllocator

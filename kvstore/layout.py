@@ -139,9 +139,7 @@ class Layout:
 
     def encode(self) -> bytes:
         """Canonical JSON (ASCII, keys sorted, no blanks), at most limits.MAX_LAYOUT_BYTES."""
-        fields = {name: getattr(self, name) for name in _FIELDS}
-        fields[_VERSION_FIELD] = LAYOUT_VERSION
-        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
+        return _encoded(self)
 
     @classmethod
     def decode(cls, data: bytes) -> Layout:
@@ -150,31 +148,43 @@ class Layout:
         Raises ProtocolError for bytes that no `encode` of this version wrote, and InvalidArgument
         for well-formed fields with a wrong value.
         """
-        fields = _parse(data)
-        version = fields.pop(_VERSION_FIELD, None)
-        if type(version) is not int or version != LAYOUT_VERSION:
-            raise ProtocolError(f"layout version {version!r} is unknown")
-        if fields.keys() != set(_FIELDS):
-            raise ProtocolError("layout fields are missing or unknown")
-        try:
-            fields["attention"] = Attention(fields["attention"])
-        except ValueError as error:
-            raise ProtocolError(f"attention {fields['attention']!r} is unknown") from error
-        layout = cls(**fields)
-        # One layout has one encoding; else its fingerprint would depend on who wrote it.
-        if layout.encode() != data:
-            raise ProtocolError("layout is not in canonical form")
-        return layout
+        if len(data) > limits.MAX_LAYOUT_BYTES:
+            raise ProtocolError(f"layout is over {limits.MAX_LAYOUT_BYTES} bytes")
+        return _decoded(bytes(data))
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Layout))
 
 
-def _parse(data: bytes) -> dict[str, Any]:
-    if len(data) > limits.MAX_LAYOUT_BYTES:
-        raise ProtocolError(f"layout is over {limits.MAX_LAYOUT_BYTES} bytes")
+@functools.lru_cache(maxsize=limits.MAX_NAMESPACES)
+def _encoded(layout: Layout) -> bytes:
+    fields = {name: getattr(layout, name) for name in _FIELDS}
+    fields[_VERSION_FIELD] = LAYOUT_VERSION
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+@functools.lru_cache(maxsize=limits.MAX_NAMESPACES)
+def _decoded(data: bytes) -> Layout:
+    fields = _parse(data)
+    version = fields.pop(_VERSION_FIELD, None)
+    if type(version) is not int or version != LAYOUT_VERSION:
+        raise ProtocolError(f"layout version {version!r} is unknown")
+    if fields.keys() != set(_FIELDS):
+        raise ProtocolError("layout fields are missing or unknown")
     try:
-        fields = json.loads(bytes(data).decode("ascii"))
+        fields["attention"] = Attention(fields["attention"])
+    except ValueError as error:
+        raise ProtocolError(f"attention {fields['attention']!r} is unknown") from error
+    layout = Layout(**fields)
+    # One layout has one encoding; else its fingerprint would depend on who wrote it.
+    if layout.encode() != data:
+        raise ProtocolError("layout is not in canonical form")
+    return layout
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(data.decode("ascii"))
     except (ValueError, RecursionError) as error:  # ValueError: also bad JSON and bad ASCII
         raise ProtocolError("layout is not JSON") from error
     if not isinstance(fields, dict):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvstore import limits
 from kvstore.errors import InvalidArgument
 from kvstore.index.boards import BOARDS_BYTES, Boards
-from kvstore.store import StoreMemory
+from kvstore.store.memory import StoreMemory
 
 # Python 3.11 does not name this seal; the number is linux/fcntl.h's.
 F_SEAL_FUTURE_WRITE = 0x0010

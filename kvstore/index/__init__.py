@@ -4,11 +4,31 @@
 is where clients show blocks that the table does not have yet.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from kvstore.index.format import IndexView, capacity_for, index_bytes
-from kvstore.index.reader import IndexReader, Lookup, Match
-from kvstore.index.table import IndexTable
+from kvstore.later import later
+
+if TYPE_CHECKING:
+    from kvstore.index.format import IndexView, capacity_for, index_bytes
+    from kvstore.index.reader import IndexReader, Lookup, Match
+    from kvstore.index.table import IndexTable
+else:
+    __getattr__ = later(
+        __name__,
+        {
+            "kvstore.index.format": (
+                "IndexView",
+                "capacity_for",
+                "index_bytes",
+            ),
+            "kvstore.index.reader": (
+                "IndexReader",
+                "Lookup",
+                "Match",
+            ),
+            "kvstore.index.table": ("IndexTable",),
+        },
+    )
 
 __all__ = [
     "IndexReader",

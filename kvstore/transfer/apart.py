@@ -9,6 +9,11 @@ once it has been waited for.
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `settle`
+
 import argparse
 import base64
 import contextlib
@@ -26,6 +31,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from kvstore.errors import DeadlineExceeded, Unavailable
+from kvstore.lasting import settle
 from kvstore.transfer.base import Agent, Bytes1D, Memory, Remote, TransferFailed
 from kvstore.transfer.choose import AUTO, available, make_agent
 from kvstore.transfer.stream import Pipes, no_pipes
@@ -259,6 +265,7 @@ def _mapped(fd: int, nbytes: int, address: int) -> Bytes1D | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the child."""
+    settle()
     parser = argparse.ArgumentParser(prog="kvstore-transfer", description=__doc__)
     parser.add_argument("--kind", required=True, help="of the agent")
     parser.add_argument("--name", required=True, help="of the agent")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `settle`
+
 import contextlib
 import json
 import sys
@@ -14,6 +19,7 @@ from typer.exceptions import TyperException
 
 from kvstore import __version__
 from kvstore.errors import KVStoreError
+from kvstore.lasting import settle
 from kvstore.sizes import format_size
 from kvstore_server.secrets_file import load_shared_secret, make_shared_secret
 from kvstore_server.settings import Settings
@@ -111,6 +117,7 @@ def run(
 def _serve(loaded: Loaded) -> None:
     from kvstore_server.serve import serve  # showing settings must not need what serving needs
 
+    settle()
     serve(loaded.settings)
 
 
@@ -197,6 +204,7 @@ def _errors_as_exits() -> Iterator[None]:
 
 def main() -> None:
     """Entry point. A wrong flag is one line on standard error too, with exit code 2."""
+    settle()
     try:
         code = app(standalone_mode=False)
     except TyperException as error:

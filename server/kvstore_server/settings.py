@@ -26,7 +26,6 @@ from pydantic_settings import (
 from kvstore import limits
 from kvstore.channel.paths import default_socket, grpc_socket
 from kvstore.cluster.members import Member, parse_members
-from kvstore.embedded import default_max_blocks
 from kvstore.errors import InvalidArgument
 from kvstore.memory import HugePages
 from kvstore.nvme.opening import EngineName, Location
@@ -355,6 +354,6 @@ class Settings(BaseSettings):
     def max_blocks_per_pool(self) -> int:
         """`max_blocks`, or what a pool of this size is made for."""
         nvme = sum(location.nbytes for location in self.nvme)
-        return self.max_blocks or default_max_blocks(
+        return self.max_blocks or limits.default_max_blocks(
             self.dram // self.tenants, nvme // self.tenants
         )

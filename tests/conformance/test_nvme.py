@@ -35,7 +35,8 @@ OVER_NIXL = pytest.param(
 )
 
 
-@pytest.fixture(params=[*WAYS, OVER_NIXL])
+# A node of a cluster has this tier as any daemon does; how a cluster uses it, see test_nodes.py.
+@pytest.fixture(params=[*(way for way in WAYS if way != "cluster"), OVER_NIXL])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Opens a store on one volume; again and again, as if restarted."""
     way, volume = request.param, tmp_path / "nvme"

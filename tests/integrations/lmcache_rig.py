@@ -64,7 +64,9 @@ def bytes_of(key: Key, layout: Layout) -> np.ndarray:
 
 
 class Server:
-    """One process of LMCache's server."""
+    """One process of LMCache's server. revision: of the weights, unless it is told another one."""
+
+    revision = "r1"
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class Server:
         memory_bytes: int = 1 << 20,
         **settings: Any,
     ) -> None:
-        read = L2Settings.read({"model_revision": "r1", **settings}, "where")
+        read = L2Settings.read({"model_revision": self.revision, **settings}, "where")
         self.spy = Spy(KVStoreClient(target, verify_reads=True, lazy=lazy, timeout_s=WAIT_S))
         self.memory = np.zeros(memory_bytes, np.uint8)
         self.shelves = Shelves(self.spy, "test", read.identify, facts or {}, tenant=read.tenant)

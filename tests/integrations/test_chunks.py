@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -28,13 +29,15 @@ WAIT_S = 20.0
 class Engine:
     """One engine's cache, and the host memory that it copies from and to."""
 
-    def __init__(self, target: str, model: str = "m@1", *, groups: int = 1, lazy: bool = False):
+    model = "m@1"
+
+    def __init__(self, target: str, model: str = "", *, groups: int = 1, lazy: bool = False):
         self.spy = Spy(KVStoreClient(target, verify_reads=True, lazy=lazy, timeout_s=WAIT_S))
         self.rows = np.zeros((ROWS, BYTES), np.uint8)
         spaces = [
             Spaces(
                 self.spy.client,
-                Identity("test", model, {"group": i}),
+                Identity("test", model or self.model, {"group": i}),
                 block_bytes=BYTES,
                 block_tokens=TOKENS,
             )
@@ -83,10 +86,27 @@ def fill(engine: Engine, rows: list[int], seed: int) -> np.ndarray:
     return made
 
 
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all tests that leave it as it is; what each of them stores is its own."""
+    with daemon(tmp_path_factory.mktemp("store"), "--dram", "16MiB") as running:
+        yield running
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Daemon]:
+def alone(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon of the test's own."""
     with daemon(tmp_path, "--dram", "16MiB") as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def own_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that another test has stored is of this model."""
+    monkeypatch.setattr(Engine, "model", f"test@{next(_numbers)}")
 
 
 @pytest.fixture
@@ -230,21 +250,24 @@ def test_a_load_that_fails_is_not_promised_again_to_its_request(
     assert other.found(request, keys)[:2] == [Found.HIT, Found.MISS]
 
 
-def test_corrupted_bytes_are_a_miss(server: Daemon, engine: Engine, other: Engine) -> None:
+def test_corrupted_bytes_are_a_miss(alone: Daemon) -> None:
     keys = keys_of("a", 3)
+    engine, other = Engine(alone.target).open(), Engine(alone.target).open()
     bytes_put = fill(engine, [0, 1, 2], 1)
     engine.run("store", request_of(keys), keys, [0, 1, 2])
 
     def second(block: np.ndarray) -> np.ndarray:
         return one_bit_off(block) if np.array_equal(block, bytes_put[1]) else block
 
-    assert spoil(server, second) == 3
+    assert spoil(alone, second) == 3
     request = request_of(keys)
     copied = other.run("load", request, keys, [0, 1, 2])
     assert copied.keys == {keys[0], keys[2]}
     assert engine.run("store", request_of(keys), keys, [0, 1, 2]).complete  # stored anew
     assert other.run("load", request_of(keys), keys, [0, 1, 2]).complete
     assert np.array_equal(other.rows[1], bytes_put[1])
+    engine.close()
+    other.close()
 
 
 def test_a_dead_store_costs_misses_and_comes_back(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import subprocess
 import sys
@@ -31,11 +32,20 @@ from daemon import Daemon, daemon, notice_end
 from kvstore import limits
 from kvstore_client import KVStoreClient
 
+_numbers = itertools.count()
 
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Daemon]:
-    with daemon(tmp_path, "--dram", "16MiB") as process:
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One daemon for all tests that leave it as it is; what each of them stores is its own."""
+    with daemon(tmp_path_factory.mktemp("store"), "--dram", "16MiB") as process:
         yield process
+
+
+@pytest.fixture(autouse=True)
+def own_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that another test has stored is of these weights."""
+    monkeypatch.setattr(Server, "revision", f"test-{next(_numbers)}")
 
 
 @pytest.fixture
@@ -215,7 +225,7 @@ def test_another_shape_or_dtype_hits_nothing(server: Server, layout: Layout) -> 
     [
         {"tenant": "b"},
         {"model_revision": "r2"},
-        {"model_revisions": {"m": "r2"}},
+        {"model_revisions": {"m": "r3"}},
         {"facts": {"device": "another"}},
     ],
 )
@@ -290,11 +300,15 @@ def test_a_lock_ends_with_its_process(small: Server) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from integrations.lmcache_rig import Server, keys_of\n"
+        "Server.revision = sys.argv[3]\n"
         "assert all(Server(sys.argv[1]).found(keys_of('locked', 4)))\n"
         "print('locked', flush=True); sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", script, small.spy.client.target, str(Path(__file__).parents[1])],
+        [
+            *(sys.executable, "-c", script, small.spy.client.target),
+            *(str(Path(__file__).parents[1]), Server.revision),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -541,6 +555,7 @@ def test_closing_ends_all_threads(running: Daemon) -> None:
 
 
 def test_stored_objects_outlive_their_server(running: Daemon, server: Server) -> None:
-    server.store(keys_of("a", 4))
     with KVStoreClient(running.target) as client:
-        wait_until(lambda: client.stats().blocks == 4)
+        before = client.stats().blocks
+        server.store(keys_of("a", 4))
+        wait_until(lambda: client.stats().blocks == before + 4)

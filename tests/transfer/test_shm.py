@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import socket
@@ -65,6 +66,12 @@ class Pair:
         self.passive.close()
         for arena in (self.here, *self.there):
             arena.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_there_of_others() -> None:
+    """Their memory may go in our time else, and its descriptors with it."""
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

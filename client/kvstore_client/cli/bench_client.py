@@ -6,6 +6,11 @@ The blocks' bytes and hashes follow from a seed, so that any client can tell wha
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `settle`
+
 import dataclasses
 import json
 import sys
@@ -18,6 +23,7 @@ import numpy.typing as npt
 
 from kvstore import limits
 from kvstore.errors import KVStoreError, Unavailable
+from kvstore.lasting import settle
 from kvstore.session.base import Hit, Session
 from kvstore_client.cli.bench_plan import NAMESPACE, layout_of
 from kvstore_client.cli.target import connect
@@ -192,6 +198,7 @@ def serve(target: str, timeout_s: float) -> None:
 
 def main() -> int:
     """Entry point of the process; an error is one line on standard error."""
+    settle()
     try:
         serve(sys.argv[1], float(sys.argv[2]))
     except KVStoreError as error:

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `settle`
+
 import argparse
 import asyncio
 import contextlib
@@ -24,6 +29,7 @@ from kvstore.cluster.members import Member, parse_members
 from kvstore.cluster.node import Node
 from kvstore.cluster.site import NodePolicy
 from kvstore.errors import InvalidArgument, KVStoreError, Unavailable
+from kvstore.lasting import settle
 from kvstore.transfer.apart import make_safe_agent
 from kvstore_proto.cluster.pipes import Streams
 from kvstore_proto.cluster.rpc import Tls, client_token, node_token
@@ -213,6 +219,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the process; its exit status: 2 where starting it again cannot help."""
+    settle()
     options = parse(arguments)
     configure_logging(options.log_format, options.log_level)
     os.nice(_NICENESS)

@@ -270,18 +270,16 @@ class Simulation:
     def kept(self, host: Host) -> dict[tuple[int, bytes], Kept]:
         """The blocks in one store, by space and key."""
         store, found = host.store.store, {}
-        described = store.stats(), store._describe()
-        names = described[1].names.split("\n")
-        layouts = described[1].layouts.split("\n")
+        described = store._describe()
+        names = described.names.split("\n")
+        layouts = described.layouts.split("\n")
         spaces = {
             int(number): next(
                 i
                 for i, (known, layout) in enumerate(SPACES)
                 if known == name and layout == Layout.decode(encoded.encode())
             )
-            for number, name, encoded in zip(
-                described[1].ids.tolist(), names, layouts, strict=False
-            )
+            for number, name, encoded in zip(described.ids.tolist(), names, layouts, strict=False)
         }
         scanned = store._scan(c.Scan(first=0, most=_WHOLE >> 5))
         assert not scanned.following
@@ -395,9 +393,10 @@ class Simulation:
             member = view.find(holder)
             if member is None or member.state == MemberState.OUT:
                 continue  # what it has left is nobody's
-            for at, block in blocks.items():
-                ranked = ranking.targets(np.array([block.place], np.uint64), most=view.replicas)
-                targets = [view.members[number].name for number in ranked[0].tolist()]
+            places = np.array([block.place for block in blocks.values()], np.uint64)
+            ranked = ranking.targets(places, most=view.replicas).tolist()
+            for (at, block), numbers in zip(blocks.items(), ranked, strict=True):
+                targets = [view.members[number].name for number in numbers]
                 for target in targets:
                     there = kept[target].get(at)
                     is_worse = there is not None and there.put_id > block.put_id
