@@ -37,7 +37,6 @@ from kvstore_server.auth import TokenInterceptor
 from kvstore_server.health import Health
 from kvstore_server.logs import configure_logging
 from kvstore_server.service import KVStoreService
-from kvstore_server.slices import LONG_S, set_slice
 
 WORKERS = 16  # more than all of service's streams, so that health is answered beside those
 MAX_CALLS = 64  # running and waiting for a worker
@@ -154,7 +153,6 @@ class End:
 def run(options: argparse.Namespace) -> None:
     """Serves until the end; `KVStoreError`, `OSError` or `RuntimeError` where it cannot."""
     os.nice(NICENESS)
-    set_slice(LONG_S)
     end = End(options.lifeline_fd)
     token = options.token_file.read_text().strip()
     # The bytes leave this host's memory, so they are checked before they do.

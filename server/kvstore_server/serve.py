@@ -26,7 +26,6 @@ from kvstore_server.logs import configure_logging
 from kvstore_server.loop import Loop
 from kvstore_server.secrets_file import load_secret, load_shared_secret, load_token_path
 from kvstore_server.settings import Settings
-from kvstore_server.slices import SHORT_S, set_slice
 from kvstore_server.supervisor import Gateway, GatewayReady, NodeProcess, NodeReady
 from kvstore_server.tenants import Tenants
 
@@ -331,5 +330,4 @@ def serve(settings: Settings) -> None:
         daemon = _Daemon(settings, tenants, loop, channel, signals)
         stack.callback(daemon.close)
         daemon.start()
-        set_slice(SHORT_S)
         loop.run()
