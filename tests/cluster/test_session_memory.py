@@ -258,3 +258,29 @@ def test_where_a_network_card_may_write_once_more_a_view_waits_for_the_answer(
     with session.view(space, chain(2, 13)) as view:
         assert np.array_equal(np.array(view.blocks), data)
     assert not watched
+
+
+def test_a_view_that_was_broken_off_is_got_no_further(
+    session: ClusterSession, space: NamespaceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(session, space, 2, 14)
+    monkeypatch.setattr(landing, "WORTH_WATCHING", 0)
+    real, gets, go_on = session._thread.begin, list[Future[Any]](), asyncio.Event()
+
+    async def never(*_arguments: Any, **_options: Any) -> Any:
+        await go_on.wait()
+
+    def kept(work: Any) -> Any:
+        gets.append(real(work))
+        return gets[-1]
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.router, "read", never)
+    monkeypatch.setattr(session._thread, "begin", kept)
+    monkeypatch.setattr(landing.Landings, "follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.view(space, chain(2, 14))
+    assert gets[0].cancelled()
+    assert session._ring._held_bytes == 0

@@ -61,8 +61,7 @@ class Getter:
 
         watch = self._watch(plan, arrive)
         running = self._begin(plan, arrive, watch)
-        if watch:
-            watch.follow(running.done, time.monotonic() + plan.deadline.left_s)
+        self._follow(running, plan, watch)
         return self._end(running, plan)
 
     def land(self, plan: GetPlan, view: RingView) -> None:
@@ -82,8 +81,7 @@ class Getter:
 
         watch = self._watch(plan, arrive)
         running = self._begin(plan, arrive, watch, view.keep)
-        if watch:
-            watch.follow(running.done, time.monotonic() + plan.deadline.left_s)
+        self._follow(running, plan, watch)
         if watch and watch.complete:
             count = len(landed)
             self._ring.sweep()
@@ -129,6 +127,15 @@ class Getter:
                 timeout_ms=1e3 * max(plan.deadline.left_s - SLACK_S, 1e-3),
             )
         )
+
+    @staticmethod
+    def _follow(running: Future[c.U8], plan: GetPlan, watch: Landings | None) -> None:
+        try:
+            if watch:
+                watch.follow(running.done, time.monotonic() + plan.deadline.left_s)
+        except BaseException:
+            running.cancel()  # after Ctrl-C nobody takes what comes of it
+            raise
 
     def _end(self, running: Future[c.U8], plan: GetPlan) -> c.U8:
         """The tiers of the leading blocks that came."""

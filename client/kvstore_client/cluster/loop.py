@@ -39,6 +39,9 @@ class LoopThread:
         except TimeoutError:
             running.cancel()
             raise DeadlineExceeded(f"no answer within {timeout_s:.3f} s") from None
+        except BaseException:
+            running.cancel()  # after Ctrl-C nobody takes what comes of it
+            raise
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """`begin` and `end`."""
