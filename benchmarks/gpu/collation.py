@@ -1,16 +1,17 @@
 """Pages collated, scattered and taken to host memory and back, beside what the hardware does.
 
 `python -m benchmarks.gpu.collation`, on a machine with a GPU; `--sweep` tries other ways to cut the
-work, `--json FILE` writes what was measured. Every result is compared with the reference, byte by
-byte, on memory that was poisoned before.
+work, `--only TEXT` measures the rows whose name has it, `--json FILE` writes what was measured.
+Every result is compared with the reference, byte by byte, on memory that was poisoned before.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
+import math
+import shlex
 import statistics
 import sys
 import threading
@@ -29,24 +30,23 @@ import triton.language as tl
 
 from benchmarks.gpu.timing import eager_us, graph_us
 from kvstore_kernels.collate import Collator
-from kvstore_kernels.collate_kernels import pull_kernel
 from kvstore_kernels.collate_plan import QUANTISE_TUNING, Tuning
 from kvstore_kernels.collate_reference import collate_reference, scatter_reference
 from kvstore_kernels.cuda_runtime import cuda_runtime
+from kvstore_kernels.gqa_decode import gqa_decode
+from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace
+from kvstore_kernels.gqa_ring import GqaRingWorkspace, gqa_decode_ring
 from kvstore_kernels.page_table import CellForm, PageTable, runs_of
-from kvstore_kernels.transfer import GRAPHS, PULLS, Transfers
-from kvstore_kernels.transfer_graph import GraphForm, PullForm
-from kvstore_kernels.transfer_ring import Transfer
+from kvstore_kernels.transfer import KEPT_BYTES, PROGRAMS, Transfers
 
 DEVICE = torch.device("cuda", 0)
 MOVED_BYTES = 512 << 20  # by one gather or scatter
 LINK_BYTES = 256 << 20  # by one transfer
 LONG_BYTES = 1 << 30  # likewise
-AGAIN_BYTES = 4 << 20
+AGAIN_BYTES = 128 << 10  # of copies to one place
 PIECE_BYTES = 4 << 10  # of what is written to places of its own
 BURSTS = (4, 16, 64)  # MiB
 LINK_RATE, CLOCK = 54e9, 1.98e9  # bytes and cycles a second, about
-PULLED_ROW = 256 << 10
 MOST_PIECES = 16_384  # that are copied one by one
 POISON = 0xA5
 ROUNDS = 21
@@ -57,12 +57,8 @@ SWEPT = [
         (16, 128, ""), (32, 128, ""),
     )
 ]  # fmt: skip
-SWEPT_PULLS = [
-    (28, 4, 132, 4), (20, 4, 132, 4), (40, 4, 132, 4), (66, 2, 132, 4), (24, 8, 132, 4),
-    (32, 8, 132, 4), (28, 4, 66, 4), (28, 4, 264, 4), (28, 4, 4096, 4), (28, 4, 132, 2),
-    (28, 4, 132, 6),
-]  # fmt: skip
 SWEPT_KEPT = [replace(QUANTISE_TUNING, kept_bytes=kept << 10) for kept in (16, 40, 72)]
+PLAIN_TILES, PLAIN_THREAD = (2 << 10, 4 << 10), 32  # bytes of pages, of a program and a thread
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,16 @@ class Work:
         return self.page_tokens * self.heads * self.head_dim * 2
 
     @property
+    def together(self) -> int:
+        """Bytes of a page that lie together."""
+        sizes = {
+            "L": self.layers, "K": self.kinds, "N": self.page_tokens, "H": self.heads,
+            "D": self.head_dim,
+        }  # fmt: skip
+        _, within = self.dims.split("P")
+        return 2 * math.prod(sizes[letter] for letter in within)
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block in the pages."""
         return self.layers * self.kinds * self.block_tokens * self.heads * self.head_dim * 2
@@ -141,7 +147,10 @@ STORED_SMALL = replace(STORED, name="as in the store, 256 KiB", layers=8, heads=
 LINKED = [PIECES[0], PIECES[1], PIECES[3], PIECES[4], STORED, STORED_SMALL, QUANTISED]
 LINKED_LONG = [PIECES[0], PIECES[1], PIECES[3]]
 # Buffers, and MiB of each.
-SWEPT_BUFFERS = [(2, 4), (2, 8), (3, 16), (2, 16), (2, 32), (2, 64)]
+SWEPT_BUFFERS = [(2, 4), (2, 6), (2, 8), (3, 8), (2, 16), (2, 64)]
+# Of a buffer, MiB, and programs of a kernel for each multiprocessor.
+SWEPT_SIZES, SWEPT_PROGRAMS = (4, 6, 8, 32), (1, PROGRAMS, 4, 1000)
+REPLAYS = 13  # of sixteen decodes
 
 
 class Rig:
@@ -189,13 +198,18 @@ class Rig:
 class Report:
     """Rows of results, printed as they come and once more at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: str, only: str) -> None:
+        """command: that measures all. only: what the names of the rows that are wanted have."""
+        self._command, self._only = command, only
         self.lines: list[str] = []
         self.results: list[dict[str, Any]] = []
         self.failed: list[str] = []
 
     def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """A row that fails is told, and the others go on."""
+        if self._only not in name:
+            return
+        command = f"{self._command} --only {shlex.quote(name)}"
         start = time.perf_counter()
         try:
             found = measure()
@@ -204,9 +218,9 @@ class Report:
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
         seconds = time.perf_counter() - start
-        self.results.append({"row": name, **found})
+        self.results.append({"row": name, "command": command, **found})
         text = "  ".join(f"{key} {_text(value)}" for key, value in found.items())
-        self.lines.append(f"{name:34s} {text}")
+        self.lines.append(f"{name:34s} {text}\n    {command}")
         print(f"{self.lines[-1]}   [{seconds:.1f} s]", flush=True)
 
     def end(self) -> None:
@@ -229,8 +243,61 @@ def copy_ceiling() -> dict[str, Any]:
     return found
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def plain_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917
+    source_ptr,
+    target_ptr,
+    order_ptr,
+    PIECE: tl.constexpr,  # noqa: N803 - elements
+    TILE: tl.constexpr,  # noqa: N803
+    SCATTERS: tl.constexpr,  # noqa: N803
+):
+    """Copies or converts pieces that are in some order on one side, and dense on the other."""
+    piece = tl.program_id(0) // (PIECE // TILE)
+    inside = tl.program_id(0) % (PIECE // TILE) * TILE + tl.arange(0, TILE)
+    dense = piece.to(tl.int64) * PIECE + inside
+    ordered = tl.load(order_ptr + piece).to(tl.int64) * PIECE + inside
+    source = source_ptr + (dense if SCATTERS else ordered)
+    target = target_ptr + (ordered if SCATTERS else dense)
+    if source_ptr.dtype.element_ty == target_ptr.dtype.element_ty:
+        tl.store(target, tl.load(source))
+    else:  # eight elements a thread on both sides, as a thread has read them
+        values = tl.load(tl.max_contiguous(source, [8])).to(tl.float32)
+        tl.store(tl.max_contiguous(target, [8]), values.to(target_ptr.dtype.element_ty))
+
+
+def plain_limits(work: Work) -> dict[str, float]:
+    """TB/s of `plain_kernel` with as many bytes, pieces as long, and places as much in disorder:
+    what the memory gives whoever finds no runs, heads and layers, and knows no scales."""
+    page_type = torch.bfloat16 if work.scaled else torch.int32
+    row_type = torch.float8_e4m3fn if work.scaled else torch.int32
+    count, piece = MOVED_BYTES // work.together, work.together // page_type.itemsize
+    words = torch.randn(2 * count * piece, dtype=torch.bfloat16, device=DEVICE)
+    pages = words if work.scaled else words.repeat(2).view(page_type)
+    rows = pages[: count * piece].to(row_type)
+    order = torch.randperm(2 * count, device=DEVICE)[:count].int()
+    nbytes = rows.numel() * (page_type.itemsize + row_type.itemsize)
+
+    def rate(tile_bytes: int, *, scatters: bool) -> float:
+        source, target = (rows, pages) if scatters else (pages, rows)
+        tile = tile_bytes // page_type.itemsize
+        warps = tile_bytes // (32 * PLAIN_THREAD)
+
+        def call() -> None:
+            grid = (rows.numel() // tile,)
+            plain_kernel[grid](source, target, order, piece, tile, scatters, num_warps=warps)
+
+        return nbytes / graph_us([call] * 2) / 1e6
+
+    return {
+        name: max(rate(tile, scatters=scatters) for tile in PLAIN_TILES)
+        for name, scatters in (("plain gather", False), ("plain scatter", True))
+    }
+
+
 def measure_form(work: Work) -> dict[str, Any]:
-    """TB/s, read and written, of gather and scatter; by index_select where that is the same."""
+    """TB/s, read and written, of gather and scatter, and of a plain kernel; by index_select where
+    that is the same."""
     rig = Rig(work, MOVED_BYTES)
     rows = rig.rows()
     moved = rig.blocks * work.both_bytes
@@ -242,7 +309,7 @@ def measure_form(work: Work) -> dict[str, Any]:
     wrong += "" if scattered_right(rig, rows, pool) else " WRONG BACK"
     if wrong:
         raise AssertionError(f"gather {gather:.2f}, scatter {scatter:.2f} TB/s:{wrong}")
-    found: dict[str, Any] = {"gather": gather, "scatter": scatter}
+    found: dict[str, Any] = {"gather": gather, "scatter": scatter, **plain_limits(work)}
     if work in PIECES:
         found["index_select"] = moved / graph_us([index_select(rig, rows)] * 2) / 1e6
     return found
@@ -334,12 +401,6 @@ class LinkRig:
         assert same, "other bytes in the pages"
         self.other.copy_(self.host)
 
-    def pulled(self, form: PullForm) -> Callable[[], Transfer]:
-        """Rows to pages by kernels that pull; checked."""
-        back = Transfers(self.back, pulls=form)
-        self.check(Transfers(self.rig.collator), back)
-        return partial(back.to_pages, self.runs, self.other)
-
     def rate(self, *moves: Callable[[], Waits]) -> float:
         """GB/s of transfers that are begun together, until the last has arrived."""
 
@@ -405,10 +466,6 @@ def measure_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
     found = _beside_limits(link, out, back)
     to_host = partial(out.to_host, link.runs, link.host)
     found["both"] = link.rate(to_host, partial(back.to_pages, link.runs, link.other))
-    out = Transfers(link.rig.collator, graphs=GRAPHS)
-    link.check(out, back)
-    found["graphs D2H"] = link.rate(partial(out.to_host, link.runs, link.host))
-    found["pulled H2D"] = link.rate(link.pulled(PULLS))
     if work in (PIECES[0], PIECES[3]):
         out, back = Transfers(link.rig.collator, direct=True), Transfers(link.back, direct=True)
         found["zero-copy D2H"], found["zero-copy H2D"] = link.rates(out, back)
@@ -454,7 +511,7 @@ def by_piece(link: LinkRig) -> dict[str, Any]:
 
 
 def sweep_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
-    """GB/s D2H / H2D by the buffers, and D2H by what a graph has."""
+    """GB/s D2H / H2D by the buffers."""
     link = LinkRig(work, host)
     found: dict[str, Any] = {}
     for buffers, size in SWEPT_BUFFERS:
@@ -464,76 +521,76 @@ def sweep_link(work: Work, host: torch.Tensor) -> dict[str, Any]:
         )
         away, home = link.rates(out, back)
         found[f"{buffers} x {size} MiB"] = f"{away:.1f}/{home:.1f}"
-    for turns, buffers, size in [(32, 2, 2), (8, 2, 4), (16, 2, 4), (16, 3, 4), (16, 2, 6)]:
-        graphs = GraphForm(turns=turns, buffers=buffers, buffer_bytes=size << 20)
-        out = Transfers(link.rig.collator, graphs=graphs)
-        link.check(out, Transfers(link.back))
-        away = link.rate(partial(out.to_host, link.runs, link.host))
-        found[f"{turns} turns, {buffers} x {size} MiB"] = away
     return found
 
 
-def reader() -> tuple[str, Callable[[], object]]:
-    """A kernel that reads much memory for half a millisecond: our decode, or a plain sum."""
-    try:
-        return "decode", _decode()
-    except Exception as error:
-        print(f"decode is not there ({error}), so a sum reads", flush=True)
-    words = torch.ones((2 << 30) // 8, dtype=torch.int64, device=DEVICE)
-    total = torch.empty((), dtype=torch.int64, device=DEVICE)
-    return "sum", lambda: torch.sum(words, dim=0, out=total)
+class Decodes:
+    """GQA of 64 sequences of 8192 tokens, 2 GiB of KV: half a millisecond bound by memory."""
+
+    def __init__(self) -> None:
+        batch, length, tokens = 64, 8192, 16
+        self.form = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=tokens)
+        self.lengths = [length] * batch
+        pages = length // tokens
+        shape = (2, batch * pages, 8, tokens, 128)
+        self.pool = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+        order = torch.randperm(batch * pages, dtype=torch.int32, device=DEVICE)
+        self.table = order.view(batch, pages)
+        self.q = torch.randn(batch, 1, 32, 128, dtype=torch.bfloat16, device=DEVICE)
+        self.out = torch.empty_like(self.q)
+
+    def gqa_decode(self) -> Callable[[], object]:
+        """By the kernel that leaves room on a multiprocessor for others."""
+        workspace = GqaWorkspace(self.form, max_sequences=len(self.lengths), device=DEVICE)
+        workspace.load(workspace.plan(self.lengths))
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
+        return lambda: gqa_decode(
+            self.q, self.pool[0], self.pool[1], self.table, lengths, workspace, out=self.out
+        )
+
+    def gqa_ring(self) -> Callable[[], object]:
+        """By the kernel that `decode_attention` takes for them."""
+        workspace = GqaRingWorkspace(self.form, max_sequences=len(self.lengths), device=DEVICE)
+        workspace.load(workspace.plan(self.lengths))
+        return lambda: gqa_decode_ring(
+            self.q, self.pool[0], self.pool[1], self.table, workspace, out=self.out
+        )
 
 
-def _decode() -> Callable[[], object]:
-    """GQA of 64 sequences of 8192 tokens, 2 GiB of KV."""
-    from kvstore_kernels.gqa_decode import gqa_decode
-    from kvstore_kernels.gqa_form import GqaForm, GqaWorkspace
+class Beside:
+    """A decode, again and again without a pause, and what it loses to transfers meanwhile."""
 
-    batch, length, tokens = 64, 8192, 16
-    form = GqaForm(heads=32, kv_heads=8, head_dim=128, page_tokens=tokens)
-    workspace = GqaWorkspace(form, max_sequences=batch, device=DEVICE)
-    workspace.load(workspace.plan([length] * batch))
-    per_sequence = length // tokens
-    pool = torch.randn(2, batch * per_sequence, 8, tokens, 128, dtype=torch.bfloat16, device=DEVICE)
-    order = torch.randperm(batch * per_sequence, dtype=torch.int32, device=DEVICE)
-    table, lengths = order.view(batch, per_sequence), torch.full((batch,), length).int().to(DEVICE)
-    q = torch.randn(batch, 1, 32, 128, dtype=torch.bfloat16, device=DEVICE)
-    out = torch.empty_like(q)
+    def __init__(self, decode: Callable[[], object]) -> None:
+        self._decode = decode  # whose memory the graph uses
+        self._graph = _graph_of(decode, 16)
 
-    def call() -> None:
-        gqa_decode(q, pool[0], pool[1], table, lengths, workspace, out=out)
+    def alone_us(self) -> float:
+        """Of one decode."""
+        return eager_us(self._graph.replay) / 16
 
-    call()
-    torch.cuda.synchronize()
-    return call
+    def slowed(self, nbytes: int, move: Callable[[], Waits]) -> str:
+        """By how much, and at which rate transfers of so many bytes follow each other."""
+        before = eager_us(self._graph.replay, REPLAYS)
+        slow, rate = _meanwhile(nbytes, move, self._graph)
+        after = eager_us(self._graph.replay, REPLAYS)
+        return f"{100 * (2 * slow / (before + after) - 1):.1f} % at {rate:.1f} GB/s"
 
 
-def measure_slowdown(work: Work, host: torch.Tensor) -> dict[str, Any]:
-    """How much longer a memory-bound kernel takes while pages move, in per cent."""
-    name, call = reader()
-    graph = _graph_of(call, 16)
-    link = LinkRig(work, host)
-    found: dict[str, Any] = {f"{name} alone, us": eager_us(graph.replay) / 16}
+def measure_slowdown(decode: str, work: Work, host: torch.Tensor) -> dict[str, Any]:
+    """How much longer a memory-bound decode takes while pages move, in per cent."""
+    beside, link = Beside(getattr(Decodes(), decode)()), LinkRig(work, host)
+    found: dict[str, Any] = {"alone, us": beside.alone_us()}
     for direction, copy in copies_alone(link).items():
-        found[f"one copy {direction}"] = _slowed(link.nbytes, copy, graph)
-    ways: dict[str, dict[str, Any]] = {
-        "pipeline": {},
-        "zero-copy": {"direct": True},
-    }
-    for way, options in ways.items():
-        out, back = (Transfers(c, **options) for c in (link.rig.collator, link.back))
+        found[f"one copy {direction}"] = beside.slowed(link.nbytes, copy)
+    for way, direct in (("turns", False), ("zero-copy", True)):
+        out, back = (Transfers(c, direct=direct) for c in (link.rig.collator, link.back))
         link.check(out, back)
         moves = {
             "D2H": partial(out.to_host, link.runs, link.host),
             "H2D": partial(back.to_pages, link.runs, link.other),
         }
         for direction, move in moves.items():
-            found[f"{way} {direction}"] = _slowed(link.nbytes, move, graph)
-    out, back = Transfers(link.rig.collator, graphs=GRAPHS), Transfers(link.back)
-    link.check(out, back)
-    move = partial(out.to_host, link.runs, link.host)
-    found["graphs D2H"] = _slowed(link.nbytes, move, graph)
-    found["pulled H2D"] = _slowed(link.nbytes, link.pulled(PULLS), graph)
+            found[f"{way} {direction}"] = beside.slowed(link.nbytes, move)
     return found
 
 
@@ -552,11 +609,9 @@ def write_kernel(  # type: ignore[no-untyped-def]
 
 
 class Writes:
-    """Writes of as many bytes as the link brings, at about its rate, without it; and what a kernel
-    brings across it into the L2."""
+    """Writes of as many bytes as the link brings, at about its rate, without it."""
 
-    def __init__(self, host: torch.Tensor) -> None:
-        self._host = host
+    def __init__(self) -> None:
         self._target = torch.empty(2 * LINK_BYTES // 4, dtype=torch.int32, device=DEVICE)
         self._order = torch.randperm(2 * LINK_BYTES // PIECE_BYTES, device=DEVICE).int()
 
@@ -565,7 +620,6 @@ class Writes:
         found = {"by one program": self._replays(partial(self._write, 0, LINK_BYTES, 1))}
         for size in BURSTS:
             found[f"{size} MiB at once"] = self._replays(partial(self._bursts, size << 20))
-        found["pulled into 4 MiB of the L2"] = self._replays(self._pulls)
         return found
 
     def _replays(self, work: Callable[[], None]) -> Callable[[], Copied]:
@@ -587,44 +641,30 @@ class Writes:
             torch.cuda._sleep(int(size / LINK_RATE * CLOCK))  # type: ignore[no-untyped-call]
             self._write(first, size, size // PIECE_BYTES)
 
-    def _pulls(self) -> None:
-        for first in range(0, LINK_BYTES, AGAIN_BYTES):
-            rows = AGAIN_BYTES // PULLED_ROW
-            starts = self._starts[first // PULLED_ROW :]
-            words = (PULLED_ROW // 4, PULLS.tile_bytes // 4)
-            pull_kernel[(PULLS.programs,)](starts, self._target, rows, *words, num_stages=1)
 
-    @functools.cached_property
-    def _starts(self) -> torch.Tensor:
-        at = torch.arange(0, LINK_BYTES, PULLED_ROW, dtype=torch.int64)
-        return (self._host.data_ptr() + at).to(DEVICE)
-
-
-def measure_writes(host: torch.Tensor) -> dict[str, Any]:
+def measure_writes() -> dict[str, Any]:
     """How much longer a memory-bound kernel takes while memory is written, in per cent."""
-    _, call = reader()
-    graph = _graph_of(call, 16)
-    return {name: _slowed(LINK_BYTES, move, graph) for name, move in Writes(host).ways().items()}
+    beside = Beside(Decodes().gqa_decode())
+    return {name: beside.slowed(LINK_BYTES, move) for name, move in Writes().ways().items()}
 
 
-def sweep_pulls(work: Work, host: torch.Tensor) -> dict[str, Any]:
-    """What pulls cost a decode, at which rate, by what they have under way and scatter with."""
-    _, call = reader()
-    graph, link = _graph_of(call, 16), LinkRig(work, host)
+def sweep_beside(decode: str, work: Work, host: torch.Tensor) -> dict[str, Any]:
+    """What a decode loses, and at which rate, by MiB of a buffer and programs a multiprocessor."""
+    beside, link = Beside(getattr(Decodes(), decode)()), LinkRig(work, host)
+    multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     found = {}
-    for programs, tile, scattering, size in SWEPT_PULLS:
-        form = PullForm(
-            buffer_bytes=size << 20, programs=programs, tile_bytes=tile << 10, scattering=scattering
+    for size, programs in itertools.product(SWEPT_SIZES, SWEPT_PROGRAMS):
+        out, back = (
+            Transfers(c, buffer_bytes=size << 20, programs=programs * multiprocessors)
+            for c in (link.rig.collator, link.back)
         )
-        name = f"{programs} x {tile} KiB, scattered by {scattering}, of {size} MiB"
-        found[name] = _slowed(link.nbytes, link.pulled(form), graph)
+        link.check(out, back)
+        if size << 20 <= KEPT_BYTES:
+            move = partial(out.to_host, link.runs, link.host)
+            found[f"D2H, {size} MiB, {programs}"] = beside.slowed(link.nbytes, move)
+        move = partial(back.to_pages, link.runs, link.other)
+        found[f"H2D, {size} MiB, {programs}"] = beside.slowed(link.nbytes, move)
     return found
-
-
-def _slowed(nbytes: int, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph) -> str:
-    slow, rate = _meanwhile(nbytes, move, graph)
-    alone = eager_us(graph.replay)
-    return f"{100 * (slow / alone - 1):.1f} % at {rate:.1f} GB/s"
 
 
 class Copied:
@@ -639,22 +679,28 @@ class Copied:
 
 def copies_alone(link: LinkRig) -> dict[str, Callable[[], Copied]]:
     """One large copy of as many bytes, without a kernel: the least that copies cost. And many to
-    one place, which the L2 could hold."""
+    one small place, which the L2 could hold."""
     here = torch.empty_like(link.host, device=DEVICE)
 
     def copy(target: torch.Tensor, source: torch.Tensor) -> Copied:
         target.copy_(source, non_blocking=True)
         return Copied()
 
+    sources = np.arange(link.nbytes // AGAIN_BYTES) * AGAIN_BYTES + link.host.data_ptr()
+    targets, sizes = np.full_like(sources, here.data_ptr()), np.full_like(sources, AGAIN_BYTES)
+    stream = _stream()
+
     def copy_again() -> Copied:
-        for chunk in link.host.view(-1).split(AGAIN_BYTES):
-            here.view(-1)[: len(chunk)].copy_(chunk, non_blocking=True)
+        stream.wait_stream(torch.cuda.current_stream())
+        for part in np.split(np.arange(len(sources)), 4):
+            cuda_runtime().copy_batch(targets[part], sources[part], sizes[part], stream.cuda_stream)
+        torch.cuda.current_stream().wait_stream(stream)
         return Copied()
 
     return {
         "D2H": partial(copy, link.host, here),
         "H2D": partial(copy, here, link.host),
-        "H2D to the same 4 MiB": copy_again,
+        "H2D to the same 128 KiB": copy_again,
     }
 
 
@@ -682,12 +728,12 @@ class Waits(Protocol):
 class Mover(threading.Thread):
     """Moves pages without a pause until it is stopped."""
 
-    def __init__(self, move: Callable[[], Waits], nbytes: int) -> None:
+    def __init__(self, move: Callable[[], Waits]) -> None:
         super().__init__()
-        self._move, self._nbytes = move, nbytes
+        self._move = move
         self._stop_asked = threading.Event()
         self.started = threading.Event()
-        self.moved = 0
+        self.ends: list[float] = []  # of transfers, in seconds
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -699,7 +745,7 @@ class Mover(threading.Thread):
                 while not self._stop_asked.is_set():
                     following = self._move()
                     last.wait()
-                    self.moved += self._nbytes
+                    self.ends.append(time.perf_counter())
                     last = following
                 last.wait()
         except Exception as error:
@@ -719,14 +765,16 @@ def _meanwhile(
     nbytes: int, move: Callable[[], Waits], graph: torch.cuda.CUDAGraph
 ) -> tuple[float, float]:
     """us of one replay while another thread moves pages, and at how many GB/s it does."""
-    mover = Mover(move, nbytes)
+    mover = Mover(move)
     mover.start()
     mover.started.wait()
-    start, before = time.perf_counter(), mover.moved
-    taken = eager_us(graph.replay, 9)
-    rate = (mover.moved - before) / (time.perf_counter() - start) / 1e9
+    start = time.perf_counter()
+    taken = eager_us(graph.replay, REPLAYS)
+    end = time.perf_counter()
     mover.stop()
     torch.cuda.synchronize()
+    ends = [at for at in mover.ends if start <= at <= end]
+    rate = (len(ends) - 1) * nbytes / (ends[-1] - ends[0]) / 1e9 if len(ends) > 1 else 0.0
     return taken, rate
 
 
@@ -738,7 +786,8 @@ def rows_of(report: Report, host: torch.Tensor, *, sweep: bool) -> None:
             report.row(f"sweep, {work.name}", partial(sweep_form, work, SWEPT))
         report.row("sweep, kept", partial(sweep_form, QUANTISED_LATENT, SWEPT_KEPT))
         report.row("sweep, link, GB/s", partial(sweep_link, PIECES[2], host))
-        report.row("sweep, pulls", partial(sweep_pulls, PIECES[2], host))
+        for decode in ("gqa_decode", "gqa_ring"):
+            report.row(f"sweep, {decode}", partial(sweep_beside, decode, PIECES[2], host))
         return
     for work in (*PIECES, *FORMS):
         kind = "pieces" if work in PIECES else "form"
@@ -747,20 +796,25 @@ def rows_of(report: Report, host: torch.Tensor, *, sweep: bool) -> None:
         report.row(f"link: {work.name}, GB/s", partial(measure_link, work, host))
     for work in LINKED_LONG:
         report.row(f"link, 1 GiB: {work.name}, GB/s", partial(measure_long, work, host))
-    report.row("slowdown of a reader", partial(measure_slowdown, PIECES[2], host))
-    report.row("slowdown by writing alone", partial(measure_writes, host))
+    for decode in ("gqa_decode", "gqa_ring"):
+        for work in (PIECES[2], STORED_SMALL):
+            row = f"slowdown of {decode}: {work.name}"
+            report.row(row, partial(measure_slowdown, decode, work, host))
+    report.row("slowdown by writing alone", measure_writes)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="try other ways to cut the work")
+    parser.add_argument("--only", default="", help="the rows whose name has it")
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     torch.manual_seed(0)
     host = torch.empty(2 * LONG_BYTES, dtype=torch.uint8, pin_memory=True)
-    report = Report()
+    sweep = " --sweep" if options.sweep else ""
+    report = Report(f"python -m benchmarks.gpu.collation{sweep}", options.only)
     rows_of(report, host, sweep=options.sweep)
     if options.json:
         options.json.write_text(json.dumps(report.results, indent=2))

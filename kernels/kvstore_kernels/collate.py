@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ import triton
 
 from kvstore_kernels.checks import check_tensor, require
 from kvstore_kernels.collate_kernels import (
+    bring_kernel,
     collate_kernel,
-    pull_kernel,
     quantise_kernel,
     scatter_kernel,
 )
@@ -50,6 +49,7 @@ from kvstore_kernels.collate_plan import (
 from kvstore_kernels.compiling import Variant
 from kvstore_kernels.page_table import SCALE_BYTES, CellForm, PageForm, PageTable
 
+BROUGHT_WORDS = 1024  # by one program, of numbers
 ZERO_COPY_PROGRAMS = 2  # two keep a PCIe link busy; eight were seen to halve a decode's speed
 _MOST_TILES = (1 << 31) - 1
 
@@ -82,7 +82,7 @@ class Collator:
         )
         self.table, self.form = table, form
         self._tuning = tuning
-        self._plans: dict[tuple[bool, int, bool, bool], Plan] = {}
+        self._plans: dict[tuple[bool, int, bool], Plan] = {}
 
     def collate(
         self,
@@ -158,18 +158,14 @@ class Collator:
         *,
         out: bool,
         programs: int | None = None,
-        keep: bool = False,
     ) -> None:
-        """`collate` (out) or `scatter` of what `check` has passed, whole or in part.
-
-        keep: what is written is read soon, and stays in the L2 until then if that can be.
-        """
+        """`collate` (out) or `scatter` of what `check` has passed, whole or in part."""
         require(programs is None or programs >= 1, "programs", "must be at least 1")
         kernel = _kernel(out=out, scaled=self.form.scaled)
         across = cells.device != self.table.device
         stride = cells.stride(0) if offsets is None and len(runs) > 1 else 0
         alignment = math.gcd(16, cells.data_ptr(), stride)
-        plan = self._plan(alignment, quantise=kernel is quantise_kernel, across=across, keep=keep)
+        plan = self._plan(alignment, quantise=kernel is quantise_kernel, across=across)
         tiles = len(runs) * plan.geometry.tiles_per_block
         require(tiles <= _MOST_TILES, "runs", f"makes {tiles} tiles, over {_MOST_TILES}")
         if not tiles:
@@ -190,13 +186,13 @@ class Collator:
                 num_warps=plan.warps,
             )
 
-    def _plan(self, alignment: int, *, quantise: bool, across: bool, keep: bool) -> Plan:
+    def _plan(self, alignment: int, *, quantise: bool, across: bool) -> Plan:
         """For rows that are aligned like this; across: a link to the host's memory."""
-        key = (quantise, alignment, across, keep)
+        key = (quantise, alignment, across)
         if key not in self._plans:
             make = plan_quantise if quantise else plan_copy
             usual = ZERO_COPY_TUNING if across else QUANTISE_TUNING if quantise else Tuning()
-            tuning = replace(self._tuning or usual, keep=keep)
+            tuning = self._tuning or usual
             self._plans[key] = make(self.pairing, math.gcd(alignment, self.table.alignment), tuning)
         return self._plans[key]
 
@@ -298,13 +294,12 @@ def variants() -> Iterator[Variant]:
         yield _variant(f"quantise_{name}", quantise_kernel, quantise, max_registers=128)
         yield _variant(f"dequantise_{name}", scatter_kernel, plan_copy(fp8, 16, Tuning()))
     yield Variant(
-        name="pull",
-        kernel=pull_kernel,
-        signature={"starts_ptr": "*i64", "buffer_ptr": "*i32", "n_rows": "i32"},
-        constants={"ROW_WORDS": 64 * 8192 // 4, "TILE_WORDS": 2048},
-        aligned=("buffer_ptr",),
-        options={"num_warps": 4, "num_stages": 1},
-        max_registers=64,
+        name="bring",
+        kernel=bring_kernel,
+        signature={"source_ptr": "*i32", "target_ptr": "*i32", "n_words": "i32"},
+        constants={"WORDS": BROUGHT_WORDS},
+        options={"num_warps": 4},
+        max_registers=32,
     )
 
 

@@ -307,36 +307,16 @@ def quantise_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["n_rows"],
-    do_not_specialize_on_alignment=["starts_ptr"],
+    do_not_specialize=["n_words"],
+    do_not_specialize_on_alignment=["source_ptr", "target_ptr"],
 )
-def pull_kernel(
-    starts_ptr,  # (rows,) int64: addresses of rows in host memory, multiples of 16
-    buffer_ptr,  # rows one behind the other, int32; fewer than 2^31 in all
-    n_rows: tl.int32,
-    ROW_WORDS: tl.constexpr,  # noqa: N803 - int32 of a row, a multiple of 4
-    TILE_WORDS: tl.constexpr,  # noqa: N803
+def bring_kernel(
+    source_ptr,  # int32, in host memory
+    target_ptr,
+    n_words: tl.int32,
+    WORDS: tl.constexpr,  # noqa: N803
 ):
-    """Brings rows across the link into a buffer that stays in the L2.
-
-    How much is under way is the programs times a tile, and no more: what the link cannot take at
-    once would be waited for in the L2, by everybody.
-    """
-    tiles_per_row: tl.constexpr = (ROW_WORDS + TILE_WORDS - 1) // TILE_WORDS
-    n_tiles = n_rows * tiles_per_row
-    words = tl.arange(0, TILE_WORDS)
-    at = tl.program_id(0)
-    start = tl.load(starts_ptr + at // tiles_per_row, mask=at < n_tiles, other=0)
-    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        source = tl.multiple_of(start.to(tl.pointer_type(tl.int32)), 16)
-        following = tile + tl.num_programs(0)
-        start = tl.load(starts_ptr + following // tiles_per_row, mask=following < n_tiles, other=0)
-        place = tile % tiles_per_row * TILE_WORDS + words
-        inside = place < ROW_WORDS
-        values = tl.load(source + place, mask=inside, other=0, cache_modifier=".cg")
-        tl.store(
-            buffer_ptr + (tile // tiles_per_row * ROW_WORDS + place),
-            values,
-            mask=inside,
-            eviction_policy="evict_last",
-        )
+    """Brings a few words across the link, past the copies that wait for the copy engine."""
+    at = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    words = tl.load(source_ptr + at, mask=at < n_words, other=0)
+    tl.store(target_ptr + at, words, mask=at < n_words)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,12 +21,12 @@ Numbers = npt.NDArray[np.int64]
 
 _BATCH_FROM = 4  # pieces that cost less in one call than in a call each
 _HOST_PAGE_TABLES = 100  # cudaDevAttrPageableMemoryAccessUsesHostPageTables
+_MOST_PERSISTING = 108  # cudaDevAttrMaxPersistingL2CacheSize
+_PERSISTING = 6  # cudaLimitPersistingL2CacheSize
 _PORTABLE_AND_MAPPED, _READ_ONLY = 3, 8  # cudaHostRegister...
 _ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses tell
 _IN_STREAM_ORDER, _OVERLAPS_COMPUTE = 1, 1  # cudaMemcpySrcAccessOrderStream, cudaMemcpyFlag...
-_OF_THIS_THREAD = 1  # cudaStreamCaptureModeThreadLocal
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
-_COPY_NODE = 1  # cudaGraphNodeTypeMemcpy
 _FIRST_WITH_BATCHES, _WITHOUT_FAILED_INDEX = 12_080, 13_000  # versions
 
 
@@ -50,27 +49,6 @@ class _Attributes(ctypes.Structure):
         ("source_order", ctypes.c_int),
         ("hints", ctypes.c_int * 4),
         ("flags", ctypes.c_uint),
-    )
-
-
-class _Pitched(ctypes.Structure):
-    """cudaPitchedPtr."""
-
-    _fields_ = (("address", ctypes.c_void_p), ("sizes", ctypes.c_size_t * 3))
-
-
-class _CopyParameters(ctypes.Structure):
-    """cudaMemcpy3DParms."""
-
-    _fields_ = (
-        ("source_array", ctypes.c_void_p),
-        ("source_at", ctypes.c_size_t * 3),
-        ("source", _Pitched),
-        ("target_array", ctypes.c_void_p),
-        ("target_at", ctypes.c_size_t * 3),
-        ("target", _Pitched),
-        ("extent", ctypes.c_size_t * 3),
-        ("kind", ctypes.c_int),
     )
 
 
@@ -105,6 +83,20 @@ class CudaRuntime:
         value = ctypes.c_int()
         self._call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, device)
         return value.value
+
+    def persisting(self) -> int:
+        """Bytes of the current device's L2 that lines which are the last to leave it may take."""
+        value = ctypes.c_size_t()
+        self._call("cudaDeviceGetLimit", ctypes.byref(value), _PERSISTING)
+        return value.value
+
+    def let_persist(self, nbytes: int) -> None:
+        """Has `persisting` at so much, or as much as there can be; never at less than before."""
+        device = ctypes.c_int()
+        self._call("cudaGetDevice", ctypes.byref(device))
+        wanted = min(nbytes, self.device_attribute(_MOST_PERSISTING, device.value))
+        if self.persisting() < wanted:
+            self._call("cudaDeviceSetLimit", _PERSISTING, ctypes.c_size_t(wanted))
 
     def copy(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
         """Begins copies between GPU memory and pinned host memory, in the fastest way.
@@ -157,76 +149,6 @@ class CudaRuntime:
         stream = ctypes.c_void_p()
         self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
         return stream.value or 0
-
-    def begin_capture(self, stream: int) -> None:
-        """What this thread gives the stream from now on is written into a graph; other threads are
-        not kept from anything."""
-        self._call("cudaStreamBeginCapture", ctypes.c_void_p(stream), _OF_THIS_THREAD)
-
-    def end_capture(self, stream: int) -> int:
-        """The graph."""
-        graph = ctypes.c_void_p()
-        self._call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
-        return graph.value or 0
-
-    def copy_nodes(self, graph: int) -> list[int]:
-        """A graph's copies, in any order."""
-        count = ctypes.c_size_t()
-        handle = ctypes.c_void_p(graph)
-        self._call("cudaGraphGetNodes", handle, None, ctypes.byref(count))
-        nodes = (ctypes.c_void_p * count.value)()
-        self._call("cudaGraphGetNodes", handle, nodes, ctypes.byref(count))
-        return [node for node in nodes if node and self._is_copy(node)]
-
-    def _is_copy(self, node: int) -> bool:
-        kind = ctypes.c_int()
-        self._call("cudaGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
-        return kind.value == _COPY_NODE
-
-    def copy_target(self, node: int) -> int:
-        """Where a copy in a graph goes."""
-        found = _CopyParameters()
-        self._call("cudaGraphMemcpyNodeGetParams", ctypes.c_void_p(node), ctypes.byref(found))
-        return found.target.address or 0
-
-    def instantiate(self, graph: int) -> int:
-        """An executable of a graph, which must not be destroyed before it."""
-        executable = ctypes.c_void_p()
-        handle = ctypes.c_void_p(graph)
-        self._call(
-            "cudaGraphInstantiateWithFlags",
-            ctypes.byref(executable),
-            handle,
-            ctypes.c_ulonglong(0),
-        )
-        return executable.value or 0
-
-    def retarget_copies(
-        self,
-        executable: int,
-        nodes: Sequence[int],
-        targets: Sequence[int],
-        sources: Sequence[int],
-        nbytes: int,
-    ) -> None:
-        """Gives copies of the graph, of so many bytes each, other ends for launches from now on."""
-        handle, size = ctypes.c_void_p(executable), ctypes.c_size_t(nbytes)
-        name = "cudaGraphExecMemcpyNodeSetParams1D"
-        for node, target, source in zip(nodes, targets, sources, strict=True):
-            ends = (ctypes.c_void_p(target), ctypes.c_void_p(source))
-            self._call(name, handle, ctypes.c_void_p(node), *ends, size, _ANY_DIRECTION)
-
-    def launch_graph(self, executable: int, stream: int) -> None:
-        """Gives all of it to a stream."""
-        self._call("cudaGraphLaunch", ctypes.c_void_p(executable), ctypes.c_void_p(stream))
-
-    def destroy_executable(self, executable: int) -> None:
-        """Launches under way end all the same."""
-        self._call("cudaGraphExecDestroy", ctypes.c_void_p(executable))
-
-    def destroy_graph(self, graph: int) -> None:
-        """Frees it."""
-        self._call("cudaGraphDestroy", ctypes.c_void_p(graph))
 
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._library, name)(*arguments)

@@ -61,7 +61,7 @@ DIM = gl.constexpr(128)
 HALF = gl.constexpr(64)  # columns of a row of shared memory: 128 bytes, the widest swizzle
 BUFFERS = gl.constexpr(3)
 AHEAD = gl.constexpr(5)  # tiles before its end that an item's successor is claimed
-THREADS_REGISTERS = 168
+THREADS_REGISTERS = 160  # 12 warps leave room for a small kernel beside them
 
 DROP = gl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p discard.global.L2 [$1], 128; mov.u32 $0, 0; }"

@@ -7,18 +7,18 @@ take turns: one is filled while another is drained, and the link is never idle. 
 the copying, so that a decode that runs meanwhile loses only some memory traffic.
 
 The floor is bytes / the rate of a pinned copy. A kernel is some fifty times faster than the link,
-and between two copies 1.7 us are lost, 0.1 % of a copy of 64 MiB. What else is lost is the time
-until the first copy begins, and that is the host's: what 256 MiB brought across the link have put
-out of its caches takes five times as long as in a loop. So as little as can be comes before that
-copy (`transfer_launch`), and the rest after it: numbers of runs are read across the link by the
-first kernel and brought to the GPU for the others; that the runs exist is checked while the first
-buffer is filled. The first turn to the host and the last one to the pages are small, since the link
-waits for the kernel of the one, and the caller for that of the other.
+and between two copies 1.7 us are lost. What else is lost is the time until the first copy begins,
+and that is the host's: what 256 MiB brought across the link have put out of its caches takes five
+times as long as in a loop. So as little as can be comes before that copy (`transfer_launch`), and
+checks before the first launch, since the driver puts what is left out of those caches. The first
+turn to the host and the last one to the pages are small, since the link waits for the kernel of the
+one, and the caller for that of the other.
 
-Where a decode is to be spared, turns to rows that follow each other closely on the host are given
-many at a time, in a CUDA graph (`transfer_graph`), with two buffers of 4 MiB: these stay in the L2,
-so that a decode that runs meanwhile is slowed by 2 % rather than 4. To pages, kernels may pull rows
-through such buffers instead of copies. Both are slower.
+To the host, buffers are small enough to stay in the L2, and their lines are the last to leave it:
+the memory, on which a decode depends, sees the pages alone. From the host that is of no use, since
+the copy engine's writes go to the memory wherever they go. Both ways a kernel has few programs at a
+time, so that what it is in the way of it is evenly, and a little. Where another kernel leaves no
+registers for these, they wait for its end, and what buffers hold is all that moves until then.
 
 Pages that are rows as they are, as those of our own engines, need no collation: if they are large
 enough they are copied in place, many by one call.
@@ -29,8 +29,8 @@ What happens when is decided in `transfer_ring`. Where the GPU has host memory a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,8 +41,7 @@ from kvstore_kernels.collate import Collator
 from kvstore_kernels.collate_plan import rows_are_pages
 from kvstore_kernels.cuda_runtime import Numbers, cuda_runtime, host_is_coherent
 from kvstore_kernels.page_table import SCALE_BYTES
-from kvstore_kernels.transfer_graph import GraphForm, PullForm, ToHostGraph, ToPagesGraph
-from kvstore_kernels.transfer_launch import ROW_ALIGNMENT, BufferKernel
+from kvstore_kernels.transfer_launch import ROW_ALIGNMENT, BufferKernel, NumbersKernel
 from kvstore_kernels.transfer_ring import (
     Passed,
     Ring,
@@ -55,12 +54,18 @@ from kvstore_kernels.transfer_ring import (
 from kvstore_kernels.transfer_rows import UNSIGNED, HostRows, PinnedAhead, RunNumbers
 
 BUFFERS = 2
-BUFFER_BYTES = 64 << 20
+# Of each buffer: of those to the host, which stay in the L2, and of the others.
+KEPT_BYTES, BUFFER_BYTES = 8 << 20, 16 << 20
 # Of the turn whose kernel is waited for; its copy takes longer than the host to give the next one.
-SMALL_BYTES = 16 << 20
+SMALL_BYTES = 8 << 20
 # Rows that cost less as copies of their own than by way of a buffer.
-COPIED_IN_PLACE_FROM = 1 << 20
-GRAPHS, PULLS = GraphForm(), PullForm()
+COPIED_IN_PLACE_FROM = 256 << 10
+# Of a call at most, which takes the host less long than such copies take.
+IN_PLACE_BYTES = 64 << 20
+# From call to call, up to there: copies of 256 KiB take 5 us each, and the host up to 2 to give one.
+IN_PLACE_GROWTH = 2
+# At a time, for each multiprocessor: all at once would be in a decode's way more than they gain.
+PROGRAMS = 2
 # A coherent link (NVLink-C2C) is about eight times as fast as PCIe, for which two programs do.
 COHERENT_PROGRAMS = 16
 
@@ -73,13 +78,11 @@ class Transfers:
     given before; what the stream is given later does not wait for it (`Transfer.follow` does that).
 
     buffers, buffer_bytes: memory on the GPU for each direction, from its first use on; a buffer has
-    room for at least one block. To spare a decode that runs meanwhile (`transfer_graph`), at a
-    lower rate: graphs, of turns to the host that are given in one launch, with buffers of their
-    own, once a transfer is as long and its rows lie densely there; pulls, of turns to the pages,
-    once a transfer is as long and its rows begin at multiples of 16. None for neither. direct:
+    room for at least one block. None for KEPT_BYTES to the host and BUFFER_BYTES to the pages. Up
+    to KEPT_BYTES, those to the host may take as much of the L2 (`CudaRuntime.let_persist`). direct:
     whether a kernel goes across the link itself, without buffers; None for where that is best,
-    which is on a coherent link. programs: how many of the kernel's work at a time then; None for as
-    many as the link needs.
+    which is on a coherent link. programs: how many of a kernel's work at a time; None for as many
+    as measured best.
 
     Raises KernelArgumentError, and TransferError where there is no CUDA runtime.
     """
@@ -89,9 +92,7 @@ class Transfers:
         collator: Collator,
         *,
         buffers: int = BUFFERS,
-        buffer_bytes: int = BUFFER_BYTES,
-        graphs: GraphForm | None = None,
-        pulls: PullForm | None = None,
+        buffer_bytes: int | None = None,
         direct: bool | None = None,
         programs: int | None = None,
     ) -> None:
@@ -101,16 +102,24 @@ class Transfers:
         coherent = host_is_coherent(table.device)
         self._collator, self._device = collator, table.device
         self._direct = coherent if direct is None else direct
-        self._programs = programs or (COHERENT_PROGRAMS if coherent else None)
-        self._graphs, self._pulls = graphs, pulls
+        if programs is None and self._direct:
+            programs = COHERENT_PROGRAMS if coherent else None
+        elif programs is None:
+            properties = torch.cuda.get_device_properties(table.device)
+            programs = PROGRAMS * properties.multi_processor_count
+        self._programs = programs
         self._runtime = cuda_runtime()
         self._runs_per_block = table.form.runs_per_block(form.block_tokens)
         self._n_runs = table.form.pages * table.form.runs_per_page(form.block_tokens)
         rows_as_they_are = rows_are_pages(table, collator.pairing)
         self._in_place = rows_as_they_are and form.nbytes >= COPIED_IN_PLACE_FROM
-        self._out, self._in = (
-            _Way(collator, buffers, buffer_bytes, out=out) for out in (True, False)
-        )
+        to_host, to_pages = buffer_bytes or KEPT_BYTES, buffer_bytes or BUFFER_BYTES
+        keep = to_host <= KEPT_BYTES
+        self._out = _Way(collator, buffers, to_host, out=True, keep=keep)
+        self._in = _Way(collator, buffers, to_pages, out=False, keep=False)
+        if keep and not self._direct:
+            with torch.cuda.device(table.device):
+                self._runtime.let_persist(self._out.nbytes)
         self._begun: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._others = torch.cuda.device_count() > 1
         self._streams: dict[int, torch.cuda.Stream] = {}  # that callers had, by their handles
@@ -145,21 +154,22 @@ class Transfers:
             self._collator.check(runs, host, offsets)
         if not runs.shape[0]:
             return Transfer([], None)
-        numbers = RunNumbers(runs, way.ahead, known=not plain or not runs.is_cpu)
+        numbers = RunNumbers(runs, way.ahead)
         rows = HostRows(host, offsets, self._collator.form.nbytes)
+        if plain and runs.is_cpu and numbers.largest() >= self._n_runs:
+            self._collator.check(runs, host)  # says which
         if not self._others:
             return self._begin_to_move(way, numbers, rows)
         with torch.cuda.device(self._device):  # events and launches are the current device's
             return self._begin_to_move(way, numbers, rows)
 
     def _begin_to_move(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> Transfer:
-        in_place = self._in_place and numbers.runs.is_cpu and not self._direct
-        if in_place and (way.out or self._pulls is None):
-            passed = self._copy_in_place(way, numbers, rows)
-        elif self._direct:
+        if self._direct:
             passed = self._across(way, numbers, rows)
+        elif self._in_place and numbers.given.is_cpu:
+            passed = self._copy_in_place(way, numbers, rows)
         else:
-            passed = self._staged(way, numbers, rows)
+            passed = self._by_turns(way, numbers, rows)
         way.ahead.refill()
         transfer = Transfer(passed, (numbers, rows))
         self._under_way = [t for t in self._under_way if t.arrived() < t.blocks] + [transfer]
@@ -182,12 +192,6 @@ class Transfers:
         known = runs.is_cpu or runs.device == self._device
         return aligned and known and runs.is_contiguous() and host.is_pinned()
 
-    def _check_numbers(self, numbers: RunNumbers, rows: HostRows) -> None:
-        """Raises KernelArgumentError where there is a run that does not exist."""
-        if not numbers.known and numbers.largest() >= self._n_runs:
-            self._collator.check(numbers.given, rows.host)
-        numbers.known = True
-
     def _begin(self, lane: torch.cuda.Stream) -> None:
         """What the lane is given from now on begins after what the current stream has by now."""
         handle = driver.active.get_current_stream(self._device.index)
@@ -199,20 +203,18 @@ class Transfers:
 
     def _copy_in_place(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
         """By copies alone, of pages that are rows."""
-        self._check_numbers(numbers, rows)
         self._begin(way.link)
-        pages = self._collator.table.form
-        stride = pages.page_stride * pages.dtype.itemsize
+        form = self._collator.table.form
+        stride = form.page_stride * form.dtype.itemsize
         origin = self._collator.table.views[0][0].data_ptr()
         passed = []
-        for turn in way.ring.turns(way.sizes(numbers.blocks)):
-            of_turn = numbers.runs[turn.first : turn.end, 0]
-            if turn.first == 0:  # few, and none of them waits for the addresses of all
-                for block, page in enumerate(of_turn.tolist()):
-                    self._copy(way, rows.start(block), origin + page * stride, rows.nbytes)
-            else:
-                here = origin + of_turn.numpy().astype(np.int64) * stride
-                there = rows.starts[turn.first : turn.end]
+        for turn in way.ring.turns(way.sizes_in_place(numbers.blocks)):
+            pages = numbers.given[turn.first : turn.end, 0].numpy()
+            here = origin + pages.astype(np.int64) * stride
+            there = rows.starts[turn.first : turn.end]
+            if turn.first == 0:
+                self._copy_pieces(way, there, here, np.full(len(here), rows.nbytes))
+            else:  # now that some are under way, there is time to see which of them are one
                 self._copy_pieces(way, *copies_of(there, here, rows.nbytes))
             done = way.link.record_event()
             passed.append(Passed(turn.end, done, done))
@@ -220,128 +222,71 @@ class Transfers:
 
     def _across(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
         """All blocks by one kernel."""
-        self._check_numbers(numbers, rows)
         self._begin(way.kernels)
-        numbers.bring(way.kernels, reading=way.kernels)
+        if not numbers.given.is_cpu:
+            numbers.given.record_stream(way.kernels)
         with torch.cuda.stream(way.kernels):
             self._collator.launch(
-                numbers.runs, rows.host, rows.offsets, out=way.out, programs=self._programs
+                numbers.given, rows.host, rows.offsets, out=way.out, programs=self._programs
             )
         done = way.kernels.record_event()
         return [Passed(numbers.blocks, done, done)]
 
-    def _staged(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
-        """By way of buffers: as much as fills whole launches of a graph, and the rest by turns."""
-        form = self._graph_form(way, rows)
-        if form is None or numbers.blocks < form.blocks(rows.nbytes):
-            return self._by_turns(way, numbers, rows)
-        self._check_numbers(numbers, rows)
-        self._begin(way.kernels)
-        numbers.bring(way.kernels, reading=way.kernels)
-        by_graphs = self._by_graphs if way.out else self._by_pulls
-        passed = by_graphs(way, numbers.runs, rows)
-        done = passed[-1].end
-        if done == numbers.blocks:
-            return passed
-        rest = self._by_turns(way, numbers.behind(done), rows.behind(done))
-        return passed + [replace(p, end=done + p.end) for p in rest]
-
-    def _graph_form(self, way: _Way, rows: HostRows) -> GraphForm | None:
-        """Of the graphs that there are for such rows."""
-        form = self._graphs if way.out else self._pulls
-        if form is None or rows.nbytes != way.stride:
-            return None
-        fits = rows.dense if way.out else not (rows.starts % ROW_ALIGNMENT).any()
-        return form if fits else None
-
-    def _by_graphs(self, way: _Way, runs: torch.Tensor, rows: HostRows) -> list[Passed]:
-        """As many leading blocks, to the host, as fill whole launches of a graph."""
-        assert self._graphs is not None
-        blocks = self._graphs.blocks(rows.nbytes)
-        if runs.dtype not in way.to_host:
-            way.to_host[runs.dtype] = ToHostGraph(
-                self._collator,
-                self._runtime,
-                self._graphs,
-                runs=runs,
-                kernels=way.kernels,
-                host=rows.start(0),
-            )
-        passed = []
-        for first in range(0, len(runs) - blocks + 1, blocks):
-            end = first + blocks
-            done = way.to_host[runs.dtype].launch(runs[first:end], rows.start(first))
-            passed.append(Passed(end, done, done))
-        return passed
-
-    def _by_pulls(self, way: _Way, runs: torch.Tensor, rows: HostRows) -> list[Passed]:
-        """As many leading blocks, to the pages, as fill whole launches of a graph."""
-        assert self._pulls is not None
-        blocks = self._pulls.blocks(rows.nbytes)
-        if runs.dtype not in way.to_pages:
-            way.to_pages[runs.dtype] = ToPagesGraph(
-                self._collator, self._runtime, self._pulls, runs=runs, kernels=way.kernels
-            )
-        with torch.cuda.stream(way.kernels):
-            starts = torch.from_numpy(rows.starts).pin_memory().to(self._device, non_blocking=True)
-        passed = []
-        for first in range(0, len(runs) - blocks + 1, blocks):
-            end = first + blocks
-            done = way.to_pages[runs.dtype].launch(runs[first:end], starts[first:end])
-            passed.append(Passed(end, done, done))
-        return passed
-
     def _by_turns(self, way: _Way, numbers: RunNumbers, rows: HostRows) -> list[Passed]:
-        kernel = way.kernel(self._collator, numbers.runs.dtype)
+        """By way of buffers."""
+        kernel = way.kernel(self._collator, numbers.given.dtype)
 
-        def collate(turn: Turn) -> None:
-            blocks = turn.end - turn.first
-            kernel.launch(
-                numbers.address(turn.first), way.address(turn), blocks, way.kernels_handle
-            )
+        def collate(turn: Turn, *, programs: int | None) -> None:
+            runs, blocks = numbers.address(turn.first), turn.end - turn.first
+            kernel.launch(runs, way.address(turn), blocks, way.kernels_handle, programs)
 
-        def copy(turn: Turn) -> None:
-            here, count = way.address(turn), turn.end - turn.first
-            if count == 1 or (rows.dense and way.stride == rows.nbytes):
-                self._copy(way, rows.start(turn.first), here, count * rows.nbytes)
-            else:
-                there = rows.starts[turn.first : turn.end]
-                rows_here = here + np.arange(count) * way.stride
-                self._copy_pieces(way, *copies_of(there, rows_here, rows.nbytes))
+        def gather(turn: Turn) -> None:
+            waited_for = turn.first == 0  # by the link
+            collate(turn, programs=None if waited_for else self._programs)
 
         def copy_out(turn: Turn) -> None:
+            self._copy_turn(way, turn, rows)
             if turn.first == 0:
-                self._check_numbers(numbers, rows)  # the kernel under way does no harm
-            copy(turn)
-            if turn.first == 0:
-                numbers.bring(way.kernels, reading=way.kernels)
+                way.bring(numbers)
 
         def copy_in(turn: Turn) -> None:
-            copy(turn)
-            if turn.first == 0:
-                # On that lane, or they might come after all of the copies that follow.
-                numbers.bring(way.link, reading=way.kernels)
+            self._copy_turn(way, turn, rows)
 
         def scatter(turn: Turn) -> None:
             if turn.first == 0:
-                self._check_numbers(numbers, rows)
-            collate(turn)
+                way.bring(numbers)
+            waited_for = turn.end == numbers.blocks  # by the caller
+            collate(turn, programs=None if waited_for else self._programs)
 
-        if way.out and numbers.runs.is_cpu:
-            numbers.pinned()
+        if numbers.given.is_cpu:
+            numbers.are_at(numbers.pinned.address)
         sizes = way.sizes(numbers.blocks)
         if not way.out:
             sizes.sort(reverse=True)  # the last kernel is the one that is waited for
         first, second = (way.kernels, way.link) if way.out else (way.link, way.kernels)
         self._begin(first)
-        return pass_through(
-            way.ring,
-            way.ring.turns(sizes),
-            filling=first,
-            draining=second,
-            fill=collate if way.out else copy_in,
-            drain=copy_out if way.out else scatter,
-        )
+        try:
+            return pass_through(
+                way.ring,
+                way.ring.turns(sizes),
+                filling=first,
+                draining=second,
+                fill=gather if way.out else copy_in,
+                drain=copy_out if way.out else scatter,
+            )
+        except BaseException:
+            way.settle()  # what was given reads what is let go of now
+            raise
+
+    def _copy_turn(self, way: _Way, turn: Turn, rows: HostRows) -> None:
+        """Gives the link's lane the copies between a turn's buffer and its rows."""
+        here, count = way.address(turn), turn.end - turn.first
+        if count == 1 or (rows.dense and way.stride == rows.nbytes):
+            self._copy(way, rows.start(turn.first), here, count * rows.nbytes)
+        else:
+            there = rows.starts[turn.first : turn.end]
+            rows_here = here + np.arange(count) * way.stride
+            self._copy_pieces(way, *copies_of(there, rows_here, rows.nbytes))
 
     def _copy(self, way: _Way, there: int, here: int, nbytes: int) -> None:
         """Copies bytes between the host (there) and the GPU (here)."""
@@ -356,13 +301,14 @@ class Transfers:
 class _Way:
     """Streams and buffers of one direction."""
 
-    def __init__(self, collator: Collator, buffers: int, buffer_bytes: int, *, out: bool) -> None:
-        """out: from the pages to the host."""
-        self.out = out
+    def __init__(
+        self, collator: Collator, buffers: int, buffer_bytes: int, *, out: bool, keep: bool
+    ) -> None:
+        """out: from the pages to the host. keep: what is in buffers is the last to leave the L2."""
+        self.out, self._keep = out, keep
         # By the dtype of the run numbers.
-        self.to_host: dict[torch.dtype, ToHostGraph] = {}
-        self.to_pages: dict[torch.dtype, ToPagesGraph] = {}
         self._kernels: dict[torch.dtype, BufferKernel] = {}
+        self._numbers: torch.Tensor | None = None  # of one transfer after the other
         self.stride = -(-collator.form.nbytes // ROW_ALIGNMENT) * ROW_ALIGNMENT
         self._device, self._buffers = collator.table.device, buffers
         self._room = max(1, buffer_bytes // self.stride)
@@ -374,17 +320,50 @@ class _Way:
         self.link = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self.kernels_handle, self.link_handle = self.kernels.cuda_stream, self.link.cuda_stream
 
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers."""
+        return self._buffers * self._room * self.stride
+
     def sizes(self, blocks: int) -> list[int]:
         """Of the turns of a transfer, the first small."""
         return turn_sizes(blocks, self._room, self._small)
+
+    def sizes_in_place(self, blocks: int) -> list[int]:
+        """The same of turns that need no buffer."""
+        room = max(1, IN_PLACE_BYTES // self.stride)
+        return turn_sizes(blocks, room, self._small, IN_PLACE_GROWTH)
+
+    def settle(self) -> None:
+        """Returns when all that was given has ended, or cannot go on."""
+        with contextlib.suppress(RuntimeError):
+            self.kernels.synchronize()
+            self.link.synchronize()
 
     def kernel(self, collator: Collator, runs: torch.dtype) -> BufferKernel:
         """Between pages and buffers. runs: of their numbers."""
         if runs not in self._kernels:
             self._kernels[runs] = BufferKernel(
-                collator, runs=runs, stride=self.stride, out=self.out
+                collator, runs=runs, stride=self.stride, out=self.out, keep=self._keep
             )
         return self._kernels[runs]
+
+    def bring(self, numbers: RunNumbers) -> None:
+        """Has them on the GPU for the kernels that follow; the host's are read across the link."""
+        if not numbers.given.is_cpu:
+            numbers.given.record_stream(self.kernels)
+            return
+        if self._numbers is None or self._numbers.numel() < numbers.nbytes:
+            with torch.cuda.stream(self.kernels):
+                self._numbers = torch.empty(numbers.nbytes, dtype=torch.uint8, device=self._device)
+        address = self._numbers.data_ptr()
+        source = numbers.pinned.address
+        self._numbers_kernel.launch(source, address, numbers.nbytes, self.kernels_handle)
+        numbers.are_at(address)
+
+    @functools.cached_property
+    def _numbers_kernel(self) -> NumbersKernel:
+        return NumbersKernel(self._device)
 
     def address(self, turn: Turn) -> int:
         """Where its buffer begins."""
@@ -403,7 +382,3 @@ class _Way:
         # Whoever had that memory before may still read it, on the stream that it is of.
         self.link.wait_stream(self.kernels)
         return memory
-
-
-def _checked() -> None:
-    """What is called where there is nothing left to check."""

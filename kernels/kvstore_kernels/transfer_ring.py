@@ -13,6 +13,8 @@ import numpy as np
 
 from kvstore_kernels.cuda_runtime import Numbers
 
+GROWTH = 4  # of turns, whose copies thus take longer than the host to give the next
+
 
 class Mark(Protocol):
     """A moment in a lane's work; a torch.cuda.Event is one."""
@@ -84,12 +86,15 @@ class Ring:
         self._free[buffer] = mark
 
 
-def turn_sizes(blocks: int, room: int, small: int) -> list[int]:
-    """Of turns, of which the first has at most `small` blocks, and the others as many as there is
-    room for; the last has what is left."""
-    first = min(small, room, blocks)
-    whole, left = divmod(blocks - first, room)
-    return [size for size in (first, *[room] * whole, left) if size]
+def turn_sizes(blocks: int, room: int, small: int, growth: int = GROWTH) -> list[int]:
+    """Of turns, of which the first has at most `small` blocks, the next ones up to `growth` times
+    as many each until there is no room for more; the last has what is left."""
+    sizes, size = [], min(small, room)
+    while blocks:
+        sizes.append(min(size, blocks))
+        blocks -= sizes[-1]
+        size = min(growth * size, room)
+    return sizes
 
 
 def pass_through(

@@ -15,11 +15,11 @@ _largest = np.maximum.reduce  # `max` is a third slower
 
 
 class _Pinned:
-    """Pinned memory, its address, and as an array; a copy from it is torch's to look after."""
+    """Pinned memory and its address."""
 
     def __init__(self, nbytes: int) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.nbytes, self.address, self.array = nbytes, self.memory.data_ptr(), self.memory.numpy()
+        self.nbytes, self.address = nbytes, self.memory.data_ptr()
 
 
 class PinnedAhead:
@@ -46,43 +46,30 @@ class PinnedAhead:
 class RunNumbers:
     """The numbers of a transfer's runs, and where kernels read them."""
 
-    def __init__(self, runs: torch.Tensor, ahead: PinnedAhead, *, known: bool) -> None:
-        """runs: (blocks, runs per block), contiguous, on the CPU or the GPU. known: that they
-        exist, or that nobody asks."""
-        self.given = self.runs = runs
+    def __init__(self, runs: torch.Tensor, ahead: PinnedAhead) -> None:
+        """runs: (blocks, runs per block), contiguous, on the CPU or the GPU."""
+        self.given = runs
         self.blocks, per_block = runs.shape
-        self.known = known
         self._row_bytes = per_block * runs.element_size()
+        self.nbytes = self.blocks * self._row_bytes
         self._ahead = ahead
-        self._pinned: _Pinned | None = None
         self._address = runs.data_ptr()
 
-    def behind(self, done: int) -> RunNumbers:
-        """Without the first ones."""
-        return RunNumbers(self.runs[done:], self._ahead, known=self.known)
-
+    @functools.cached_property
     def pinned(self) -> _Pinned:
-        """Of numbers on the CPU, the copy that kernels can read across the link."""
-        if self._pinned is None:
-            nbytes = self.blocks * self._row_bytes
-            self._pinned = self._ahead.take(nbytes)
-            ctypes.memmove(self._pinned.address, self._address, nbytes)
-            self._address = self._pinned.address
-        return self._pinned
+        """Of numbers on the CPU, a copy that the caller does not have, and kernels can read."""
+        pinned = self._ahead.take(self.nbytes)
+        ctypes.memmove(pinned.address, self.given.data_ptr(), self.nbytes)
+        return pinned
 
     def largest(self) -> int:
         """Of numbers on the CPU; those below 0 count as larger than all others."""
-        numbers = self.pinned().array[: self.blocks * self._row_bytes]
-        return int(_largest(numbers.view(UNSIGNED[self.given.dtype])))
+        numbers = self.given.numpy().view(UNSIGNED[self.given.dtype])
+        return int(_largest(numbers, axis=None))
 
-    def bring(self, lane: torch.cuda.Stream, *, reading: torch.cuda.Stream) -> None:
-        """Copies them to the GPU, on that lane. reading: of the kernels that read them."""
-        if self.runs.is_cpu:
-            numbers = self.pinned().memory[: self.blocks * self._row_bytes].view(self.runs.dtype)
-            with torch.cuda.stream(lane):
-                self.runs = numbers.view(self.runs.shape).to(lane.device, non_blocking=True)
-            self._address = self.runs.data_ptr()
-        self.runs.record_stream(reading)
+    def are_at(self, address: int) -> None:
+        """Says where kernels find them from now on."""
+        self._address = address
 
     def address(self, block: int) -> int:
         """Of a block's numbers."""
@@ -103,12 +90,6 @@ class HostRows:
             self.dense = self._distance == nbytes or len(host) == 1
         else:
             self.dense = bool((np.diff(offsets.numpy()) == nbytes).all())
-
-    def behind(self, done: int) -> HostRows:
-        """Without the first ones."""
-        if self.offsets is None:
-            return HostRows(self.host[done:], None, self.nbytes)
-        return HostRows(self.host, self.offsets[done:], self.nbytes)
 
     def start(self, row: int) -> int:
         """Where one begins."""

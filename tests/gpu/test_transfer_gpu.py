@@ -22,8 +22,7 @@ from kvstore_kernels.cuda_runtime import (
 )
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable
-from kvstore_kernels.transfer import GRAPHS, Transfers
-from kvstore_kernels.transfer_graph import GraphForm, PullForm
+from kvstore_kernels.transfer import Transfers
 
 POISON = 0xA5
 TIMES = 100
@@ -88,43 +87,30 @@ def same_pages(rig: Rig, original: Rig) -> bool:
     return torch.allclose(here.float(), there.float(), rtol=1 / 15, atol=1e-2)
 
 
-# Launches of some blocks each, and a rest.
-SMALL = GraphForm(turns=3, buffers=2, buffer_bytes=1 << 19)
-PULLS = [
-    PullForm(turns=3, buffers=2, buffer_bytes=1 << 19),
-    PullForm(turns=7, buffers=3, buffer_bytes=1, programs=3, tile_bytes=2 << 10, scattering=7),
-    PullForm(turns=2, buffers=1, buffer_bytes=1 << 20, programs=200, tile_bytes=16 << 10),
-]
 BUFFERS = [
-    (3, 16 << 20, GRAPHS),
-    (3, 1 << 18, None),
-    (2, 1, None),  # 1: room for one block
+    (2, None, None),
+    (3, 16 << 20, None),
+    (3, 1 << 18, 7),
+    (2, 1, 1),  # 1: room for one block
     (1, 1 << 18, None),
-    (3, 1 << 18, SMALL),
-    (2, 1, GraphForm(turns=7, buffers=3, buffer_bytes=1)),
-    (1, 1 << 18, GraphForm(turns=2, buffers=1, buffer_bytes=1 << 20)),
 ]
-GRAPHS_OR_NOT = pytest.mark.parametrize(
-    "graphs", [None, GraphForm(turns=4, buffers=2, buffer_bytes=1 << 19)], ids=["turns", "graphs"]
-)
-PULLED_OR_NOT = pytest.mark.parametrize("pulls", [None, PULLS[0]], ids=["copied", "pulled"])
 
 
-@pytest.mark.parametrize(("buffers", "buffer_bytes", "graphs"), BUFFERS)
+@pytest.mark.parametrize(("buffers", "buffer_bytes", "programs"), BUFFERS)
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("gap", [0, 16, 64])
 def test_rows_and_pages_arrive(
     rig: Rig,
     other: Rig,
     buffers: int,
-    buffer_bytes: int,
-    graphs: GraphForm | None,
+    buffer_bytes: int | None,
+    programs: int | None,
     direct: bool,
     gap: int,
 ) -> None:
     """And nothing else is written."""
     options = {
-        "buffers": buffers, "buffer_bytes": buffer_bytes, "graphs": graphs, "direct": direct,
+        "buffers": buffers, "buffer_bytes": buffer_bytes, "programs": programs, "direct": direct,
     }  # fmt: skip
     host = rig.poisoned(gap)
     out = Transfers(rig.collator, **options).to_host(rig.runs, host)
@@ -190,6 +176,29 @@ def test_numbers_of_runs_are_the_caller_s_again_when_the_call_returns(
     assert same_pages(other, rig)
 
 
+def test_numbers_of_transfers_that_follow_each_other_are_kept_apart(
+    rig: Rig, other: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have one place on the GPU, and the turns of each transfer read its own there."""
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 1)
+    out, back = (Transfers(rig_.collator, buffer_bytes=1 << 18) for rig_ in (rig, other))
+    orders = [
+        torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(seed)) for seed in range(8)
+    ]
+    hosts = [rig.poisoned() for _ in orders]
+    rows = [rig.rows[order].pin_memory() for order in orders]
+    for _ in range(TIMES // 20):
+        other.pages.zero_()
+        torch.cuda._sleep(LONG_WAIT // 10)
+        moves = []
+        for order, host, row in zip(orders, hosts, rows, strict=True):
+            moves += [out.to_host(rig.runs[order], host), back.to_pages(rig.runs[order], row)]
+        for move in moves:
+            move.wait()
+        assert all(torch.equal(host, row) for host, row in zip(hosts, rows, strict=True))
+        assert same_pages(other, rig)
+
+
 def test_transfers_of_more_and_more_blocks(rig: Rig) -> None:
     """None waits for the one before it, whose numbers of runs are still read."""
     transfers = Transfers(rig.collator)
@@ -205,14 +214,13 @@ def test_transfers_of_more_and_more_blocks(rig: Rig) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("wrong", [-1, PAGES, PAGES + (1 << 30)])
-@pytest.mark.parametrize("graphs", [None, SMALL], ids=["turns", "graphs"])
 def test_runs_that_do_not_exist_are_refused_and_nothing_is_written(
-    rig: Rig, other: Rig, dtype: torch.dtype, wrong: int, graphs: GraphForm | None
+    rig: Rig, other: Rig, dtype: torch.dtype, wrong: int
 ) -> None:
     """Nor is the next transfer spoiled by what had begun."""
     host, runs = rig.poisoned(), rig.runs.to(dtype, copy=True)
     runs[BLOCKS // 2] = wrong
-    out, back = Transfers(rig.collator, graphs=graphs), Transfers(other.collator)
+    out, back = Transfers(rig.collator), Transfers(other.collator)
     with pytest.raises(KernelArgumentError, match="runs"):
         out.to_host(runs, host)
     with pytest.raises(KernelArgumentError, match="runs"):
@@ -224,38 +232,6 @@ def test_runs_that_do_not_exist_are_refused_and_nothing_is_written(
     assert torch.equal(host, rig.rows)
     back.to_pages(rig.runs.to(dtype), rig.rows).wait()
     assert same_pages(other, rig)
-
-
-@pytest.mark.parametrize("pulls", PULLS)
-@pytest.mark.parametrize("gap", [0, 16, 24])
-def test_rows_are_pulled_into_pages(rig: Rig, other: Rig, pulls: PullForm, gap: int) -> None:
-    """A hundred times; where rows begin at no multiple of 16, they are copied."""
-    host = rig.poisoned(gap)
-    host[:, : rig.rows.shape[1]].copy_(rig.rows)
-    transfers = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 18)
-    for _ in range(TIMES):
-        other.pages.zero_()
-        transfers.to_pages(rig.runs, host).wait()
-        assert same_pages(other, rig)
-    unused = torch.ones(PAGES, dtype=torch.bool)
-    unused[rig.runs[:, 0]] = False
-    assert not other.pages[:, :, unused.to(other.pages.device)].any()
-
-
-@pytest.mark.parametrize("pulls", [None, PULLS[0]])
-def test_pulled_rows_anywhere_in_a_pool(rig: Rig, other: Rig, pulls: PullForm | None) -> None:
-    """Of memory that is registered."""
-    nbytes = rig.collator.form.nbytes
-    slot = -(-nbytes // 4096) * 4096
-    order = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(3))
-    file = os.memfd_create("pool")
-    os.ftruncate(file, BLOCKS * slot)
-    shared = torch.from_numpy(np.frombuffer(mmap.mmap(file, BLOCKS * slot), dtype=np.uint8))
-    os.close(file)
-    shared.view(BLOCKS, slot)[order, :nbytes] = rig.rows
-    with Registration(shared):
-        Transfers(other.collator, pulls=pulls).to_pages(rig.runs, shared, order * slot).wait()
-        assert same_pages(other, rig)
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -271,24 +247,23 @@ def test_rows_anywhere_in_a_pool(rig: Rig, other: Rig, direct: bool) -> None:
     assert same_pages(other, rig)
 
 
-@pytest.mark.parametrize("pulls", [None, PULLS[0]], ids=["copies", "pulls"])
 @pytest.mark.parametrize("numbers", ["cpu", "cuda"])
-@pytest.mark.parametrize("tokens", [16, 256], ids=["small", "large"])
+@pytest.mark.parametrize("tokens", [16, 64, 256], ids=["small", "larger", "large"])
 def test_pages_that_are_rows_are_copied_as_they_are(
-    gpu: torch.device, tokens: int, numbers: str, pulls: PullForm | None
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, tokens: int, numbers: str
 ) -> None:
-    """By copies alone where they are large and the host knows the runs' numbers; else, and pulled,
-    as others are."""
+    """By copies alone where they are large and the host knows the runs' numbers; else as others
+    are. Some of them follow each other."""
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 1 << 20)
     generator = torch.Generator().manual_seed(4)
     shape = (PAGES, 4, 4, 2, tokens, 64)
     pages = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, generator=generator)
     form = CellForm(layers=4, heads=4, head_dim=64, block_tokens=tokens, dtype=torch.bfloat16)
     pools = [pages.to(gpu), torch.zeros_like(pages).to(gpu)]
     tables = [PageTable.of(pool.view(torch.bfloat16), "PHLKND") for pool in pools]
-    out, back = (
-        Transfers(Collator(table, form), buffer_bytes=tokens << 14, pulls=pulls) for table in tables
-    )
+    out, back = (Transfers(Collator(table, form), buffer_bytes=tokens << 14) for table in tables)
     runs = torch.randperm(PAGES, generator=generator)[:BLOCKS, None]
+    runs[BLOCKS // 2 :] = runs[BLOCKS // 2 :].sort(0).values
     host = torch.full((BLOCKS, form.nbytes), POISON, dtype=torch.uint8).pin_memory()
     for _ in range(3):
         out.to_host(runs.to(numbers), host).wait()
@@ -300,10 +275,10 @@ def test_pages_that_are_rows_are_copied_as_they_are(
         assert not pools[1][unused.to(gpu)].any()
 
 
-@GRAPHS_OR_NOT
-def test_a_hundred_transfers_share_three_buffers(rig: Rig, graphs: GraphForm | None) -> None:
+@pytest.mark.parametrize("buffer_bytes", [1 << 19, None])
+def test_a_hundred_transfers_share_buffers(rig: Rig, buffer_bytes: int | None) -> None:
     """None waits for the one before it, and every one is right."""
-    transfers = Transfers(rig.collator, graphs=graphs, buffer_bytes=1 << 19)
+    transfers = Transfers(rig.collator, buffer_bytes=buffer_bytes)
     hosts = [rig.poisoned() for _ in range(10)]
     for _ in range(TIMES // 10):
         for host in hosts:
@@ -314,12 +289,8 @@ def test_a_hundred_transfers_share_three_buffers(rig: Rig, graphs: GraphForm | N
             assert torch.equal(host, rig.rows)
 
 
-@GRAPHS_OR_NOT
-@PULLED_OR_NOT
-def test_both_ways_at_once(
-    rig: Rig, other: Rig, graphs: GraphForm | None, pulls: PullForm | None
-) -> None:
-    out, back = Transfers(rig.collator, graphs=graphs), Transfers(other.collator, pulls=pulls)
+def test_both_ways_at_once(rig: Rig, other: Rig) -> None:
+    out, back = Transfers(rig.collator), Transfers(other.collator)
     for _ in range(TIMES // 10):
         host = rig.poisoned()
         other.pages.zero_()
@@ -330,12 +301,9 @@ def test_both_ways_at_once(
         assert same_pages(other, rig)
 
 
-@GRAPHS_OR_NOT
-def test_it_begins_after_what_the_stream_was_given_before(
-    rig: Rig, other: Rig, graphs: GraphForm | None
-) -> None:
+def test_it_begins_after_what_the_stream_was_given_before(rig: Rig, other: Rig) -> None:
     """And the stream may write the pages again once they were read."""
-    transfers = Transfers(other.collator, graphs=graphs)
+    transfers = Transfers(other.collator)
     transfers.to_host(rig.runs, rig.poisoned()).wait()  # compiles
     host = rig.poisoned()
     torch.cuda._sleep(LONG_WAIT)
@@ -348,12 +316,9 @@ def test_it_begins_after_what_the_stream_was_given_before(
     assert torch.equal(host, rig.rows)
 
 
-@PULLED_OR_NOT
-def test_the_stream_reads_pages_once_they_arrived(
-    rig: Rig, other: Rig, pulls: PullForm | None
-) -> None:
+def test_the_stream_reads_pages_once_they_arrived(rig: Rig, other: Rig) -> None:
     """And what it had read before is not overwritten too early."""
-    transfers = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 19)
+    transfers = Transfers(other.collator, buffer_bytes=1 << 19)
     transfers.to_pages(rig.runs, rig.rows).wait()  # compiles
     other.pages.fill_(3)
     torch.cuda._sleep(LONG_WAIT)
@@ -367,22 +332,18 @@ def test_the_stream_reads_pages_once_they_arrived(
     assert same_pages(other, rig)
 
 
-@PULLED_OR_NOT
-def test_host_memory_may_be_written_again_once_it_was_read(
-    rig: Rig, other: Rig, pulls: PullForm | None
-) -> None:
+def test_host_memory_may_be_written_again_once_it_was_read(rig: Rig, other: Rig) -> None:
     host = rig.poisoned()
     host.copy_(rig.rows)
-    moved = Transfers(other.collator, pulls=pulls, buffer_bytes=1 << 19).to_pages(rig.runs, host)
+    moved = Transfers(other.collator, buffer_bytes=1 << 19).to_pages(rig.runs, host)
     moved.wait_source()
     host.fill_(POISON)
     moved.wait()
     assert same_pages(other, rig)
 
 
-@GRAPHS_OR_NOT
-def test_leading_blocks_arrive_first(rig: Rig, graphs: GraphForm | None) -> None:
-    transfers = Transfers(rig.collator, graphs=graphs, buffers=2, buffer_bytes=1)
+def test_leading_blocks_arrive_first(rig: Rig) -> None:
+    transfers = Transfers(rig.collator, buffers=2, buffer_bytes=1)
     host = rig.poisoned()
     moved = transfers.to_host(rig.runs, host)
     for wanted in (0, 1, 10, BLOCKS):
@@ -392,10 +353,9 @@ def test_leading_blocks_arrive_first(rig: Rig, graphs: GraphForm | None) -> None
         assert torch.equal(host[:arrived], rig.rows[:arrived])
 
 
-@GRAPHS_OR_NOT
-def test_a_transfer_whose_caller_forgot_it_is_right(rig: Rig, graphs: GraphForm | None) -> None:
+def test_a_transfer_whose_caller_forgot_it_is_right(rig: Rig) -> None:
     """Its host memory and run numbers are not given to others before it is through."""
-    transfers = Transfers(rig.collator, graphs=graphs, buffer_bytes=1 << 19)
+    transfers = Transfers(rig.collator, buffer_bytes=1 << 19)
     host = rig.poisoned()
     torch.cuda._sleep(LONG_WAIT)
     transfers.to_host(rig.runs, host)
@@ -474,6 +434,16 @@ def test_a_call_that_fails_is_typed_and_leaves_no_error_behind(gpu: torch.device
     with pytest.raises(CudaCallFailedError, match="cudaDeviceGetAttribute"):
         cuda_runtime().device_attribute(100, 99)
     torch.zeros(8, device=gpu).sum().item()
+
+
+def test_the_l2_may_hold_what_waits_for_its_copy(rig: Rig) -> None:
+    """And no less than it could before."""
+    most = cuda_runtime().device_attribute(108, 0)  # cudaDevAttrMaxPersistingL2CacheSize
+    for buffers in (1, 2, 1):
+        before = cuda_runtime().persisting()
+        Transfers(rig.collator, buffers=buffers)
+        wanted = min(buffers * transfer.KEPT_BYTES // (1 << 20) << 20, most)
+        assert cuda_runtime().persisting() >= max(before, wanted * 9 // 10)
 
 
 def test_the_host_is_probed(gpu: torch.device) -> None:

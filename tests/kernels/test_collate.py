@@ -16,7 +16,6 @@ from triton.runtime import interpreter
 
 from kvstore.layout import Attention, Layout
 from kvstore_kernels.collate import Collator
-from kvstore_kernels.collate_kernels import pull_kernel
 from kvstore_kernels.collate_plan import (
     QUANTISE_TUNING,
     Tuning,
@@ -600,19 +599,3 @@ def test_wrong_dims_are_refused(argument: str, pool: Any, dims: str) -> None:
     with pytest.raises(KernelArgumentError) as caught:
         PageTable.of(pool, dims)
     assert caught.value.argument == argument
-
-
-@pytest.mark.parametrize("programs", [1, 3, 40])
-@pytest.mark.parametrize(("row_words", "tile_words"), [(64, 64), (100, 64), (36, 64), (256, 64)])
-def test_rows_are_pulled_from_where_they_are(
-    programs: int, row_words: int, tile_words: int
-) -> None:
-    """And nothing behind the last of them is written."""
-    rows, size = 7, row_words * 4
-    memory = pools((20, size), torch.uint8, seed=3)
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))[:rows]
-    buffer = torch.full((rows + 2, row_words), -1, dtype=torch.int32)
-    starts = memory.data_ptr() + order * size
-    pull_kernel[(programs,)](starts, buffer, rows, row_words, tile_words)
-    assert torch.equal(buffer[:rows].view(torch.uint8), memory[order])
-    assert bool((buffer[rows:] == -1).all())

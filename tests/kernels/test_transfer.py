@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
+import weakref
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from kvstore_kernels import transfer, transfer_rows
 from kvstore_kernels.collate import Collator
 from kvstore_kernels.cuda_runtime import (
     CudaCallFailedError,
@@ -22,7 +27,6 @@ from kvstore_kernels.cuda_runtime import (
 from kvstore_kernels.errors import KernelArgumentError
 from kvstore_kernels.page_table import CellForm, PageTable
 from kvstore_kernels.transfer import Transfers
-from kvstore_kernels.transfer_graph import GraphForm
 from kvstore_kernels.transfer_ring import (
     Ring,
     Transfer,
@@ -31,7 +35,7 @@ from kvstore_kernels.transfer_ring import (
     pass_through,
     turn_sizes,
 )
-from kvstore_kernels.transfer_rows import HostRows
+from kvstore_kernels.transfer_rows import HostRows, PinnedAhead, RunNumbers
 
 
 class FakeGpu:
@@ -43,7 +47,7 @@ class FakeGpu:
         self.streams: list[FakeStream] = []
 
     def stream(self) -> FakeStream:
-        made = FakeStream(self)
+        made = FakeStream(self, len(self.streams))
         self.streams.append(made)
         return made
 
@@ -65,16 +69,22 @@ class FakeGpu:
 
 
 class FakeStream:
-    def __init__(self, gpu: FakeGpu) -> None:
-        self.gpu = gpu
+    def __init__(self, gpu: FakeGpu, number: int) -> None:
+        self.gpu, self.cuda_stream = gpu, number
         self.work: list[Any] = []
 
     def give(self, work: Callable[[], None]) -> None:
         self.work.append(work)
         self.gpu.some_steps()
 
-    def wait_event(self, event: FakeEvent) -> None:
-        self.work.append(event)
+    def wait_event(self, event: FakeEvent | FakeRecord) -> None:
+        self.work.append(event.last if isinstance(event, FakeRecord) else event)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.wait_event(other.record_event())
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
 
     def record_event(self) -> FakeEvent:
         event = FakeEvent(self.gpu)
@@ -100,6 +110,13 @@ class FakeEvent:
     def synchronize(self) -> None:
         while not self.past:
             assert self.gpu.step(), "waits for what never comes"
+
+
+class FakeRecord:
+    """An event that is recorded again and again; one waits for what was the last until then."""
+
+    def record(self, stream: FakeStream) -> None:
+        self.last = stream.record_event()
 
 
 class FakePipeline:
@@ -272,12 +289,15 @@ def test_turns_go_round_and_go_on_where_the_last_transfer_stopped() -> None:
         (1, 8, 2, [1]),
         (3, 8, 2, [2, 1]),
         (10, 8, 2, [2, 8]),
-        (30, 12, 1, [1, 12, 12, 5]),
+        (30, 12, 1, [1, 4, 12, 12, 1]),
+        (99, 64, 2, [2, 8, 32, 57]),
         (5, 2, 7, [2, 2, 1]),  # no turn is larger than a buffer
         (3, 1, 1, [1, 1, 1]),
     ],
 )
-def test_the_first_turn_is_small(blocks: int, room: int, small: int, sizes: list[int]) -> None:
+def test_the_first_turn_is_small_and_the_next_ones_grow(
+    blocks: int, room: int, small: int, sizes: list[int]
+) -> None:
     assert turn_sizes(blocks, room, small) == sizes
 
 
@@ -301,12 +321,11 @@ def test_rows_that_follow_each_other_are_one_copy(
 
 
 @pytest.mark.parametrize(("distance", "dense"), [(8, True), (24, False)])
-@pytest.mark.parametrize("done", [0, 1, 3])
-def test_rows_at_equal_distances(distance: int, dense: bool, done: int) -> None:
+def test_rows_at_equal_distances(distance: int, dense: bool) -> None:
     host = torch.zeros(5 * distance, dtype=torch.uint8).view(5, distance)
-    rows = HostRows(host, None, 8).behind(done)
-    wanted = [host.data_ptr() + row * distance for row in range(done, 5)]
-    assert [rows.start(row) for row in range(5 - done)] == rows.starts.tolist() == wanted
+    rows = HostRows(host, None, 8)
+    wanted = [host.data_ptr() + row * distance for row in range(5)]
+    assert [rows.start(row) for row in range(5)] == rows.starts.tolist() == wanted
     assert rows.dense == dense
 
 
@@ -320,7 +339,6 @@ def test_rows_at_offsets(offsets: list[int], dense: bool) -> None:
     wanted = [host.data_ptr() + offset for offset in offsets]
     assert [rows.start(row) for row in range(len(offsets))] == rows.starts.tolist() == wanted
     assert rows.dense == dense
-    assert rows.behind(1).starts.tolist() == wanted[1:]
 
 
 def test_one_row_is_dense_whatever_lies_behind_it() -> None:
@@ -334,6 +352,7 @@ class FakeLibrary:
     def __init__(self, version: int, fails: dict[str, int] | None = None) -> None:
         self.version, self.fails = version, fails or {}
         self.calls: list[str] = []
+        self.persisting = 50
         self.cudaGetErrorName = _NameOfError()
 
     def cudaGetLastError(self) -> int:
@@ -377,51 +396,19 @@ class FakeLibrary:
             ctypes.memmove(target, source, size)
         return self.fails.get("cudaMemcpyBatchAsync", 0)
 
-    # A graph is number 50 and has a kernel, 60, and copies 61 and 62 to 1061 and 1062.
-
-    def cudaStreamBeginCapture(self, stream: Any, mode: int) -> int:
-        self.calls.append(f"cudaStreamBeginCapture({stream.value}, {mode})")
-        return self.fails.get("cudaStreamBeginCapture", 0)
-
-    def cudaStreamEndCapture(self, stream: Any, graph: Any) -> int:
-        graph._obj.value = 50
-        return self.fails.get("cudaStreamEndCapture", 0)
-
-    def cudaGraphGetNodes(self, graph: Any, nodes: Any, count: Any) -> int:
-        assert graph.value == 50
-        count._obj.value = 3
-        if nodes is not None:
-            nodes[:] = [60, 61, 62]
-        return self.fails.get("cudaGraphGetNodes", 0)
-
-    def cudaGraphNodeGetType(self, node: Any, kind: Any) -> int:
-        kind._obj.value = int(node.value > 60)
+    def cudaGetDevice(self, device: Any) -> int:
+        device._obj.value = 2
         return 0
 
-    def cudaGraphMemcpyNodeGetParams(self, node: Any, parameters: Any) -> int:
-        ctypes.cast(parameters, ctypes.POINTER(ctypes.c_size_t))[12] = 1000 + node.value
-        return 0
+    def cudaDeviceGetLimit(self, value: Any, limit: int) -> int:
+        assert limit == 6
+        value._obj.value = self.persisting
+        return self.fails.get("cudaDeviceGetLimit", 0)
 
-    def cudaGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:
-        assert (graph.value, flags.value) == (50, 0)
-        executable._obj.value = 70
-        return self.fails.get("cudaGraphInstantiateWithFlags", 0)
-
-    def cudaGraphExecMemcpyNodeSetParams1D(self, executable: Any, *arguments: Any) -> int:
-        *numbers, kind = arguments
-        self.calls.append(f"set {executable.value}: {[n.value for n in numbers]}, {kind}")
-        return self.fails.get("cudaGraphExecMemcpyNodeSetParams1D", 0)
-
-    def cudaGraphLaunch(self, executable: Any, stream: Any) -> int:
-        self.calls.append(f"launch {executable.value} on {stream.value}")
-        return 0
-
-    def cudaGraphExecDestroy(self, executable: Any) -> int:
-        self.calls.append(f"destroy {executable.value}")
-        return 0
-
-    def cudaGraphDestroy(self, graph: Any) -> int:
-        self.calls.append(f"destroy {graph.value}")
+    def cudaDeviceSetLimit(self, limit: int, value: Any) -> int:
+        assert limit == 6
+        self.calls.append(f"cudaDeviceSetLimit({value.value})")
+        self.persisting = value.value
         return 0
 
 
@@ -481,50 +468,28 @@ def test_attributes_are_asked_of_the_device() -> None:
         CudaRuntime(FakeLibrary(13_000, {"cudaRuntimeGetVersion": 35}))
 
 
-def test_a_graph_s_copies_are_found_and_given_other_ends() -> None:
+def test_what_may_persist_in_the_l2_only_grows() -> None:
+    """Up to what there can be, which this device has 110 bytes of."""
     library = FakeLibrary(13_000)
     runtime = CudaRuntime(library)
-    runtime.begin_capture(7)
-    graph = runtime.end_capture(7)
-    nodes = runtime.copy_nodes(graph)
-    assert {node: runtime.copy_target(node) for node in nodes} == {61: 1061, 62: 1062}
-    executable = runtime.instantiate(graph)
-    runtime.retarget_copies(executable, nodes, [1, 2], [3, 4], 5)
-    runtime.launch_graph(executable, 7)
-    runtime.destroy_executable(executable)
-    runtime.destroy_graph(graph)
-    assert library.calls == [
-        "cudaStreamBeginCapture(7, 1)",
-        "set 70: [61, 1, 3, 5], 4",
-        "set 70: [62, 2, 4, 5], 4",
-        "launch 70 on 7",
-        "destroy 70",
-        "destroy 50",
-    ]
+    for nbytes in (70, 60, 70, 110, 1000):
+        runtime.let_persist(nbytes)
+    assert library.calls == ["cudaDeviceSetLimit(70)", "cudaDeviceSetLimit(110)"]
+    with pytest.raises(CudaCallFailedError):
+        CudaRuntime(FakeLibrary(13_000, {"cudaDeviceGetLimit": 1})).let_persist(70)
 
 
-@pytest.mark.parametrize(
-    ("call", "what"),
-    [
-        ("cudaStreamBeginCapture", CudaRuntime.begin_capture),
-        ("cudaStreamEndCapture", CudaRuntime.end_capture),
-        ("cudaGraphGetNodes", CudaRuntime.copy_nodes),
-        ("cudaGraphInstantiateWithFlags", CudaRuntime.instantiate),
-    ],
-)
-def test_graphs_that_cannot_be_made_are_typed_errors(
-    call: str, what: Callable[[CudaRuntime, int], object]
-) -> None:
-    with pytest.raises(CudaCallFailedError) as caught:
-        what(CudaRuntime(FakeLibrary(13_000, {call: 901})), 50)
-    assert (caught.value.call, caught.value.code) == (call, 901)
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "blocks"), [(1, 4 << 20), (4 << 20, 1), (64 << 20, 1), (3 << 20, 1), (2 << 20, 2)]
-)
-def test_a_graph_s_buffer_has_room_for_a_block(nbytes: int, blocks: int) -> None:
-    assert GraphForm().blocks_per_turn(nbytes) == blocks
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_numbers_of_runs(dtype: torch.dtype) -> None:
+    """Those below 0 are too large, as they are for kernels."""
+    runs = torch.tensor([[3, 1], [7, 0]], dtype=dtype)
+    numbers = RunNumbers(runs, PinnedAhead())
+    assert (numbers.blocks, numbers.nbytes, numbers.largest()) == (2, 4 * dtype.itemsize, 7)
+    assert numbers.address(1) == runs.data_ptr() + 2 * dtype.itemsize
+    numbers.are_at(1000)
+    assert [numbers.address(block) for block in range(2)] == [1000, 1000 + 2 * dtype.itemsize]
+    runs[0, 1] = -1
+    assert numbers.largest() == 2 ** (8 * dtype.itemsize) - 1
 
 
 @pytest.mark.parametrize(("read_only", "flags"), [(False, 3), (True, 11)])
@@ -560,3 +525,250 @@ def test_transfers_need_a_gpu() -> None:
     )  # fmt: skip
     with pytest.raises(KernelArgumentError, match="on a GPU"):
         Transfers(Collator(PageTable.of(pages, "LPNHD"), form))
+
+
+class FakeCuda:
+    """All of a GPU that `Transfers` uses, with work done in any order that streams allow."""
+
+    def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gpu = FakeGpu(seed)
+        self.current = self.gpu.stream()
+        self.persisting = 0
+        self._memory: list[torch.Tensor] = []
+        cuda: dict[str, Any] = {
+            "Stream": lambda *_, **__: self.gpu.stream(),
+            "Event": FakeRecord,
+            "stream": contextlib.nullcontext,
+            "device": contextlib.nullcontext,
+            "current_stream": lambda: self.current,
+            "device_count": lambda: 1,
+            "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=2),
+        }
+        for name, fake in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+        monkeypatch.setattr(torch, "empty", self._empty)  # torch's is another's in stream order
+        active = SimpleNamespace(get_current_stream=lambda _: self.current.cuda_stream)
+        mine: dict[str, Any] = {
+            "require": lambda *_: None,  # pages would have to be on a GPU
+            "driver": SimpleNamespace(active=active),
+            "host_is_coherent": lambda _: False,
+            "cuda_runtime": lambda: self,
+            "BufferKernel": partial(FakeBufferKernel, self),
+            "NumbersKernel": lambda _: SimpleNamespace(launch=self.copy_one_of),
+        }
+        for name, fake in mine.items():
+            monkeypatch.setattr(transfer, name, fake)
+        monkeypatch.setattr(transfer_rows, "_Pinned", FakePinned)
+
+    def _empty(self, *shape: Any, empty: Any = torch.empty, **options: Any) -> torch.Tensor:
+        self._memory.append(empty(*shape, **options))
+        return self._memory[-1]
+
+    def give(self, stream: int, work: Callable[[], object]) -> None:
+        self.gpu.streams[stream].give(work)
+
+    def let_persist(self, nbytes: int) -> None:
+        self.persisting = nbytes
+
+    def copy_one(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self.give(stream, lambda: ctypes.memmove(target, source, nbytes))
+
+    def copy_one_of(self, source: int, target: int, nbytes: int, stream: int) -> None:
+        self.copy_one(target, source, nbytes, stream)
+
+    def copy(self, targets: Any, sources: Any, sizes: Any, stream: int) -> None:
+        for one in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
+            self.copy_one(*one, stream)
+
+
+class FakePinned:
+    """Pinned memory that has other numbers as soon as nobody holds it."""
+
+    never_freed: ClassVar[list[Any]] = []
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        memory = (ctypes.c_uint8 * nbytes)()
+        self.address = ctypes.addressof(memory)
+        weakref.finalize(self, ctypes.memset, self.address, 0x11, nbytes).atexit = False
+        self.never_freed.append(memory)
+
+
+class FakeBufferKernel:
+    """Moves pages that are rows; numbers of runs are those there are when it comes to a block."""
+
+    def __init__(
+        self, cuda: FakeCuda, of: Collator, *, runs: torch.dtype, stride: int, out: bool, keep: bool
+    ) -> None:
+        self._cuda, self._size, self._out = cuda, of.form.nbytes, out
+        self._stride, self._number_bytes = stride, runs.itemsize
+        self._pages, self._count = of.table.views[0][0].data_ptr(), of.table.form.pages
+        self.keep = keep
+
+    def launch(
+        self, runs: int, rows: int, blocks: int, stream: int, programs: int | None = None
+    ) -> None:
+        for block in range(blocks):
+            self._cuda.give(stream, partial(self._move, runs, rows, block))
+
+    def _move(self, runs: int, rows: int, block: int) -> None:
+        place = runs + block * self._number_bytes
+        number = int.from_bytes(ctypes.string_at(place, self._number_bytes), "little")
+        if number < self._count:
+            page, row = self._pages + number * self._size, rows + block * self._stride
+            ctypes.memmove(*((row, page) if self._out else (page, row)), self._size)
+
+
+N_PAGES = 24
+
+
+@pytest.fixture(params=[24, 32], ids=["odd", "even"])
+def paged(request: pytest.FixtureRequest) -> tuple[torch.Tensor, Collator]:
+    """Pages of so many bytes, that are rows."""
+    layers = request.param // 8
+    generator = torch.Generator().manual_seed(7)
+    shape = (N_PAGES, 1, layers, 1, 4)
+    pages = torch.randint(0, 1 << 14, shape, dtype=torch.int16, generator=generator)
+    form = CellForm(
+        layers=layers, heads=1, head_dim=4, block_tokens=1, dtype=torch.float16, kinds=1
+    )
+    return pages.view(N_PAGES, -1), Collator(PageTable.of(pages.view(torch.float16), "PHLND"), form)
+
+
+@pytest.mark.parametrize("gap", [0, 8])
+@pytest.mark.parametrize("in_place", [False, True], ids=["turns", "in place"])
+def test_transfers_in_any_order_of_the_gpu_s_work(
+    monkeypatch: pytest.MonkeyPatch,
+    paged: tuple[torch.Tensor, Collator],
+    in_place: bool,
+    gap: int,
+) -> None:
+    """Both ways at once, one after the other without a wait, while callers use again what is theirs
+    by then."""
+    pages, collator = paged
+    before, nbytes = pages.clone(), collator.form.nbytes
+    monkeypatch.setattr(transfer, "COPIED_IN_PLACE_FROM", 0 if in_place else 1 << 30)
+    for name, rows in (
+        *(("KEPT_BYTES", 3), ("BUFFER_BYTES", 4), ("IN_PLACE_BYTES", 5), ("SMALL_BYTES", 1)),
+    ):
+        monkeypatch.setattr(transfer, name, rows * 32)
+    for seed in range(40):
+        pages.copy_(before)
+        random_, cuda = random.Random(seed), FakeCuda(seed, monkeypatch)
+        transfers = Transfers(collator)
+        sources, targets = list(range(N_PAGES // 2)), list(range(N_PAGES // 2, N_PAGES))
+        moved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        wanted = before.clone()
+        for _ in range(6):
+            # Whatever is written twice has to be the same, since the order is not ours.
+            count = random_.randint(1, N_PAGES // 2)
+            runs = torch.tensor([random_.sample(sources, count)]).T.contiguous()
+            host = torch.full((count, nbytes + gap), 0x22, dtype=torch.uint8)
+            moved.append((host, before[runs[:, 0]]))
+            transfers.to_host(runs, host)
+            runs.fill_(-1)
+            runs = torch.tensor([random_.sample(targets, count)], dtype=torch.int32).T.contiguous()
+            host = torch.full((count, nbytes + gap), 0x33, dtype=torch.uint8)
+            rows = (runs * torch.arange(1, nbytes // 2 + 1)).to(torch.int16)
+            host[:, :nbytes] = rows.view(torch.uint8)
+            wanted[runs[:, 0]] = rows
+            transfers.to_pages(runs, host)
+            runs.fill_(0)
+        cuda.gpu.finish()
+        assert torch.equal(pages, wanted)
+        for host, rows in moved:
+            assert torch.equal(host[:, :nbytes].contiguous().view(torch.int16), rows)
+            assert bool((host[:, nbytes:] == 0x22).all())
+        pages.copy_(before)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["turns", "in place"])
+@pytest.mark.parametrize("wrong", [-1, N_PAGES])
+def test_what_is_refused_writes_nothing_in_any_order_of_the_gpu_s_work(
+    monkeypatch: pytest.MonkeyPatch,
+    paged: tuple[torch.Tensor, Collator],
+    wrong: int,
+    in_place: bool,
+) -> None:
+    pages, collator = paged
+    before, nbytes = pages.clone(), collator.form.nbytes
+    monkeypatch.setattr(transfer, "COPIED_IN_PLACE_FROM", 0 if in_place else 1 << 30)
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 64)
+    for seed in range(20):
+        cuda = FakeCuda(seed, monkeypatch)
+        transfers = Transfers(collator)
+        for move in (transfers.to_host, transfers.to_pages):
+            host = torch.full((5, nbytes), 0x22, dtype=torch.uint8)
+            with pytest.raises(KernelArgumentError, match="runs"):
+                move(torch.tensor([[1], [2], [wrong], [3], [4]]), host)
+            cuda.gpu.finish()
+            assert bool((host == 0x22).all())
+            assert torch.equal(pages, before)
+        host = torch.full((3, nbytes), 0x22, dtype=torch.uint8)
+        transfers.to_host(torch.tensor([[5], [7], [1]]), host).wait()
+        assert torch.equal(host.view(torch.int16), before[[5, 7, 1]])
+
+
+def test_a_call_that_fails_midway_leaves_nothing_under_way(
+    monkeypatch: pytest.MonkeyPatch, paged: tuple[torch.Tensor, Collator]
+) -> None:
+    """Which would read memory that others have by then."""
+    pages, collator = paged
+    before, nbytes = pages.clone(), collator.form.nbytes
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 64)
+    monkeypatch.setattr(transfer, "BUFFER_BYTES", 64)
+    for seed in range(20):
+        cuda = FakeCuda(seed, monkeypatch)
+        transfers, left = Transfers(collator), iter(range(3))
+        copy_one = cuda.copy_one
+
+        def fails(*copied: int, left: Any = left, copy_one: Callable[..., None] = copy_one) -> None:
+            if next(left, None) is None:
+                raise CudaCallFailedError("cudaMemcpyAsync", 1, "no")
+            copy_one(*copied)
+
+        monkeypatch.setattr(cuda, "copy_one", fails)
+        runs = torch.arange(10, 20)[:, None]
+        with pytest.raises(CudaCallFailedError):
+            transfers.to_pages(runs, torch.zeros((10, nbytes), dtype=torch.uint8))
+        assert not any(stream.work for stream in cuda.gpu.streams)
+        pages[10:20] = before[10:20]
+        assert torch.equal(pages, before)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["turns", "in place"])
+def test_transfers_begin_after_what_the_current_stream_was_given(
+    monkeypatch: pytest.MonkeyPatch, paged: tuple[torch.Tensor, Collator], in_place: bool
+) -> None:
+    """Which may write the pages that go, and read those that come, until then."""
+    pages, collator = paged
+    before, nbytes = pages.clone(), collator.form.nbytes
+    monkeypatch.setattr(transfer, "COPIED_IN_PLACE_FROM", 0 if in_place else 1 << 30)
+    for seed in range(20):
+        pages.zero_()
+        cuda = FakeCuda(seed, monkeypatch)
+        transfers, seen = Transfers(collator), torch.zeros_like(pages)
+        cuda.current.give(partial(pages.copy_, before))
+        cuda.current.give(partial(seen.copy_, pages))
+        away, home = (torch.zeros((5, nbytes), dtype=torch.uint8) for _ in range(2))
+        transfers.to_host(torch.arange(5)[:, None], away)
+        transfers.to_pages(torch.arange(10, 15)[:, None], home)
+        cuda.gpu.finish()
+        assert torch.equal(away.view(torch.int16), before[:5])
+        assert torch.equal(seen, before)
+        assert not pages[10:15].any()
+
+
+def test_buffers_to_the_host_may_persist_unless_they_are_large(
+    monkeypatch: pytest.MonkeyPatch, paged: tuple[torch.Tensor, Collator]
+) -> None:
+    _, collator = paged
+    for buffer_bytes, direct, persisting in (
+        (None, False, True), (1 << 10, False, True), (64 << 20, False, False), (None, True, False),
+    ):  # fmt: skip
+        cuda = FakeCuda(0, monkeypatch)
+        Transfers(collator, buffers=3, buffer_bytes=buffer_bytes, direct=direct)
+        room = (buffer_bytes or transfer.KEPT_BYTES) // 32 * 32
+        assert cuda.persisting == (3 * room if persisting else 0)
