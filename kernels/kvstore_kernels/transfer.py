@@ -62,7 +62,7 @@ SMALL_BYTES = 8 << 20
 COPIED_IN_PLACE_FROM = 256 << 10
 # Of a call at most, which takes the host less long than such copies take.
 IN_PLACE_BYTES = 64 << 20
-# From call to call, up to there: copies of 256 KiB take 5 us each, and the host up to 2 to give one.
+# From call to call, up to there: a copy of 256 KiB takes 5 us, and the host up to 2 to give it.
 IN_PLACE_GROWTH = 2
 # At a time, for each multiprocessor: all at once would be in a decode's way more than they gain.
 PROGRAMS = 2
