@@ -365,21 +365,22 @@ class Contacts:
     def readers(self, places: c.U64) -> dict[int, list[Member]]:
         """By place, who may have its blocks, the best first."""
         assert self.view
-        members, unique = self.view.members, np.unique(places)
-        extra = max((self.hot.get(int(p), 0) for p in unique.tolist()), default=0)
+        members, unique = self.view.members, list(dict.fromkeys(places.tolist()))
+        if len(unique) < len(places):
+            places = np.array(unique, np.uint64)
+        extra = max((self.hot.get(place, 0) for place in unique), default=0) if self.hot else 0
         most = self.ranking.copies + SPARE + extra
-        rows = self.ranking.targets(unique, most=most).tolist()
+        rows = self.ranking.targets(places, most=most).tolist()
         if not self.view.settled:
-            earlier = self.ranking.earlier(unique).tolist()
+            earlier = self.ranking.earlier(places).tolist()
             rows = [[*a, *(n for n in b if n not in a)] for a, b in zip(rows, earlier, strict=True)]
         found = {}
         orders: dict[tuple[int, ...], list[Member]] = {}
-        for place, row in zip(unique.tolist(), rows, strict=True):
-            if tuple(row) not in orders:
-                orders[tuple(row)] = self.by_health(members[n] for n in row)
-            order = orders[tuple(row)]
-            hot = self.hot.get(place, 0)
-            if hot:  # all of its copies share the load
+        for place, row in zip(unique, map(tuple, rows), strict=True):
+            order = orders.get(row)
+            if order is None:
+                order = orders[row] = self.by_health(members[n] for n in row)
+            if self.hot and (hot := self.hot.get(place, 0)):  # all of its copies share the load
                 copies = self.ranking.copies + hot
                 head = order[:copies]
                 self.world.random.shuffle(head)

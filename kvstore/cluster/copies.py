@@ -53,39 +53,68 @@ class Held:
         )
 
 
-@asynccontextmanager
-async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncIterator[Held]:
-    """Keeps the leading stored blocks of a chain in memory meanwhile; brings them from NVMe."""
-    end_ms = site.world.now_ms() + wait_ms
-    generation = site.generation(space.mark)
-    lease = c.Lease(namespace=space.number, hashes=hashes)
-    leased: c.Leased = await site.store.command(lease, site.policy.call_ms)
-    try:
-        # Asked for first, since most often all is in memory.
-        if len(leased.granules) < len(hashes) and await _bring(site, space, hashes, end_ms):
-            earlier = leased.lease
-            generation = site.generation(space.mark)
-            leased = await site.store.command(lease, site.policy.call_ms)
-            if earlier:
-                site.world.spawn(_release(site, earlier))
-        n = len(leased.granules)
-        headers = site.store.headers(space.layout, leased.granules)
-        put_ids = np.ascontiguousarray(fixed_fields(headers)["put_id"]) if n else _NO_IDS
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lease:
+    """Blocks that stay where they are meanwhile. generation: see `Held`. left_ms: as `Leased`."""
+
+    space: Space
+    generation: int
+    hashes: c.U8
+    granules: c.U32
+    left_ms: c.U64
+
+    def held(self, site: Site) -> Held:
+        """With what their headers say."""
+        granules, left_ms = self.granules, self.left_ms.astype(np.float64)
+        headers = site.store.headers(self.space.layout, granules)
+        put_ids = _NO_IDS
+        if len(granules):
+            put_ids = np.ascontiguousarray(fixed_fields(headers)["put_id"])
         places, _placed = places_of_put_ids(put_ids)
-        left_ms = leased.left_ms.astype(np.float64)
-        yield Held(
-            space=space,
-            generation=generation,
-            hashes=hashes[:n],
-            granules=leased.granules,
+        return Held(
+            space=self.space,
+            generation=self.generation,
+            hashes=self.hashes,
+            granules=granules,
             headers=headers,
             put_ids=put_ids,
             places=places,
             ends_ms=np.where(left_ms, site.world.now_ms() + left_ms, 0.0),
         )
+
+
+@asynccontextmanager
+async def hold(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncIterator[Held]:
+    """`leased`, and what the blocks' headers say."""
+    async with leased(site, space, hashes, wait_ms) as lease:
+        yield lease.held(site)
+
+
+@asynccontextmanager
+async def leased(site: Site, space: Space, hashes: c.U8, wait_ms: float) -> AsyncIterator[Lease]:
+    """Keeps the leading stored blocks of a chain in memory meanwhile; brings them from NVMe."""
+    end_ms = site.world.now_ms() + wait_ms
+    generation = site.generation(space.mark)
+    command = c.Lease(namespace=space.number, hashes=hashes)
+    answer: c.Leased = await site.store.command(command, site.policy.call_ms)
+    try:
+        # Asked for first, since most often all is in memory.
+        if len(answer.granules) < len(hashes) and await _bring(site, space, hashes, end_ms):
+            earlier = answer.lease
+            generation = site.generation(space.mark)
+            answer = await site.store.command(command, site.policy.call_ms)
+            if earlier:
+                site.world.spawn(_release(site, earlier))
+        yield Lease(
+            space=space,
+            generation=generation,
+            hashes=hashes[: len(answer.granules)],
+            granules=answer.granules,
+            left_ms=answer.left_ms,
+        )
     finally:
-        if leased.lease:  # nobody has to wait for that
-            site.world.spawn(_release(site, leased.lease))
+        if answer.lease:  # nobody has to wait for that
+            site.world.spawn(_release(site, answer.lease))
 
 
 @asynccontextmanager

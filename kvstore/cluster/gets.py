@@ -150,10 +150,14 @@ class Get:
         because there is no room in the ring."""
         contacts = self._contacts
         by_member: dict[str, tuple[Member, list[int]]] = {}
+        before: Member | None = None  # most often all are asked of one
         for row in np.flatnonzero((self._tiers == 0) & (self._flying == 0)).tolist():
-            if self._left[row]:
-                member = self._left[row][0]
-                by_member.setdefault(member.name, (member, []))[1].append(row)
+            left = self._left[row]
+            if left:
+                if left[0] is not before:
+                    before = left[0]
+                    rows_of = by_member.setdefault(before.name, (before, []))[1]
+                rows_of.append(row)
             elif self._leading:
                 break  # nobody has it, so nobody wants those behind it
         policy = contacts.policy

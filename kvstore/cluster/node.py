@@ -6,6 +6,7 @@ slots, another process's memory) goes back only in their own last steps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from kvstore import limits
 from kvstore.block import fixed_fields
 from kvstore.cluster import messages as m
 from kvstore.cluster.coordination import Coordination
-from kvstore.cluster.copies import Held, by_partners, hold, hold_for_copies, spread
+from kvstore.cluster.copies import Lease, by_partners, hold, hold_for_copies, leased, spread
 from kvstore.cluster.forgetting import forget_all, forget_keys
 from kvstore.cluster.heat import Heat
 from kvstore.cluster.intake import Arrivals, give_up, take_in
@@ -38,7 +39,7 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.session.parts import checked_cells, part_of
+from kvstore.session.parts import Part, checked_cells, part_of
 from kvstore.transfer.base import Pieces, TransferFailed
 
 _STORED = (m.PutStatus.STORED, m.PutStatus.EXISTS)
@@ -214,11 +215,13 @@ class Node:
         # What is in memory goes first, while what is on NVMe comes. One that is not there hides
         # none of those behind it, which may have no other copy.
         while len(left):
-            async with hold(site, space, hashes[left], end_ms - site.world.now_ms()) as held:
-                k = len(held.hashes)
+            wait_ms = end_ms - site.world.now_ms()
+            async with leased(site, space, hashes[left], wait_ms) as lease:
+                k = len(lease.hashes)
                 rows = left[:k]
                 if k:
-                    await self._send(memory, held, message, rows, end_ms)
+                    await self._send(memory, lease, message, rows, end_ms)
+                    held = lease.held(site)
                     if headers is None:
                         headers = np.zeros((n, held.headers.shape[1]), np.uint8)
                     headers[rows] = held.headers
@@ -237,28 +240,28 @@ class Node:
     async def _send(
         self,
         memory: Memory,
-        held: Held,
+        lease: Lease,
         message: m.Get,
         rows: np.ndarray[Any, np.dtype[np.intp]],
         end_ms: float,
     ) -> None:
         """Writes leased blocks to the sender's memory. They stay leased until no byte of them is
         read any more, which after a failure is when its memory is closed."""
-        site, layout = self.site, held.space.layout
+        site, layout = self.site, lease.space.layout
         part = part_of(layout, message.cells)
-        k = len(held.hashes)
-        starts = site.store.addresses(layout, held.granules)
+        k = len(lease.hashes)
+        starts = site.store.addresses(layout, lease.granules)
         targets = message.addresses[rows]
-        runs = np.array(part.runs, np.uint64).reshape(-1, 3)  # in the block, in the part, bytes
         if message.heads:
             head = np.uint64(part.payload_at)
             starts, targets = starts - head, targets - head
-            runs = _with_heads(runs, part.payload_at)
-        pieces = Pieces(
-            local=(starts[:, None] + runs[None, :, 0]).ravel(),
-            remote=(targets[:, None] + runs[None, :, 1]).ravel(),
-            nbytes=np.tile(runs[:, 2], k),
-        )
+        runs = _runs_of(part, heads=bool(message.heads))
+        if len(runs) > 1:
+            starts, targets = starts[:, None] + runs[:, 0], targets[:, None] + runs[:, 1]
+            pieces = Pieces(starts.ravel(), targets.ravel(), np.tile(runs[:, 2], k))
+        else:
+            at, own, nbytes = runs[0]
+            pieces = Pieces(starts + at, targets + own, np.full(k, nbytes))
         try:
             await memory.write(pieces, max(end_ms - site.world.now_ms(), 1.0))
         except KVStoreError as error:
@@ -570,6 +573,13 @@ class Node:
 
     async def _stat(self, message: c.Stat) -> Any:
         return await self.site.store.command(message, self.site.policy.call_ms)
+
+
+@functools.lru_cache(maxsize=256)
+def _runs_of(part: Part, *, heads: bool) -> c.U64:
+    """Where in a block, where in the part, bytes: uint64 (n, 3). heads: behind a header each."""
+    runs = np.array(part.runs, np.uint64).reshape(-1, 3)
+    return _with_heads(runs, part.payload_at) if heads else runs
 
 
 def _with_heads(runs: c.U64, head: int) -> c.U64:

@@ -226,8 +226,10 @@ class NixlRemote:
         way = _way(self._local.device_of(here), self._remote.device_of(there), read=read)
         n = len(wanted.nbytes)
         # Only where none was empty it is known which of the caller's have arrived.
-        ends = portions(wanted.nbytes) if arrived and n == len(pieces.nbytes) else [n]
-        parts = [wanted.rows(at, end) for at, end in pairwise([0, *ends])]
+        ends, parts = [n], [wanted]
+        if arrived and n == len(pieces.nbytes):
+            ends = portions(wanted.nbytes)
+            parts = [wanted.rows(at, end) for at, end in pairwise([0, *ends])]
 
         def landed(part: int) -> None:
             if arrived and part < len(parts) - 1:
@@ -238,6 +240,8 @@ class NixlRemote:
 
     def _fewest(self, pieces: Pieces) -> Pieces:
         fewer = merged(pieces)
+        if fewer is pieces:
+            return pieces
         # Memories that were registered one by one may be neighbours by chance.
         apart = (
             self._local.find(fewer.local, fewer.nbytes) is None

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from numba import types
 
 from kvstore import limits
+from kvstore.compiled import compiled
 from kvstore.errors import InvalidArgument, ResourceExhausted
 from kvstore.transfer.base import HOST, U64, DeviceBytes, Memory, Pieces
 
@@ -24,6 +26,28 @@ class Region(NamedTuple):
     device: int = HOST
 
 
+def _find_each(starts, ends, addresses, nbytes, found):  # type: ignore[no-untyped-def] # compiled
+    """Fills found (n,) with the number of the range that each piece lies in; whether all do."""
+    number = 0
+    for row in range(len(addresses)):
+        address = addresses[row]
+        # Most often it is in the range that the one before is in.
+        if number >= len(starts) or address < starts[number] or address >= ends[number]:
+            number = np.searchsorted(starts, address, "right") - 1
+            if number < 0 or address > ends[number]:
+                return False
+        # No sum of an address and a length: it might overflow.
+        if nbytes[row] > ends[number] - address:
+            return False
+        found[row] = number
+    return True
+
+
+_WORDS = types.uint64[::1]
+_GIVEN = types.Array(types.uint64, 1, "A", readonly=True)
+_find = compiled(types.boolean(_WORDS, _WORDS, _GIVEN, _GIVEN, _WORDS), _find_each)
+
+
 class Regions:
     """Ranges of addresses that do not overlap. A GPU's addresses are none of the host's."""
 
@@ -31,24 +55,22 @@ class Regions:
         """`InvalidArgument` where they overlap."""
         self.ranges = sorted(ranges)
         table = np.array([each[:2] for each in self.ranges], np.uint64).reshape(-1, 2)
-        self._starts, self._ends = table[:, 0], table[:, 0] + table[:, 1]
+        self._starts, self._ends = table[:, 0].copy(), table[:, 0] + table[:, 1]
         self._devices = np.array([each.device for each in self.ranges], np.int64)
+        devices = {each.device for each in self.ranges}
+        self._only = devices.pop() if len(devices) == 1 else None
         if (self._starts[1:] < self._ends[:-1]).any() or (self._ends < self._starts).any():
             raise InvalidArgument("memory", "overlaps with registered memory")
 
     def find(self, addresses: U64, nbytes: U64) -> U64 | None:
         """In which region each piece lies; None unless each lies within one."""
-        at = np.searchsorted(self._starts, addresses, "right")
-        if not at.all():
-            return None
-        at -= 1
-        ends = self._ends[at]
-        # No sum of an address and a length: it might overflow.
-        inside = (addresses <= ends) & (nbytes <= ends - np.minimum(addresses, ends))
-        return at.astype(np.uint64) if inside.all() else None
+        found = np.empty(len(addresses), np.uint64)
+        return found if _find(self._starts, self._ends, addresses, nbytes, found) else None
 
     def device_of(self, found: U64) -> int | None:
         """The GPU in whose memory regions that `find` named lie, or `HOST`; None for several."""
+        if self._only is not None:
+            return self._only if len(found) else None
         devices = self._devices[found.astype(np.intp)]
         return int(devices[0]) if len(devices) and (devices == devices[0]).all() else None
 

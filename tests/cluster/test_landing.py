@@ -117,6 +117,35 @@ def test_nobody_looks_at_what_is_forgotten_or_was_there_before() -> None:
     assert not rig.sound.any()
 
 
+def test_nobody_waits_awake_where_a_block_has_landed_or_none_is_to_come() -> None:
+    rig = Rig()
+    assert not rig.landings._has_more()
+    rig.land(2)
+    assert not rig.landings._has_more()  # they come in order
+    rig.land(0)
+    assert rig.landings._has_more()
+    rig.landings._stay_awake(float("inf"))
+    rig.landings._look()
+    assert not rig.landings._has_more()
+    for row in range(N):
+        rig.land(row)
+    rig.landings._look()
+    assert rig.landings.complete
+    assert not rig.landings._has_more()
+    rig.landings.forget(rig.addresses)
+    rig.landings._stay_awake(float("inf"))
+
+
+def test_a_piece_of_which_no_more_is_believed_keeps_nobody_awake() -> None:
+    rig = Rig()
+    rig.land(0)
+    rig.memory[HEAD] ^= 1
+    for _ in range(8):
+        assert rig.landings._has_more()
+        rig.landings._look()
+    assert not rig.landings._has_more()
+
+
 def test_a_watch_ends_with_the_get_or_its_time() -> None:
     rig = Rig()
     rig.landings.follow(lambda: True, end_s=float("inf"))

@@ -241,6 +241,17 @@ def test_regions_hold_what_lies_within_one_of_them(address: int, nbytes: int) ->
     assert Regions([]).find(u64(address), u64(nbytes)) is None
 
 
+def test_pieces_are_found_each_in_its_own_region() -> None:
+    ranges = [Region(100, 50), Region(150, 50), Region(2**64 - 60, 50)]
+    addresses = u64(149, 150, 199, 100, 2**64 - 60, 110)
+    found = Regions(ranges).find(addresses, u64(1, 50, 1, 50, 50, 0))
+    assert found is not None
+    assert found.tolist() == [0, 1, 1, 0, 2, 0]
+    for address, nbytes in ((149, 2), (199, 2), (99, 1), (2**64 - 20, 2**63)):
+        pieces = u64(110, address), u64(1, nbytes)
+        assert Regions(ranges).find(*pieces) is None
+
+
 def test_an_agent_registers_so_many_memories_and_no_more() -> None:
     registered = Registered()
     memory = np.zeros(limits.MAX_AGENT_REGIONS + 1, np.uint8)

@@ -27,17 +27,35 @@ class _Known:
     ends: tuple[int, ...]
 
 
+@dataclass(slots=True, eq=False)
+class _Latest:
+    """The latest chain from its beginning, and the places of its blocks. known: whether it is among
+    the chains that are remembered."""
+
+    chain: c.U8
+    segment: int
+    places: c.U64
+    known: bool
+
+
 class Chains:
     """The latest chains from their beginnings; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known = _Known((), np.empty(0, np.uint64), ())
+        self._latest: _Latest | None = None
 
     def places(self, layout: Layout, chain: c.U8) -> c.U64:
         """Of a chain from its beginning, or of one that a match or put has shown before: uint64
         (n,)."""
         segment = segment_blocks(layout.block_tokens)
+        latest = self._latest  # most often that which has just been put, or matched
+        if latest and latest.segment == segment and np.array_equal(latest.chain, chain):
+            if not latest.known:
+                self._add(chain)
+                latest.known = True
+            return latest.places
         known = self._with(chain[0].tobytes())
         if known is not None:
             at, earlier = known
@@ -45,13 +63,17 @@ class Chains:
                 head = earlier[at // segment * segment].tobytes()
                 return places_of(chain, position=at, segment=segment, first_place=place_of(head))
         self._add(chain)
-        return places_of(chain, position=0, segment=segment)
+        places = places_of(chain, position=0, segment=segment)
+        return self._noted(chain, segment, places, known=True)
 
     def places_of_put(self, put: PutRequest) -> c.U64:
         """Of blocks that are to be put: uint64 (n,)."""
         segment = segment_blocks(put.namespace.layout.block_tokens)
         if put.position <= 0 or put.position % segment == 0:
-            return places_of(put.chain, position=put.position, segment=segment)
+            places = places_of(put.chain, position=put.position, segment=segment)
+            if put.position == 0:
+                self._noted(put.chain, segment, places, known=False)
+            return places
         known = self._with(put.parent) if put.parent else None
         first_place = None
         if known is not None and known[0] == put.position - 1:
@@ -59,10 +81,18 @@ class Chains:
             first_place = place_of(head.tobytes())
         return places_of(put.chain, position=put.position, segment=segment, first_place=first_place)
 
+    def _noted(self, chain: c.U8, segment: int, places: c.U64, *, known: bool) -> c.U64:
+        places.setflags(write=False)
+        self._latest = _Latest(chain.copy(), segment, places, known)
+        return places
+
     def remember(self, put: PutRequest) -> None:
         """So that what follows in the chain finds its segment."""
         if put.position == 0:
             self._add(put.chain)
+            latest = self._latest
+            if latest and np.array_equal(latest.chain, put.chain):
+                latest.known = True
         elif put.position > 0 and put.parent:
             known = self._with(put.parent)
             if known is not None and known[0] == put.position - 1:

@@ -23,7 +23,8 @@ from kvstore_client.cluster.memory import LandingRing, landing_bytes
 WORTH_WATCHING = 2 << 20  # fewer bytes have landed by the time that somebody has looked twice
 _HEAD_SHARE = 16  # of a block its header may be, to land beside it
 _FIRST_NAP_S = 1e-3  # until bytes come at all; each time that none have, twice as long
-_LEAST_NAP_S, _MOST_NAP_S, _LONGEST_NAP_S = 5e-5, 2e-3, 2e-2
+_LEAST_NAP_S, _MOST_NAP_S, _LONGEST_NAP_S = 3e-4, 2e-3, 2e-2
+_AWAKE_S = 2e-3  # in all that one get waits without a nap, where the least is too long
 _ONCE_BYTES = 2 << 20  # looked at in one go, while the session's loop may wait for this thread
 _TRIES = 8  # of a piece whose blocks were not what their headers say
 
@@ -57,6 +58,7 @@ class Landings:
         self._ring, self._nbytes, self._verify = ring, nbytes, verify
         self.head = head
         self._mark = np.frombuffer(_MARK, np.uint8)[-nbytes:]
+        self._mark_bytes = self._mark.tobytes()
         self._lock = threading.Lock()
         self._spots: dict[int, _Spot] = {}  # by their first address
         self._sound = np.zeros(n, bool)
@@ -92,8 +94,13 @@ class Landings:
     def follow(self, over: Callable[[], bool], end_s: float) -> None:
         """Looks until all is `complete`, the get is over, or the time is."""
         begin_s, nap_s, before = time.monotonic(), _FIRST_NAP_S, 0
+        awake_s = _AWAKE_S  # is left of it
         while not over() and (now_s := time.monotonic()) < end_s:
-            time.sleep(min(nap_s, end_s - now_s))
+            if nap_s > _LEAST_NAP_S or awake_s <= 0.0:
+                time.sleep(min(nap_s, end_s - now_s))
+            else:
+                self._stay_awake(min(awake_s, end_s - now_s))
+                awake_s -= time.monotonic() - now_s
             self._look()
             seen = int(np.count_nonzero(self._sound))
             left = len(self._sound) - seen
@@ -105,6 +112,25 @@ class Landings:
             else:
                 nap_s = min(2 * nap_s, _LONGEST_NAP_S)
             before = seen
+
+    def _stay_awake(self, most_s: float) -> None:
+        """Waits for another block without a nap, for so long at most: at the end of a get there is
+        nothing beside which one that is too long would not be seen."""
+        end_s = time.monotonic() + most_s
+        while self._spots and not self._has_more() and time.monotonic() < end_s:
+            time.sleep(0)  # so that others may have the interpreter's lock
+
+    def _has_more(self) -> bool:
+        """Whether the next block of some piece has landed."""
+        end = self.head + self._nbytes
+        with self._lock:
+            for spot in self._spots.values():
+                at = int(spot.sound.argmin())
+                if spot.tries and not spot.sound[at]:
+                    mark = spot.room[at, end - len(self._mark_bytes) : end].tobytes()
+                    if mark != self._mark_bytes:
+                        return True
+        return False
 
     def _look(self) -> None:
         for first in list(self._spots):

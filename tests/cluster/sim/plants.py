@@ -13,7 +13,7 @@ import pytest
 from cluster.sim.simulation import run_seed
 
 from kvstore.cluster import copies, forgetting, heat, intake, messages, node, puts, repair, router
-from kvstore.cluster.copies import Held, Spread
+from kvstore.cluster.copies import Held, Lease, Spread
 from kvstore.cluster.membership import Membership
 from kvstore.cluster.moves import Moves
 from kvstore.cluster.node import Node
@@ -139,15 +139,15 @@ def a_part_of_the_ring_is_used_again_though_somebody_may_write_there(patch: Patc
 
 @plant(0, "written over", plan="cramped")
 def blocks_are_sent_without_a_lease(patch: Patch) -> None:
-    real = node.hold
+    real = node.leased
 
     @contextlib.asynccontextmanager
-    async def hold(site: Site, *args: Any) -> AsyncIterator[Held]:
-        async with real(site, *args) as held:
+    async def leased(site: Site, *args: Any) -> AsyncIterator[Lease]:
+        async with real(site, *args) as lease:
             pass
-        yield held
+        yield lease
 
-    patch.setattr(node, "hold", hold)
+    patch.setattr(node, "leased", leased)
 
 
 # -- leaks -----------------------------------------------------------------------------------
