@@ -150,6 +150,11 @@ class _StoreLink:
             raise Unavailable("the store is closed")
         return memory
 
+    @property
+    def ready(self) -> Memory | None:
+        """See `Link.ready`."""
+        return None if self._guard.forked else self._memory
+
     def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """See `Link.fill`."""
         return fill_directly(self, self.memory(timeout_s), granted, sources, timeout_s)

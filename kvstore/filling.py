@@ -26,12 +26,12 @@ _WORD_BYTES = _U(8)
 
 
 @intrinsic
-def _set_word(_typing: Any, _address: Any, _word: Any) -> Any:
-    """Writes a uint64 to an address."""
+def set_word(_typing: Any, _address: Any, _word: Any) -> Any:
+    """Writes a uint64 to an address, in a compiled function."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         at = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        builder.store(arguments[1], at)
+        builder.store(arguments[1], at, align=1)
         return context.get_dummy_value()
 
     return types.void(types.uintp, types.uint64), generate
@@ -51,7 +51,7 @@ def _fill(slot: int, source: int, fixed: U64, room: int, cells: U64, sums: U64) 
     end = len(fixed) + len(cells)
     header[end] = hashed(_U(header.ctypes.data), _U(end) * _WORD_BYTES, state)
     for word in range(room):
-        _set_word(slot + _U(word) * _WORD_BYTES, header[word])
+        set_word(slot + _U(word) * _WORD_BYTES, header[word])
 
 
 _WORD = types.uint64

@@ -11,6 +11,9 @@ import numpy as np
 
 from benchmarks.client import Bytes1D, Keys
 from benchmarks.processes import server
+from kvstore import Hit, Layout
+from kvstore.__about__ import __version__
+from kvstore_client import KVStoreClient
 
 NAME = "kvstore, shared memory (direct)"
 REQUIREMENTS: tuple[str, ...] = ()  # the project's own environment
@@ -22,9 +25,6 @@ def start(
     folder: Path, environment: Path, pool_bytes: int, flags: Sequence[str] = _FLAGS
 ) -> Iterator[dict[str, Any]]:
     """A daemon of its own, with its pool pre-faulted like the peers'."""
-    from kvstore.__about__ import __version__
-    from kvstore_client import KVStoreClient
-
     socket, log = folder / "kvstore.sock", folder / "kvstore.log"
     (folder / "server.toml").touch()
     command: list[str | Path] = [
@@ -44,8 +44,6 @@ class Client:
     """A session with the daemon. All calls take the chain's keys as they are."""
 
     def __init__(self, info: dict[str, Any]) -> None:
-        from kvstore_client import KVStoreClient
-
         self._session: Any = KVStoreClient(info["target"], timeout_s=30.0)
         self._namespaces: dict[int, Any] = {}
         self._nbytes = 0
@@ -58,8 +56,6 @@ class Client:
         return int(self._session.put(self._namespace(), _hashes(keys), sources).stored)
 
     def get(self, keys: Keys, targets: Sequence[Bytes1D]) -> int:
-        from kvstore import Hit
-
         answers = self._session.get_into(self._namespace(), _hashes(keys), targets)
         return sum(isinstance(answer, Hit) for answer in answers)
 
@@ -73,13 +69,11 @@ class Client:
         self._session.close()
 
     def _namespace(self) -> Any:
-        from kvstore import Layout
-
         if self._nbytes not in self._namespaces:
             layout = Layout.opaque(model="benchmark", block_bytes=self._nbytes, block_tokens=16)
             self._namespaces[self._nbytes] = self._session.open_namespace("benchmark", layout)
         return self._namespaces[self._nbytes]
 
 
-def _hashes(keys: Keys) -> Bytes1D:
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
+def _hashes(keys: Keys) -> bytes:
+    return b"".join(keys)

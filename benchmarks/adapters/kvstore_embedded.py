@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adapters import kvstore_daemon
+from kvstore import KVStore
+from kvstore.__about__ import __version__
 
 NAME = "kvstore, embedded"
 SHARED = False
@@ -17,8 +19,6 @@ REQUIREMENTS = kvstore_daemon.REQUIREMENTS
 @contextlib.contextmanager
 def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str, Any]]:
     """Nothing to start."""
-    from kvstore.__about__ import __version__
-
     del folder, environment
     yield {"dram": pool_bytes, "version": __version__}
 
@@ -27,8 +27,6 @@ class Client(kvstore_daemon.Client):
     """A store of its own."""
 
     def __init__(self, info: dict[str, Any]) -> None:
-        from kvstore import KVStore
-
         self._session = KVStore(dram=info["dram"])
         self._namespaces = {}
         self._nbytes = 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.adapters import kvstore_daemon
 from benchmarks.adapters.kvstore_daemon import Client
+from kvstore_client import KVStoreClient
 
 __all__ = ["NAME", "REQUIREMENTS", "Client", "start"]
 
@@ -19,8 +20,6 @@ REQUIREMENTS = kvstore_daemon.REQUIREMENTS
 @contextlib.contextmanager
 def start(folder: Path, environment: Path, pool_bytes: int) -> Iterator[dict[str, Any]]:
     """A daemon with its gateway."""
-    from kvstore_client import KVStoreClient
-
     with kvstore_daemon.start(folder, environment, pool_bytes, ()) as info:
         target = f"grpc+unix://{folder / 'kvstore.grpc.sock'}"
         with KVStoreClient(target, lazy=True) as client:

@@ -103,6 +103,14 @@ class ChannelLink:
             raise Unavailable("the daemon is gone")
         return self._map_index(timeout_s) if memory.index.retired else memory
 
+    @property
+    def ready(self) -> Memory | None:
+        """See `Link.ready`."""
+        memory = self._memory
+        if memory is None or memory.index.retired or self._guard.forked:
+            return None
+        return memory
+
     def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """See `Link.fill`."""
         deadline = Deadline(max(timeout_s, 1e-3))

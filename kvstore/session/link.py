@@ -19,6 +19,7 @@ from kvstore.session.base import Bytes1D
 from kvstore.session.copies import groups_of, in_parallel
 from kvstore.session.parts import Part, payload_offset
 from kvstore.session.posting import Board
+from kvstore.session.single import Single
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +28,8 @@ class Memory:
 
     pool: uint8, writable for those who write slots, in this process at `pool_address`. generations:
     uint64, one a granule. instance: the store's; another one's namespace ids mean nothing here.
-    board: where blocks are posted, None where puts show theirs by a call.
+    board: where blocks are posted, None where puts show theirs by a call. singles: for puts of one
+    block, by the id of their namespace's handle.
     """
 
     pool: Bytes1D
@@ -36,6 +38,7 @@ class Memory:
     instance: int
     board: Board | None = None
     pool_address: int = field(init=False)
+    singles: dict[int, Single] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         address: int = self.pool.__array_interface__["data"][0]
@@ -89,6 +92,10 @@ class Link(Protocol):
 
     def memory(self, timeout_s: float) -> Memory:
         """The memory now, with an index in use; `Unavailable` once the store is gone."""
+
+    @property
+    def ready(self) -> Memory | None:
+        """The memory, where `memory` would only return it."""
 
     def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """Moves the parts at these addresses into the slots and seals them.

@@ -54,6 +54,7 @@ from kvstore.session.requests import (
     checked_chain,
     checked_get,
     checked_put,
+    checked_timeout,
     hint_ms,
 )
 from kvstore.session.writes import Writer
@@ -198,6 +199,20 @@ class LocalSession(ControlSession):
         timeout_s: float | None = None,
     ) -> PutResult:
         """See `Session.put`; few calls, often none, and one more with a hint."""
+        plain = hint is None and ttl_s is None and not persist
+        if plain and isinstance(cells, tuple) and not cells:
+            if timeout_s is not None:
+                checked_timeout(timeout_s)
+            memory = self._link.ready
+            done = memory and self._writer.put_one(
+                *(memory, namespace, hashes, sources),
+                put_id=put_id,
+                parent=parent,
+                position=position,
+                note=self._came_upon,
+            )
+            if done:
+                return done
         deadline = self._deadline(timeout_s)
         put = checked_put(
             namespace,

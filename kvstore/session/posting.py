@@ -10,8 +10,9 @@ import numpy.typing as npt
 from kvstore.index.boards import Boards
 from kvstore.index.format import Words
 from kvstore.index.reader import IndexReader
+from kvstore.session.base import NamespaceHandle
 from kvstore.session.parts import Part
-from kvstore.session.single import UNSEEN, put_one
+from kvstore.session.single import UNSEEN, Single, put_one
 
 
 class Board:
@@ -42,35 +43,52 @@ class Board:
 
     def put_one(
         self,
-        index: IndexReader,
-        namespace: int,
-        key: Words,
-        *,
-        epoch: int,
+        single: Single,
         granule: int,
-        generations: Words,
         slot: int,
-        source: int,
-        fixed: Words,
-        part: Part,
+        *,
+        key: object,
+        source: object,
+        put_id: bytes,
+        parent: bytes,
+        position: int,
         found: Words,
     ) -> int:
-        """Looks a key (1, 4) up, and where it is not there puts its block and posts it: `FOUND`,
-        with its row in `found` (1, 8), `POSTED`, or `UNSEEN` where the board has no room, is
-        closed, or the index has another epoch of namespaces.
+        """Looks a key up, and where it is not there puts its block and posts it: `FOUND`, with its
+        row in `found` (1, 8), `POSTED`, or `UNSEEN` where the board has no room, is closed, or the
+        index has another epoch of namespaces, and where key or source are of no plain form.
 
-        granule: of an empty slot, which lies at the address `slot`. source: the address of the
-        bytes, as `part`, of all cells, has them. fixed: as of `block.fixed_part`. Other threads
-        wait meanwhile, so let it be small.
+        granule: of an empty slot, which lies at the address `slot`. key: 32 bytes, or (1, 32)
+        uint8. source: the block's bytes. put_id: 16 bytes. parent: 32, or none. Other threads wait
+        meanwhile, so let it be small.
         """
         with self._lock:
             if self._closed:
                 return UNSEEN
             return put_one(
-                *(index.view.header, index.view.rows, key, namespace, epoch, index.bound),
-                *(self._number, self._boards.words, self._boards.rows, granule, generations),
-                *(slot, source, fixed, part.payload_at // 8, part.cell_words, part.nbytes, found),
+                *(*single.common, granule, slot, id(key), id(source), id(put_id)),
+                *(id(parent) if parent else 0, position, found),
             )
+
+    def single(
+        self,
+        namespace: NamespaceHandle,
+        number: int,
+        part: Part,
+        *,
+        index: IndexReader,
+        generations: Words,
+        epoch: int,
+    ) -> Single:
+        """What puts here have in common, of whole blocks, as `part`, in a namespace."""
+        return Single.of(
+            *(namespace, number, part),
+            index=index,
+            boards=self._boards,
+            board=self._number,
+            generations=generations,
+            epoch=epoch,
+        )
 
     def close(self) -> None:
         """Nothing is posted any more when this returns: the board may be another client's soon."""

@@ -11,6 +11,7 @@ that call was never sent or was refused, which is why slots outlive no connectio
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,14 +29,15 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.filling import fill_slot, fixed_words
+from kvstore.filling import fill_slot
 from kvstore.index.format import ROW_WORDS, W_CHECK, key_words
 from kvstore.index.reader import Lookup
-from kvstore.session.base import PutResult
+from kvstore.session.addresses import PROMISED
+from kvstore.session.base import Bytes1D, Hashes, NamespaceHandle, PutResult
 from kvstore.session.control import Deadline
 from kvstore.session.copies import ALONE_BYTES
 from kvstore.session.link import Link, Memory, copy_all_in
-from kvstore.session.requests import PutRequest
+from kvstore.session.requests import PUT_ID_BYTES, PutRequest
 from kvstore.session.single import POSTED, UNSEEN
 
 # After these a commit has shown nothing, or its connection is over. What else a store may answer it
@@ -48,6 +50,8 @@ _EXISTED = PutResult(stored=0, existed=1, waiting=0, not_stored=0)
 _NO_ROW: Rows = np.arange(0)
 _ONE_ROW: Rows = np.arange(1)
 _FEWEST_AHEAD = 16  # slots to ask for ahead, so that small puts seldom ask
+_MOST_SINGLES = 64  # namespaces
+_INDEXED = list, tuple, np.ndarray
 _UNUSED_PUTS = 8  # of other sizes, after which slots of a size are of more use to the store
 
 
@@ -146,8 +150,8 @@ class Writer:
         """
         n = len(put.chain)
         self._link.take_answers(0)
-        if n == 1 and (done := self._put_one(put, number, memory, epoch=epoch, note=note)):
-            return done
+        if n == 1:
+            self._prepare(put, number, memory, epoch)
         there = memory.index.lookup(number, put.chain)
         absent = _absent(there)
         if len(absent) < n:
@@ -192,51 +196,76 @@ class Writer:
         self._short = len(committed.granules) < more
         return self._after(committed, size, slots, absent, n)
 
-    def _put_one(
+    def put_one(
         self,
-        put: PutRequest,
-        number: int,
         memory: Memory,
+        namespace: NamespaceHandle,
+        hashes: Hashes,
+        sources: Sequence[Bytes1D],
         *,
-        epoch: int,
+        put_id: bytes | None,
+        parent: bytes,
+        position: int,
         note: Callable[[Lookup], None],
     ) -> PutResult | None:
-        """A put of one small block that nothing has to be asked for; None where it is not that."""
-        board, part, size = memory.board, put.part, put.part.slot_granules
-        if board is None or put.ttl_ms or part.nbytes > ALONE_BYTES:
+        """A put of one small block that nothing has to be asked for; None where it is not that, or
+        where what the caller gave has to be looked at more closely.
+
+        memory: the link's now. note: as `put` says.
+        """
+        single = memory.singles.get(id(namespace))
+        if single is None or len(sources) != 1 or not isinstance(sources, _INDEXED):
             return None
-        slot = self.stock.take_spare(size, _FEWEST_AHEAD // 2 if self._ahead else 0)
+        key: object = hashes
+        if isinstance(hashes, list):
+            key = hashes[0] if len(hashes) == 1 and type(hashes[0]) is bytes else None
+        if put_id is not None and not _is_bytes(put_id, (PUT_ID_BYTES,)):
+            return None
+        if not _is_bytes(parent, (0, limits.KEY_BYTES)) or type(position) is not int:
+            return None
+        if not -1 <= position < limits.MAX_POSITION:
+            return None
+        self._link.take_answers(0)
+        slot = self.stock.take_spare(single.size, _FEWEST_AHEAD // 2 if self._ahead else 0)
         if slot is None:
             return None
+        assert memory.board
         found = np.empty((1, ROW_WORDS), np.uint64)
         # Whatever breaks this off, the slot is not written again: the block may be shown.
-        state = board.put_one(
-            *(memory.index, number, key_words(put.chain)),
-            epoch=epoch,
-            granule=slot,
-            generations=memory.generations,
-            slot=memory.pool_address + slot * limits.GRANULE_BYTES,
-            source=int(put.addresses[0]),
-            fixed=fixed_words(
-                namespace=number,
-                key=put.chain.tobytes(),
-                put_id=put.put_id,
-                length=part.nbytes,
-                n_cells=len(part.cell_words),
-                parent=put.parent if put.position >= 0 else b"",
-                position=put.position,
-            ),
-            part=part,
+        state = memory.board.put_one(
+            *(single, slot, memory.pool_address + slot * limits.GRANULE_BYTES),
+            key=key,
+            source=sources[0],
+            put_id=put_id or os.urandom(PUT_ID_BYTES),
+            parent=parent,
+            position=position,
             found=found,
         )
         if state == POSTED:
             note(_NOTHING)
             return _STORED
-        self.stock.put(size, [slot])
+        self.stock.put(single.size, [slot])
         if state == UNSEEN:
             return None
         note(Lookup(found))
         return _EXISTED
+
+    def _prepare(self, put: PutRequest, number: int, memory: Memory, epoch: int) -> None:
+        """The next puts of one block here may be `put_one`."""
+        board, part, namespace = memory.board, put.part, put.namespace
+        if board is None or part.nbytes > ALONE_BYTES or not PROMISED:
+            return
+        known = memory.singles.get(id(namespace))
+        if known and known.epoch == epoch:
+            return
+        if len(memory.singles) >= _MOST_SINGLES:  # each keeps a caller's handle
+            memory.singles.clear()
+        memory.singles[id(namespace)] = board.single(
+            *(namespace, number, part),
+            index=memory.index,
+            generations=memory.generations,
+            epoch=epoch,
+        )
 
     def _after(
         self, committed: c.Committed, size: int, slots: list[int], absent: Rows, n: int
@@ -384,6 +413,10 @@ class _Filled:
             positions=positions,
         )
         write_headers(self.memory.pool, self.granules, headers)
+
+
+def _is_bytes(value: object, sizes: tuple[int, ...]) -> bool:
+    return type(value) is bytes and len(value) in sizes
 
 
 def _absent(there: Lookup) -> Rows:

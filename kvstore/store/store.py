@@ -312,15 +312,17 @@ class Store:
             raise InvalidArgument("hits", f"expected 0 to lookups, and at most {most} of those")
         if not 0 <= command.cold_hits <= command.hits:
             raise InvalidArgument("cold_hits", "expected 0 to hits")
+        self._shelf.counters.lookups += command.lookups
+        self._shelf.counters.hits += command.hits
+        self._shelf.counters.cold_hits += command.cold_hits
+        if not len(command.granules):  # of look-ups that found nothing
+            return c.Count(blocks=0)
         inside = command.granules < self._shelf.memory.generations.size
         granules, generations = command.granules[inside], command.generations[inside]
         current = self._shelf.memory.generations[granules] == generations
         ids = self._shelf.blocks.at(granules[current])
         ids = ids[ids != NO_BLOCK]
         self._shelf.read(ids)
-        self._shelf.counters.lookups += command.lookups
-        self._shelf.counters.hits += command.hits
-        self._shelf.counters.cold_hits += command.cold_hits
         return c.Count(blocks=len(ids))
 
     # -- hints -------------------------------------------------------------------------

@@ -287,7 +287,7 @@ class ChannelServer:
             # Whatever its slots held before would be shown under new keys.
             raise PermissionDenied("who may not write the pool seals what it has staged")
         if kind in wire.COMMANDS:
-            self._give(peer, self._handle(peer, record))
+            self._carry_out(peer, record)
             if kind is c.Commit or kind is c.Adopt:
                 self._loop.call_soon(functools.partial(self._make_room, peer.tenant))
         elif kind is wire.SealStaged:
@@ -307,11 +307,12 @@ class ChannelServer:
         tenant.store.make_room()
         tenant.settle()
 
-    def _handle(self, peer: Peer, command: c.Command) -> c.Result | Deferred:
-        """One command; sees to it that what it made due is done in time."""
+    def _carry_out(self, peer: Peer, command: c.Command) -> None:
+        """Answers one command; what it made due is seen to once the answer is out."""
         self._tenants.tick()
         try:
-            return peer.tenant.store.handle(peer.connection, command, self._tenants.now_ms())
+            result = peer.tenant.store.handle(peer.connection, command, self._tenants.now_ms())
+            self._give(peer, result)
         finally:
             peer.tenant.settle()
             self._tick_in_time()
@@ -406,7 +407,7 @@ class ChannelServer:
     def _sealed(self, peer: Peer, done: Future[c.Seal]) -> None:
         def answer() -> None:
             try:
-                self._give(peer, self._handle(peer, done.result()))
+                self._carry_out(peer, done.result())
             except KVStoreError as error:
                 peer.send(failed(error))
 

@@ -22,6 +22,8 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _SO_PEERPIDFD = 77  # since Linux 6.5; Python has no name for it
 _READ_BYTES = 64 << 10  # at a time; more would cost fresh pages for each small record
 _MAX_FDS = 4
+_FD = struct.Struct("i")
+_FDS_ROOM = socket.CMSG_LEN(_MAX_FDS * _FD.size)
 _MAX_UNSENT = 16  # answers; who waits for each before the next call leaves one at most
 
 
@@ -66,16 +68,24 @@ class Peer:
 
     def receive(self) -> None:
         """Takes what has arrived; ConnectionResetError at the end, BlockingIOError for nothing."""
-        data, fds, _flags, _address = socket.recv_fds(self.sock, _READ_BYTES, _MAX_FDS)
-        self._fds.extend(fds)
-        for fd in fds:
-            os.set_inheritable(fd, False)  # Python 3.11 passes no flag of `recv_fds` on
+        data, beside, _flags, _address = self.sock.recvmsg(_READ_BYTES, _FDS_ROOM)
+        if beside:
+            self._take_fds(beside)
         if not data:
             raise ConnectionResetError
-        if len(self._fds) > _MAX_FDS:
-            raise ProtocolError("more descriptors than any record takes")
         self._inbox += data
         self._measure()
+
+    def _take_fds(self, beside: list[tuple[int, int, bytes]]) -> None:
+        """Descriptors that came with bytes; `ProtocolError` for more than any record takes."""
+        for level, kind, packed in beside:
+            if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                continue
+            for (fd,) in _FD.iter_unpack(packed[: len(packed) // _FD.size * _FD.size]):
+                self._fds.append(fd)
+                os.set_inheritable(fd, False)  # Python passes no flag of `recvmsg` on
+        if len(self._fds) > _MAX_FDS:
+            raise ProtocolError("more descriptors than any record takes")
 
     @property
     def unread_bytes(self) -> int:

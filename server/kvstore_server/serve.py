@@ -28,6 +28,7 @@ from kvstore_server.secrets_file import load_secret, load_shared_secret, load_to
 from kvstore_server.settings import Settings
 from kvstore_server.supervisor import Gateway, GatewayReady, NodeProcess, NodeReady
 from kvstore_server.tenants import Tenants
+from kvstore_server.turns import let_wakers_go_on
 
 _ALL_BYTES = 1 << 40  # a second: more than any link carries
 _ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -330,4 +331,5 @@ def serve(settings: Settings) -> None:
         daemon = _Daemon(settings, tenants, loop, channel, signals)
         stack.callback(daemon.close)
         daemon.start()
+        let_wakers_go_on()
         loop.run()

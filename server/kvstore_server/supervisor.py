@@ -18,6 +18,8 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
+from kvstore_server.turns import as_usual
+
 _MAX_READY_BYTES = 4096
 _STDERR_FD = 2
 
@@ -140,15 +142,16 @@ def _open_pidfd(process: subprocess.Popen[bytes]) -> int:
 
 def _spawn(command: Sequence[str], ready_fd: int, lifeline_fd: int) -> subprocess.Popen[bytes]:
     pipes = ["--ready-fd", str(ready_fd), "--lifeline-fd", str(lifeline_fd)]
-    return subprocess.Popen(
-        [*command, *pipes],
-        pass_fds=(ready_fd, lifeline_fd),
-        stdin=subprocess.DEVNULL,
-        stdout=_STDERR_FD,  # standard output is the banner's alone
-        # A Ctrl-C in the terminal goes to a whole process group; the gateway is to end in its
-        # turn, when the core has stopped taking clients.
-        process_group=0,
-    )
+    with as_usual():
+        return subprocess.Popen(
+            [*command, *pipes],
+            pass_fds=(ready_fd, lifeline_fd),
+            stdin=subprocess.DEVNULL,
+            stdout=_STDERR_FD,  # standard output is the banner's alone
+            # A Ctrl-C in the terminal goes to a whole process group; the gateway is to end in its
+            # turn, when the core has stopped taking clients.
+            process_group=0,
+        )
 
 
 class Supervisor(Generic[R]):

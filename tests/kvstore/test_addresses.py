@@ -22,8 +22,8 @@ class Subclass(np.ndarray):
 
 @pytest.fixture(params=[True, False], ids=["by fields", "one by one"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert addresses._PROMISED  # which this numpy keeps to
-    monkeypatch.setattr(addresses, "_PROMISED", request.param)
+    assert addresses.PROMISED  # which this numpy keeps to
+    monkeypatch.setattr(addresses, "PROMISED", request.param)
 
 
 def locked(array: Any) -> Any:

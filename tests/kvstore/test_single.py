@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserList
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvstore import Attention, Hit, KVStore, Layout
+from kvstore import Attention, Hit, KVStore, Layout, limits
+from kvstore.block import NO_PARENT, cell_checksums, pack_parts
+from kvstore.errors import KVStoreError
 from kvstore.session.base import NamespaceHandle
 from kvstore.session.parts import part_of
 from kvstore.session.posting import Board
@@ -35,11 +38,10 @@ class Puts:
         self.store = KVStore(dram=32 << 20, verify_reads=True)
         self.space: NamespaceHandle = self.store.open_namespace("test", LAYOUT)
         self.states: list[int] = []
-        self.options: dict[str, Any] = {}
         real = Board.put_one
 
         def noted(board: Board, *args: Any, **kwargs: Any) -> int:
-            state = real(board, *args, **(kwargs | self.options))
+            state = real(board, *args, **kwargs)
             self.states.append(state)
             return state
 
@@ -47,8 +49,10 @@ class Puts:
         self.put(0)  # brings slots for the next ones
         assert not self.states
 
-    def put(self, i: int, **options: Any) -> tuple[int, int]:
-        done = self.store.put(self.space, KEYS[i : i + 1], BLOCKS[i : i + 1], **options)
+    def put(self, i: int, *, key: Any = None, block: Any = None, **options: Any) -> tuple[int, int]:
+        hashes = KEYS[i : i + 1] if key is None else key
+        sources = BLOCKS[i : i + 1] if block is None else block
+        done = self.store.put(self.space, hashes, sources, **options)
         return done.stored, done.existed
 
     def check(self, *rows: int) -> None:
@@ -107,10 +111,125 @@ def test_a_block_that_is_there_counts_as_read(puts: Puts) -> None:
 
 def test_another_epoch_of_namespaces_shows_nothing(puts: Puts) -> None:
     """Then the store is asked, which knows what the namespace's id means now."""
-    puts.options = {"epoch": 1 << 40}
+    other = puts.store.open_namespace("other", LAYOUT)
+    puts.store.drop_namespace(other)
     assert puts.put(1) == (1, 0)
-    assert puts.states == [UNSEEN]
+    assert puts.put(2) == (1, 0)
+    assert puts.states == [UNSEEN, POSTED]
+    puts.check(0, 1, 2)
+
+
+def test_of_a_namespace_that_was_dropped_nothing_is_left(puts: Puts) -> None:
+    puts.put(1)
+    puts.store.drop_namespace(puts.space)
+    assert puts.put(2) == (1, 0)
+    assert puts.put(1) == (1, 0)
+    assert puts.store.match(puts.space, KEYS[:1]).count == 0
+    puts.check(1, 2)
+
+
+def test_each_of_many_handles_is_its_own_namespace(puts: Puts) -> None:
+    """More than are remembered, each of which may lie where an earlier one did."""
+    for i in range(100):
+        space = puts.store.open_namespace(f"{i}", LAYOUT)
+        for key in (KEYS[:1], KEYS[1:2]):
+            assert puts.store.put(space, key, BLOCKS[:1]).stored == 1
+        assert puts.store.match(space, KEYS[:3]).count == 2
+        puts.store.drop(space, KEYS[:2])
+    puts.store.check()
+
+
+def test_a_new_index_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows with what is stored; what was said of the old one counts no more."""
+    monkeypatch.setattr(limits, "FIRST_INDEX_BLOCKS", 16)
+    puts = Puts(monkeypatch)
+    with puts.store:
+        puts.put(1)
+        old = puts.store._own.ready
+        assert puts.store.put(puts.space, KEYS[4:], BLOCKS[4:]).stored == 36
+        assert puts.store._own.ready is not old
+        assert [puts.put(i) for i in (1, 2, 3)] == [(0, 1), (1, 0), (1, 0)]
+        assert puts.states == [POSTED, POSTED, POSTED]  # in between the whole way, once
+        puts.check(*range(40))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [KEYS[1:2], KEYS[1].tobytes(), [KEYS[1].tobytes()], KEYS[1:3][::2], np.stack([KEYS[1]])],
+)
+@pytest.mark.parametrize("block", [BLOCKS[1:2], [BLOCKS[1]], (BLOCKS[1],)])
+def test_keys_and_blocks_of_any_plain_form(puts: Puts, key: Any, block: Any) -> None:
+    assert puts.put(1, key=key, block=block) == (1, 0)
+    assert puts.states == [POSTED]
     puts.check(0, 1)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"key": (KEYS[1].tobytes(),)},
+        {"key": np.repeat(KEYS[1:2], 2, axis=1)[:, ::2]},
+        {"block": [BLOCKS[1].view(np.recarray)]},
+        {"block": UserList([BLOCKS[1]])},
+    ],
+)
+def test_other_forms_are_looked_at_more_closely(puts: Puts, form: dict[str, Any]) -> None:
+    assert puts.put(1, **form) == (1, 0)
+    puts.check(0, 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"key": KEYS[1].tobytes()[:-1]},
+        {"key": KEYS[1]},
+        {"key": []},
+        {"key": [KEYS[1:2]]},
+        {"key": KEYS[1:2].view(np.int8)},
+        {"key": KEYS[1:3]},
+        {"key": None},
+        {"block": [BLOCKS[1][:-1]]},
+        {"block": [BLOCKS[1].view(np.int8)]},
+        {"block": [BLOCKS[1].tobytes()]},
+        {"block": BLOCKS[1:3]},
+        {"put_id": b"short"},
+        {"parent": b"short"},
+        {"position": -2},
+        {"position": limits.MAX_POSITION},
+        {"timeout_s": 0.0},
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(puts: Puts, bad: dict[str, Any]) -> None:
+    given = {"key": KEYS[1:2], "block": BLOCKS[1:2]} | bad
+    left = len(puts.store._writer.stock)
+    key, block = given.pop("key"), given.pop("block")
+    with pytest.raises(KVStoreError):
+        puts.store.put(puts.space, key, block, **given)
+    assert len(puts.store._writer.stock) == left
+    assert puts.store.match(puts.space, KEYS[1:2]).count == 0
+    puts.check(0)
+
+
+@pytest.mark.parametrize("position", [-1, 0, 7, limits.MAX_POSITION - 1])
+@pytest.mark.parametrize("parent", [b"", KEYS[9].tobytes()])
+def test_the_header_is_as_that_of_many(puts: Puts, position: int, parent: bytes) -> None:
+    put_id = bytes(range(16))
+    assert puts.put(1, put_id=put_id, parent=parent, position=position) == (1, 0)
+    assert puts.states == [POSTED]
+    memory = puts.store._own.ready
+    assert memory
+    granule = int(memory.index.lookup(puts.space.id, KEYS[1:2]).granules[0])
+    expected = pack_parts(
+        namespace=puts.space.id,
+        key=KEYS[1].tobytes(),
+        put_id=put_id,
+        length=LAYOUT.block_bytes,
+        checksums=cell_checksums(BLOCKS[1], LAYOUT.cell_bounds),
+        parent=(parent if position >= 0 else b"") or NO_PARENT,
+        position=position,
+    )
+    first = granule * limits.GRANULE_BYTES
+    assert memory.pool[first : first + len(expected)].tobytes() == expected
 
 
 def test_a_closed_board_shows_nothing(puts: Puts) -> None:
