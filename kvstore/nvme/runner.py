@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from kvstore.errors import KVStoreError
 from kvstore.nvme.opening import Opened
-from kvstore.nvme.ops import Op, Outcome
+from kvstore.nvme.ops import CheckBlocks, Op, Outcome, ReadBlocks
 from kvstore.nvme.perform import perform
 from kvstore.nvme.recovery import RecoveredSegment, recover, survey
 from kvstore.nvme.volume import Health
 from kvstore.store import Store
 
-_THREADS = 4  # more bring nothing to one disk with calls this large
+# More bring nothing to one disk with calls this large, but no header is to wait for a whole batch.
+_READERS, _WRITERS = 4, 6
 _FLUSH_S = 10.0  # for what waits at the end
 _AHEAD = 4  # recovered segments that wait for the store
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class Runner:
         self._running: set[Future[Outcome]] = set()
         self._room = threading.Semaphore(_AHEAD)
         self._health = [Health.OK for _ in opened.volumes]
-        self._threads = ThreadPoolExecutor(_THREADS, "kvstore-nvme")
+        self._readers = ThreadPoolExecutor(_READERS, "kvstore-nvme-read")
+        self._writers = ThreadPoolExecutor(_WRITERS, "kvstore-nvme-write")
         self._recoveries = ThreadPoolExecutor(max(1, len(opened.volumes)), "kvstore-recover")
 
     def start(self) -> None:
@@ -69,13 +71,15 @@ class Runner:
         self._room.release(_AHEAD + 1)
         self._recoveries.shutdown(wait=True)
         self._flush(time.monotonic() + _FLUSH_S)
-        self._threads.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
+        self._writers.shutdown(wait=True)
         self._opened.close()
 
     def _begin(self, op: Op) -> None:
         done: Future[Outcome] = Future()
         self._running.add(done)
-        self._threads.submit(self._perform, op, done)
+        threads = self._readers if isinstance(op, ReadBlocks | CheckBlocks) else self._writers
+        threads.submit(self._perform, op, done)
 
     def _flush(self, end_s: float) -> None:
         """What was worth writing is written, and so are the books of what is forgotten."""

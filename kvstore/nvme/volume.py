@@ -39,11 +39,12 @@ class UseState(enum.IntEnum):
 class Use:
     """One use of a segment, for blocks of one namespace (its lineage).
 
-    next_granule, batches, header, last: where and how the next batch goes on. synced: the granule
-    up to which all is durable. entries: of all batches, until the footer is written. live: blocks
-    that are found here. reads: operations that read from it now. writing: whether one writes to it,
-    be it a batch, the header or the footer. ends: whether no whole batch fits behind the one that
-    was begun last.
+    next_granule, batches, header, last: where and how the next batch goes on. written, synced: the
+    granules up to which all is written, and durable. entries: of all batches that are written,
+    until the footer is. live: blocks that are found here. reads: operations that read from it now.
+    writing: whether some write to it, be it batches, the header or the footer. ends: whether few
+    whole batches fit behind the one that was begun last. torn: whether a batch was not written, so
+    that none behind it counts.
     """
 
     volume: int
@@ -56,12 +57,14 @@ class Use:
     batches: int = 0
     header: int = 0
     last: int = 0
+    written: int = 0
     synced: int = 0
     entries: list[npt.NDArray[np.void]] = field(default_factory=list)
     live: int = 0
     reads: int = 0
     writing: bool = False
     ends: bool = False
+    torn: bool = False
     _ids: list[IdArray] = field(default_factory=list)
     _places: list[U32] = field(default_factory=list)
 
@@ -173,9 +176,14 @@ class Volume:
         """Where a granule of the segment lies on the volume, in bytes."""
         return self.geometry.offset(use.segment, granule)
 
-    def due_records(self) -> list[Record]:
-        """What the log has to say and does not say yet."""
+    def due_records(self, *, hold: bool) -> list[Record]:
+        """What the log has to say and does not say yet. hold: but for uses whose segment is getting
+        another header right now, which will say as much; they stay among the forgotten."""
         forgotten, self.forgotten = self.forgotten, []
+        if hold:
+            self.forgotten = [r for r in forgotten if self._is_being_replaced(r)]
+            held = set(self.forgotten)
+            forgotten = [r for r in forgotten if r not in held]
         due = dict.fromkeys(r for r in forgotten if r not in self.logged and self._is_needed(r))
         self.logged |= due
         return list(due)
@@ -185,9 +193,16 @@ class Volume:
         return [record for record in self.logged if self._is_needed(record) and self._tells(record)]
 
     def _is_needed(self, record: Record) -> bool:
-        """Whether no other record says that all of this use is over."""
+        """Whether neither another record nor a newer header says that all of this use is over."""
         segment, sequence, granule = record
+        if self.on_disk.get(segment, 0) > sequence:
+            return False
         return granule == WHOLE_USE or sequence > self._over.get(segment, 0)
+
+    def _is_being_replaced(self, record: Record) -> bool:
+        segment, sequence, _ = record
+        use = self.uses.get(segment)
+        return use is not None and use.state is UseState.OPENING and use.sequence > sequence
 
     def _tells(self, record: Record) -> bool:
         segment, sequence, granule = record

@@ -159,10 +159,9 @@ class Writer:
             if not len(absent):
                 return PutResult(stored=0, existed=n, waiting=0, not_stored=0)
         size = put.part.slot_granules
-        # Of a call in pieces the next ones, which are larger, find their slots here as well.
-        in_pieces = put.of > n
         left = self.stock.count(size) - len(absent)
-        more = self._wanted(size, put.of if in_pieces else len(absent), left)
+        in_pieces = put.of > n  # then `ask` has seen to the slots
+        more = 0 if in_pieces else self._wanted(size, len(absent), left)
         asks = left < 0 or more > 0
         # While much is copied the store can hear of it; a little is copied before it would wake.
         early = left < 0 or len(absent) * put.part.nbytes > ALONE_BYTES
@@ -171,9 +170,8 @@ class Writer:
         slots = self._slots(size, number, len(absent), deadline)
         try:
             fill = _filled(memory, put, number, rows=absent[: len(slots)], slots=slots, by=deadline)
-            if left < 0:  # what came of asking for them may be more than they are, or less
-                likely = put.of if in_pieces else len(slots)
-                more = self._wanted(size, likely, self.stock.count(size))
+            if left < 0 and not in_pieces:  # what came of asking may be more than they are, or less
+                more = self._wanted(size, len(slots), self.stock.count(size))
             if asks and not early:
                 before(deadline)
         except BaseException:
@@ -195,6 +193,36 @@ class Writer:
             raise
         self._short = len(committed.granules) < more
         return self._after(committed, size, slots, absent, n)
+
+    def ask(
+        self,
+        rest: PutRequest,
+        number: int,
+        memory: Memory,
+        deadline: Deadline,
+        *,
+        before: Callable[[Deadline], None],
+    ) -> None:
+        """Asks for the slots of the pieces that are left of a put, and of the next call like it,
+        and waits for none: once a call, because it costs the store as much for one piece as for
+        all."""
+        size = rest.part.slot_granules
+        nbytes = size * limits.GRANULE_BYTES
+        share = memory.pool.size // limits.AHEAD_SHARE
+        ahead = min(share, limits.MAX_AHEAD_BYTES) // nbytes if self._ahead else 0
+        missing = len(_absent(memory.index.lookup(number, rest.chain)))
+        more = missing + min(rest.of, ahead) - self.stock.count(size)
+        # What is put is not to make room for what is to come.
+        more = min(more, memory.pool.size // limits.ALL_AHEAD_SHARE // nbytes)
+        if not missing or more <= 0:
+            return
+
+        def then(answer: object) -> None:
+            if isinstance(answer, c.Granted):
+                self.stock.put(size, answer.granules.tolist())
+
+        before(deadline)
+        self._link.cast(c.Grant(namespace=number, blocks=more), deadline.left_s, then)
 
     def put_one(
         self,

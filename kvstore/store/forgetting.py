@@ -38,7 +38,13 @@ class ForgetLog:
         self._number = volume.geometry.log_granules  # full, so that the other half is begun
         self._due: list[Record] = []  # that no sector has yet
         self._saying = 0  # of all that was forgotten, up to where these go
+        self._wanted = 0  # likewise, up to where somebody waits
         self._busy = False
+
+    def want(self, upto: int) -> None:
+        """Somebody waits for the first so many records: none of them waits for a segment's next
+        header, which would make it needless."""
+        self._wanted = max(self._wanted, upto)
 
     def settled(self, upto: int) -> bool:
         """Whether the first so many records are durable, or cannot be any more."""
@@ -52,8 +58,9 @@ class ForgetLog:
         if self._busy or volume.health is not Health.OK:
             return set()
         if volume.forgotten:
-            self._saying = volume.n_forgotten
-            self._due += volume.due_records()
+            self._due += volume.due_records(hold=volume.n_said >= self._wanted)
+            if not volume.forgotten:
+                self._saying = volume.n_forgotten
         if not self._due:
             volume.n_said = self._saying
             return set()

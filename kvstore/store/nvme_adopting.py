@@ -99,6 +99,7 @@ class Adopter:
             batches=segment.batches,
             header=segment.header,
             last=segment.last,
+            written=segment.next_granule,
             synced=segment.next_granule,  # what is read after a disk was opened is durable
         )
         volume.uses[segment.segment] = use

@@ -181,6 +181,8 @@ class Calls:
                 for volume in volumes:
                     volume.forget_unread()
                 upto = {number: volumes[number].n_forgotten for number in self._leaving.logs}
+                for number, log in self._leaving.logs.items():
+                    log.want(upto[number])
                 self._leaving.write_logs()
             settled = all(log.settled(upto[number]) for number, log in self._leaving.logs.items())
             return count if settled else None

@@ -34,7 +34,7 @@ from kvstore.store.shelf import Shelf
 
 _MOST_AT_ONCE = 4096  # blocks of a batch, however small
 _NOT_QUEUED = -1
-_STREAMS = 2  # segments that one lineage is written to at a time: one is checked, one written
+_IN_FLIGHT = 4  # batches of one segment: some are checked while others are written
 
 
 @dataclass(slots=True, eq=False)
@@ -48,9 +48,9 @@ class _Queue:
     urgent: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Batch:
-    """A batch that is being written. last: the checksum of its head."""
+    """A batch that is being written. outcome: None until it is known."""
 
     number: int
     namespace: Namespace
@@ -58,7 +58,7 @@ class _Batch:
     ids: IdArray
     births: npt.NDArray[np.uint32]
     entries: npt.NDArray[np.void]
-    last: int
+    outcome: Outcome | None = None
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ class Writer:
         self._tokens, self._tokens_ms = float(bytes_per_s), shelf.now_ms
         self._queues: dict[int, _Queue] = {}
         self._open: dict[int, list[Use]] = {}
+        self._flights: dict[Use, deque[_Batch]] = {}  # in the order of their places
         n = len(shelf.blocks.state) if shelf.places.volumes else 0
         self._queued = np.full(n, _NOT_QUEUED, np.int64)  # the birth that was queued
         self.queued_bytes = 0
@@ -204,7 +205,16 @@ class Writer:
         uses = self._open.get(queue.namespace.lineage, [])
         if not uses:
             return queue.namespace.slot_bytes // limits.GRANULE_BYTES in self.needed
-        return all(use.writing or use.state is not UseState.OPEN for use in uses)
+        return not any(self._takes(use) for use in uses)
+
+    def _takes(self, use: Use) -> bool:
+        """Whether another batch of the use, or its footer, can be begun now."""
+        if use.state is not UseState.OPEN or use.torn:
+            return False
+        if not use.writing:
+            return True
+        volume = self._shelf.places.volumes[use.volume]
+        return len(self._flights[use]) < _IN_FLIGHT and volume.room_in(use, 1) > 0
 
     def _refill(self) -> None:
         passed = self._shelf.now_ms - self._tokens_ms
@@ -238,10 +248,10 @@ class Writer:
         if not len(ids):
             return False
         self._write_batch(queue.namespace, use, volume, ids)
-        use.ends = volume.room_in(use, len(ids) + most) < len(ids) + most
+        use.ends = volume.room_in(use, _IN_FLIGHT * most) < _IN_FLIGHT * most
         if use.ends and self._is_much(queue):
             # Now, so that its header is synced while this one is still written.
-            self._open_another(queue, ahead=True)
+            self._open_another(queue)
         return True
 
     def _pop(self, queue: _Queue, n: int) -> IdArray:
@@ -287,16 +297,18 @@ class Writer:
         )
         births = shelf.blocks.birth[ids].copy()
         shelf.blocks.lease(ids)
-        batch, self._next_batch = self._next_batch, self._next_batch + 1
-        self.leased[batch] = ids
+        batch = _Batch(self._next_batch, namespace, use, ids, births, entries)
+        self._next_batch += 1
+        self.leased[batch.number] = ids
+        self._flights.setdefault(use, deque()).append(batch)
         use.writing = True
-        cost = len(ids) * namespace.slot_bytes + head.size
-        self._tokens -= cost
+        self._tokens -= len(ids) * namespace.slot_bytes + head.size
+        offset = volume.offset(use, use.next_granule)
         self._desk.emit(
             lambda number: WriteBlocks(
                 number=number,
                 volume=volume.number,
-                offset=volume.offset(use, use.next_granule),
+                offset=offset,
                 head=head,
                 granules=granules,
                 slot_granules=use.slot_granules,
@@ -304,30 +316,42 @@ class Writer:
                 stamps=stamps,
                 layout=namespace.layout,
             ),
-            functools.partial(
-                self._batch_written,
-                _Batch(batch, namespace, use, ids, births, entries, checksum_of(head)),
-            ),
+            functools.partial(self._batch_written, batch),
         )
+        use.batches, use.last = use.batches + 1, checksum_of(head)
+        use.next_granule = int(places[-1]) + use.slot_granules
 
     def _batch_written(self, batch: _Batch, outcome: Outcome) -> None:
+        """Batches count in their order: after a crash none is found behind one that is missing."""
+        batch.outcome, use = outcome, batch.use
+        flights = self._flights[use]
+        while flights and (known := flights[0].outcome) is not None:
+            self._settle(flights.popleft(), known)
+        if not flights:
+            del self._flights[use]
+            self._write_ended(use)
+
+    def _settle(self, batch: _Batch, outcome: Outcome) -> None:
         namespace, use, ids, births = batch.namespace, batch.use, batch.ids, batch.births
-        entries, last = batch.entries, batch.last
+        entries = batch.entries
         shelf, volume = self._shelf, self._shelf.places.volumes[use.volume]
-        self._write_ended(use)
         del self.leased[batch.number]
         same = (shelf.blocks.birth[ids] == births) & (shelf.blocks.state[ids] == BlockState.LIVE)
         self._queued[ids[same]] = _NOT_QUEUED
         shelf.free(shelf.blocks.release(ids))
         if outcome.error:
+            use.torn = True
             self.stop(volume, f"a write failed: {outcome.error}")
             return
         if outcome.bad.any():
+            use.torn = True
+            self.let_go(use)
             self._drop_corrupted(ids[same & outcome.bad])
-            self._queue(namespace, ids[same & ~outcome.bad], urgent=True)
+            same &= ~outcome.bad
+        if use.torn:
+            self._queue(namespace, ids[same], urgent=True)
             return
-        use.batches, use.last = use.batches + 1, last
-        use.next_granule = int(entries["granule"][-1]) + use.slot_granules
+        use.written = int(entries["granule"][-1]) + use.slot_granules
         use.entries.append(entries)
         shelf.places.settle(
             ids[same], use, entries["granule"][same].copy(), entries["stamp"][same].copy()
@@ -352,7 +376,7 @@ class Writer:
         namespace = queue.namespace
         uses = self._open.setdefault(namespace.lineage, [])
         for use in uses:
-            if use.state is UseState.OPEN and not use.writing:
+            if self._takes(use):
                 return use
         if not uses or self._is_much(queue):
             self._open_another(queue)
@@ -362,17 +386,15 @@ class Writer:
         """Whether another segment is worth it."""
         return queue.count * queue.namespace.slot_bytes >= limits.NVME_WRITE_BYTES
 
-    def _open_another(self, queue: _Queue, *, ahead: bool = False) -> None:
-        """Begins a segment for the queue's lineage, unless enough of them go on for a while.
-        ahead: it is not needed yet, so that no other makes room for it."""
+    def _open_another(self, queue: _Queue) -> None:
+        """Begins a segment for the queue's lineage, unless enough of them go on for a while."""
         namespace, uses = queue.namespace, self._open.setdefault(queue.namespace.lineage, [])
-        if sum(not use.ends for use in uses) >= _STREAMS or len(uses) >= 2 * _STREAMS:
+        if sum(not use.ends for use in uses) >= self._streams or len(uses) >= 2 * self._streams:
             return
         granules = namespace.slot_bytes // limits.GRANULE_BYTES
         volumes = [v for v in self._shelf.places.writable() if v.free and v.holds(granules)]
         if not volumes:
-            if not ahead:
-                self.needed.add(granules)
+            self.needed.add(granules)
             return
         volume = max(volumes, key=lambda v: len(v.free) / v.geometry.n_segments)
         use = volume.begin(namespace.lineage, granules)
@@ -401,6 +423,12 @@ class Writer:
         )
         self.written.nbytes += header.size
 
+    @property
+    def _streams(self) -> int:
+        """Segments that one lineage is written to at a time: what lies in one place of a disk is
+        read fastest, and all disks are to be busy."""
+        return max(1, len(self._shelf.places.writable()))
+
     def _opened(self, use: Use, outcome: Outcome) -> None:
         volume = self._shelf.places.volumes[use.volume]
         if use.state is UseState.OPENING:
@@ -414,14 +442,14 @@ class Writer:
     def _write_ended(self, use: Use) -> None:
         use.writing = False
         volume = self._shelf.places.volumes[use.volume]
-        if use.state is UseState.OPEN and volume.health is not Health.OK:
+        if use.state is UseState.OPEN and (use.torn or volume.health is not Health.OK):
             use.state = UseState.WHOLE
 
     def take_over(self, use: Use) -> None:
         """A use from before the start: it goes on where nothing of its lineage is open."""
         if use.state is UseState.OPEN:
             uses = self._open.setdefault(use.lineage, [])
-            if len(uses) >= _STREAMS:
+            if len(uses) >= self._streams:
                 use.state = UseState.WHOLE  # without a footer; the next start finds its heads again
             else:
                 uses.append(use)
@@ -490,9 +518,9 @@ class Writer:
         pending = False
         for volume in self._shelf.places.writable():
             upto = {
-                use: use.next_granule
+                use: use.written
                 for use in volume.uses.values()
-                if use.next_granule > use.synced and use.live
+                if use.written > use.synced and use.live
             }
             pending |= bool(upto) or any(use.writing for use in volume.uses.values())
             if upto and volume.number not in self._syncing:

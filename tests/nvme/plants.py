@@ -277,7 +277,8 @@ def a_block_is_on_disk_before_its_write_has_ended(patch: Patch) -> None:
 
     def write_early(self: Writer, namespace: Any, use: Any, volume: Any, ids: Any) -> None:
         write(self, namespace, use, volume, ids)
-        places = use.next_granule + 1 + np.arange(len(ids), dtype=np.uint32) * use.slot_granules
+        slots = np.arange(len(ids), 0, -1, dtype=np.uint32)
+        places = np.uint32(use.next_granule) - slots * np.uint32(use.slot_granules)
         settle(self._shelf.places, ids, use, places, np.zeros(len(ids), np.uint64))
 
     def settle_late(self: Places, ids: Any, use: Any, places: Any, stamps: Any) -> None:

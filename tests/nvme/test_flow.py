@@ -13,7 +13,10 @@ from nvme.rig import EVERY, PATIENT_MS, UNIT, Plan, Rig, small_limits, tight
 from kvstore import commands as c
 from kvstore import limits
 from kvstore.nvme.ops import WriteBlocks, WriteRaw
+from kvstore.nvme.perform import perform
 from kvstore.store import NvmePolicy
+from kvstore.store.blocks import IdArray
+from kvstore.store.writing import _IN_FLIGHT
 
 QUIET = Plan(nesting=0.0, pauses=1)
 READ_AGAIN = replace(QUIET, nvme=NvmePolicy())
@@ -147,18 +150,96 @@ def test_what_lies_side_by_side_is_read_at_once_in_whatever_order_it_is_wanted()
     assert ios == ["read", "read"]  # the first one by itself
 
 
-def test_the_next_segments_are_opened_while_those_before_are_filled() -> None:
-    """Their headers are synced meanwhile, so that no batch waits for that."""
+def test_the_next_segment_is_opened_while_the_one_before_is_filled() -> None:
+    """Its header is synced meanwhile, so that no batch waits for that."""
     rig = Rig(1, replace(QUIET, geometries=(tight(17, 12),)))
     rig.put(0, 0, 16)
     rig.persist(0, 0, 16)
     rig.carry_out(WriteRaw)
-    rig.carry_out(WriteRaw)
     kinds = [type(op) for op in rig.out]
-    assert kinds.count(WriteBlocks) == 2  # of which each leaves no room for another
+    assert WriteBlocks in kinds
     assert WriteRaw in kinds
     rig.settle()
     assert len(rig.judge.must) == 16
+
+
+def in_flight(n: int, *, excused: bool = False) -> tuple[Rig, list[WriteBlocks], IdArray]:
+    """Batches of n blocks that are being written to one segment, and the blocks. excused: whether
+    some may be lost."""
+    plan = replace(QUIET, geometries=(tight(100, 8),), pool_bytes=1 << 20, excused=excused)
+    rig = Rig(1, plan)
+    rig.put(0, 0, n)
+    rig.persist(0, 0, n)
+    rig.carry_out(WriteRaw)
+    ids = np.array([rig._block((0, number)) for number in range(n)], np.uint32)
+    return rig, [op for op in rig.out if isinstance(op, WriteBlocks)], ids
+
+
+def hear_of(rig: Rig, op: WriteBlocks) -> None:
+    rig.out.remove(op)
+    rig.store.hear(perform(op, rig.disks, rig.pool), rig.now_ms)
+    rig._changed()
+
+
+def test_a_segment_has_a_few_batches_in_flight_which_count_in_their_order() -> None:
+    """After a crash none is found behind one that is missing."""
+    rig, batches, ids = in_flight(40)
+    assert len(batches) == _IN_FLIGHT
+    there = rig.store._shelf.places.there
+    for op in batches[:0:-1]:
+        hear_of(rig, op)
+        assert not there(ids).any()
+    hear_of(rig, batches[0])
+    assert there(ids).sum() == sum(len(op.granules) for op in batches)
+    rig.settle()
+    after = rig.crash()
+    assert len(after.judge.must) == 40
+    after.get_musts()
+
+
+def test_what_was_written_behind_a_batch_that_was_not_is_written_again() -> None:
+    rig, batches, ids = in_flight(12, excused=True)
+    granule = int(rig.store._shelf.blocks.granule[ids[0]])
+    rig.pool[granule * UNIT + 1000] ^= 1  # of the payload
+    assert len(batches) > 1
+    for op in reversed(batches):
+        hear_of(rig, op)
+    places = rig.store._shelf.places
+    assert not places.there(ids).any()
+    rig.settle()
+    assert rig.store.stats().corrupted == 1
+    assert places.durable(ids[1:]).all()
+    after = rig.crash()
+    assert len(after.judge.must) == 11
+    after.get_musts()
+
+
+def test_a_segment_that_is_used_again_says_so_by_its_header_alone() -> None:
+    rig = Rig(1, replace(QUIET, geometries=(tight(17, 4),)))
+    for first in range(0, 64, 4):
+        rig.put(0, first, 4)
+        rig.persist(0, first, 4)
+        rig.settle()
+    assert rig.volumes[0].next_sequence > 8
+    assert not rig.volumes[0].logged
+    assert rig.volumes[0].n_said == rig.volumes[0].n_forgotten > 0
+
+
+def test_a_drop_waits_for_no_header_that_would_make_its_record_needless() -> None:
+    rig = Rig(1, replace(QUIET, geometries=(tight(17, 4),)))
+    volume, first = rig.volumes[0], 0
+    while not volume.forgotten:  # until a segment is being used again
+        if not rig.out:
+            rig.settle()
+            rig.put(0, first, 4)
+            rig.persist(0, first, 4)
+            first += 4
+        else:
+            rig.step()
+    assert not volume.logged
+    rig.drop(0, first - 1)
+    assert volume.logged
+    rig.settle()
 
 
 def most_again(rig: Rig) -> int:

@@ -583,15 +583,24 @@ def test_a_kernel_without_transparent_huge_pages_gives_memory(
 def test_the_pieces_of_a_durable_put_find_their_slots_ahead(
     served: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They grow, so that what the last one took is not enough for the next."""
+    """They grow, so that what the last one took is not enough for the next; and they are asked for
+    once a call, which waits for none but in the first."""
     calls: list[type[c.Command]] = []
-    call = ChannelLink.call
+    casts: list[type[c.Command]] = []
+    call, cast = ChannelLink.call, ChannelLink.cast
 
     def noted(self: ChannelLink, command: c.Command, timeout_s: float) -> c.Result:
         calls.append(type(command))
         return call(self, command, timeout_s)
 
+    def noted_cast(
+        self: ChannelLink, command: c.Command, timeout_s: float, then: Any = None
+    ) -> None:
+        casts.append(type(command))
+        cast(self, command, timeout_s, then)
+
     monkeypatch.setattr(ChannelLink, "call", noted)
+    monkeypatch.setattr(ChannelLink, "cast", noted_cast)
     sizes = (17 * LAYOUT.block_bytes, 34 * LAYOUT.block_bytes)
     monkeypatch.setattr(local, "_DURABLE_PIECE_BYTES", sizes)
     grants = []
@@ -600,7 +609,11 @@ def test_the_pieces_of_a_durable_put_find_their_slots_ahead(
         blocks = [np.full(LAYOUT.block_bytes, i, np.uint8) for i in range(60)]
         for number in range(2):
             calls.clear()
+            casts.clear()
             hashes = np.random.default_rng(number).integers(0, 256, (60, 32), np.uint8)
             assert session.put(namespace, hashes, blocks, persist=True).stored == 60
-            grants.append(calls.count(c.Grant))
-    assert grants == [1, 0]
+            grants.append((calls.count(c.Grant), casts.count(c.Grant), casts.count(c.Adopt)))
+        casts.clear()
+        assert session.put(namespace, hashes, blocks, persist=True).existed == 60
+        assert c.Grant not in casts  # nothing of it needs a slot
+    assert grants == [(1, 1, 0), (0, 1, 0)]
