@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
 
 from kvstore import limits
-from kvstore.compiled import compiled
 from kvstore.errors import InvalidArgument, ResourceExhausted
 from kvstore.transfer.base import HOST, U64, DeviceBytes, Memory, Pieces
 
@@ -24,28 +22,6 @@ class Region(NamedTuple):
     address: int
     nbytes: int
     device: int = HOST
-
-
-def _find_each(starts, ends, addresses, nbytes, found):  # type: ignore[no-untyped-def] # compiled
-    """Fills found (n,) with the number of the range that each piece lies in; whether all do."""
-    number = 0
-    for row in range(len(addresses)):
-        address = addresses[row]
-        # Most often it is in the range that the one before is in.
-        if number >= len(starts) or address < starts[number] or address >= ends[number]:
-            number = np.searchsorted(starts, address, "right") - 1
-            if number < 0 or address > ends[number]:
-                return False
-        # No sum of an address and a length: it might overflow.
-        if nbytes[row] > ends[number] - address:
-            return False
-        found[row] = number
-    return True
-
-
-_WORDS = types.uint64[::1]
-_GIVEN = types.Array(types.uint64, 1, "A", readonly=True)
-_find = compiled(types.boolean(_WORDS, _WORDS, _GIVEN, _GIVEN, _WORDS), _find_each)
 
 
 class Regions:
@@ -64,8 +40,11 @@ class Regions:
 
     def find(self, addresses: U64, nbytes: U64) -> U64 | None:
         """In which region each piece lies; None unless each lies within one."""
+        # Here, since a passive side in a process of its own finds nothing and needs no Numba.
+        from kvstore.transfer.finding import find
+
         found = np.empty(len(addresses), np.uint64)
-        return found if _find(self._starts, self._ends, addresses, nbytes, found) else None
+        return found if find(self._starts, self._ends, addresses, nbytes, found) else None
 
     def device_of(self, found: U64) -> int | None:
         """The GPU in whose memory regions that `find` named lie, or `HOST`; None for several."""
