@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@# Without a GPU the CPU build of torch comes first, so that nothing pulls in CUDA packages.
 	@command -v nvidia-smi >/dev/null || $(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[all,demo,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[all,ucxx,demo,dev]'
 	@touch $@
 
 demo: $(READY) ## a real model answers through the store; tokens equal to the run without it

@@ -1,12 +1,15 @@
 """The transfer by frames over UCX endpoints, by way of the package ucxx.
 
 UCX is used by one thread alone, which the agent owns: it posts sends and receives, and makes
-progress. A frame is an active message. What comes is copied from frames by the passive side itself,
-as over any stream, so UCX never has a block's memory in hand. Shared memory is left out for the
-reasons that `nixl` gives.
+progress. A frame goes over UCX's stream, behind its length. What comes is copied from frames by the
+passive side itself, as over any stream, so UCX never has a block's memory in hand. Shared memory is
+left out for the reasons that `nixl` gives.
 
-ucxx 0.52 does not let go of a worker, with some file descriptors, whose endpoint was closed while
-it waited for a message, so an agent is best kept for the life of its process.
+No active messages: who waits for one at an endpoint that is closed is remembered by ucxx 0.52 under
+the endpoint's handle, and takes away the first message of the next endpoint that has this handle.
+
+ucxx 0.52 does not let go of a worker either, with some file descriptors, whose endpoint was closed
+while it waited, so an agent is best kept for the life of its process.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import numpy as np
 from kvstore import limits
 from kvstore.errors import DeadlineExceeded, ProtocolError, Unavailable
 from kvstore.transfer.base import Memory, TransferFailed
+from kvstore.transfer.frames import MAX_FRAME_BYTES
 from kvstore.transfer.stream import TOKEN_BYTES, FramePipe, StreamAgent, StreamRemote
 
 KIND = "ucxx"
@@ -37,12 +41,12 @@ _WHERE = struct.Struct("<H")  # the listener's port; then its host
 _CONFIG = {"TLS": "^cma,xpmem,knem,sysv,posix", "RNDV_THRESH": "inf"}
 _NAP_MS = 50  # how long the thread sleeps at most where nothing wakes it
 _CLOSE_NS = 100_000_000
+_LENGTH = np.dtype("<u4")  # of a frame, in front of it
 _FRAMES_KEPT = 4  # that came on one pipe and were not yet delivered
 
 
 class _Request(Protocol):
     completed: bool
-    recv_buffer: object
 
     def check_error(self) -> None: ...
 
@@ -50,8 +54,8 @@ class _Request(Protocol):
 class _Endpoint(Protocol):
     alive: bool
 
-    def am_send(self, array: object) -> _Request: ...
-    def am_recv(self) -> _Request: ...
+    def stream_send(self, array: object) -> _Request: ...
+    def stream_recv(self, array: object) -> _Request: ...
     def set_close_callback(self, function: Callable[[], None]) -> None: ...
     def remove_close_callback(self) -> None: ...
     def close_blocking(self, period: int, max_attempts: int) -> None: ...
@@ -92,7 +96,7 @@ def load() -> _Library:
         native = importlib.import_module("ucxx._lib.libucxx")
         arrays = importlib.import_module("ucxx._lib.arr")
     except (ImportError, OSError) as error:
-        raise Unavailable(f"no ucxx: pip install ucxx-cu12 ({error})") from None
+        raise Unavailable(f"no ucxx: pip install ucxx-cu13 ({error})") from None
 
     class Library:
         UCXError = native.UCXError
@@ -100,7 +104,7 @@ def load() -> _Library:
 
         @staticmethod
         def worker() -> object:
-            features = (native.Feature.AM, native.Feature.WAKEUP)
+            features = (native.Feature.STREAM, native.Feature.WAKEUP)
             return native.UCXWorker(native.UCXContext(_CONFIG, features))
 
         @staticmethod
@@ -163,7 +167,9 @@ class UcxPipe:
         self._lost = self._closed = False
         self._reader: threading.Thread | None = None
         self._receiving: _Request | None = None
-        self._sends: collections.deque[tuple[_Request, _Sending]] = collections.deque()
+        self._room = np.empty(0, np.uint8)  # what it receives into
+        self._length_is_next = True
+        self._sends: collections.deque[_Sending] = collections.deque()
 
     def start(self, deliver: Callable[[bytes], None], lost: Callable[[], None]) -> None:
         """See `FramePipe`."""
@@ -203,7 +209,7 @@ class UcxPipe:
     def lose(self) -> None:
         """Nothing goes over the endpoint any more. On the agent's thread."""
         self._lost = True
-        for _, sending in self._sends:
+        for sending in self._sends:
             sending.end("the other process is gone")
         self._inbox.put(None)
 
@@ -224,7 +230,7 @@ class UcxPipe:
     @property
     def is_settled(self) -> bool:
         """Whether UCX has no more use for the memory of sends and receives."""
-        requests = [request for request, _ in self._sends]
+        requests = [request for sending in self._sends for request in sending.requests]
         if self._receiving is not None:
             requests.append(self._receiving)
         return all(request.completed for request in requests)
@@ -234,31 +240,45 @@ class UcxPipe:
         if self._lost or endpoint is None or not endpoint.alive:
             sending.end("the other process is gone")
             return
-        request = endpoint.am_send(array(np.frombuffer(sending.frame, np.uint8)))
-        self._sends.append((request, sending))
+        self._sends.append(sending)
+        for part in (sending.length, sending.frame):
+            sending.requests.append(endpoint.stream_send(array(part)))
 
     def _sent(self) -> bool:
         any_ended = False
-        while self._sends and self._sends[0][0].completed:
-            request, sending = self._sends.popleft()
-            request.check_error()
-            sending.end()
+        while self._sends and all(request.completed for request in self._sends[0].requests):
+            sending = self._sends[0]
+            for request in sending.requests:
+                request.check_error()
+            self._sends.popleft().end()
             any_ended = True
         return any_ended
 
     def _received(self) -> bool:
         if self._receiving is None:
-            endpoint = self._endpoint
-            if endpoint is None or self._inbox.qsize() >= _FRAMES_KEPT:
+            if self._inbox.qsize() >= _FRAMES_KEPT:
                 return False
-            self._receiving = endpoint.am_recv()
+            self._receive(_LENGTH.itemsize)
             return True
         if not self._receiving.completed:
             return False
         self._receiving.check_error()
-        self._inbox.put(bytes(memoryview(cast(bytes, self._receiving.recv_buffer))))
         self._receiving = None
+        if self._length_is_next:
+            nbytes = int(self._room.view(_LENGTH)[0])
+            if not 0 < nbytes <= MAX_FRAME_BYTES:
+                self.lose()
+                return True
+            self._receive(nbytes)
+        else:
+            self._inbox.put(self._room.tobytes())
+        self._length_is_next = not self._length_is_next
         return True
+
+    def _receive(self, nbytes: int) -> None:
+        if self._endpoint is not None:
+            self._room = np.empty(nbytes, np.uint8)
+            self._receiving = self._endpoint.stream_recv(self._thread.library.array(self._room))
 
     def _deliver(self, deliver: Callable[[bytes], None], lost: Callable[[], None]) -> None:
         while (frame := self._inbox.get()) is not None:
@@ -274,7 +294,9 @@ class _Sending:
     """A frame on its way."""
 
     def __init__(self, frame: bytes) -> None:
-        self.frame = frame
+        self.length = np.array([len(frame)], _LENGTH).view(np.uint8)
+        self.frame = np.frombuffer(frame, np.uint8)
+        self.requests: list[_Request] = []  # of both
         self.failure = ""
         self.ended = threading.Event()
 

@@ -19,7 +19,12 @@ TURNS = 3 * CHAINS
 
 
 @pytest.fixture(
-    scope="module", params=["shm", "nixl", pytest.param("grpc", marks=pytest.mark.long)]
+    scope="module",
+    params=[
+        "shm",
+        "nixl",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("ucxx", "grpc")),
+    ],
 )
 def transfer(request: pytest.FixtureRequest) -> str:
     kind = str(request.param)

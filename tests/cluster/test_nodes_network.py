@@ -11,7 +11,7 @@ from benchmarks.networks import run_alone, why_not
 from kvstore.transfer.choose import available
 
 USABLE = {each.kind for each in available() if each.usable}
-FASTEST, *OTHERS = [kind for kind in ("nixl", "grpc") if kind in USABLE]
+FASTEST, *OTHERS = [kind for kind in ("nixl", "ucxx", "grpc") if kind in USABLE]
 RUN_S = 150.0
 
 

@@ -38,7 +38,7 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch: pytest.Monk
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    for load, wanted in ((nixl.load, "nixl-cu13"), (ucxx.load, "ucxx-cu12")):
+    for load, wanted in ((nixl.load, "nixl-cu13"), (ucxx.load, "ucxx-cu13")):
         with pytest.raises(Unavailable, match=f"pip install {wanted}"):
             load()
     assert [each.kind for each in available() if each.usable] == ["shm", "grpc", "auto"]

@@ -176,6 +176,18 @@ def test_pieces_must_be_what_they_say(pair: Pair) -> None:
             pair.remote.read(bad, TIMEOUT_S)
 
 
+def test_connections_that_follow_others_work_as_well(pair: Pair) -> None:
+    data = pattern(SMALL, 7)
+    pair.memory[:] = data
+    pair.remote.write(pair.all, TIMEOUT_S)
+    for used in (True, False, True, True):
+        pair.memory[:] = 0
+        with contextlib.closing(pair.own.connect(pair.other.description, TIMEOUT_S)) as another:
+            if used:
+                another.read(pair.all, TIMEOUT_S)
+                np.testing.assert_array_equal(pair.memory, data)
+
+
 def test_several_threads_share_a_connection(pair: Pair) -> None:
     part, failures = SMALL // 4, []
 
