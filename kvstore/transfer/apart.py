@@ -177,7 +177,7 @@ class Mortal(Protocol):
     on_death: Callable[[], None] | None
 
 
-def make_safe_agent(kind: str, name: str, pipes: Pipes = no_pipes) -> Agent:
+def make_safe_agent(kind: str, name: str, pipes: Pipes = no_pipes, *, host: str = "") -> Agent:
     """The agent of a kind that a process may have which must not die of it: see `make_agent`. Of
     kind auto it has all kinds of `AUTO` that are usable here."""
     if kind == "auto":
@@ -186,7 +186,7 @@ def make_safe_agent(kind: str, name: str, pipes: Pipes = no_pipes) -> Agent:
         here = [each.kind for each in available() if each.usable and each.kind in AUTO]
         return EitherAgent([make_safe_agent(each, name, pipes) for each in here])
     if kind != "nixl":
-        return make_agent(kind, name, pipes)
+        return make_agent(kind, name, pipes, host=host)
 
     def active(name: str) -> Agent:
         return make_agent(kind, name, over_tcp=True)

@@ -24,7 +24,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -112,6 +112,20 @@ def load() -> _Library:
             return native.UCXListener.create(worker, 0, accept)
 
     return cast(_Library, Library())
+
+
+def address_towards(others: Sequence[str]) -> str:
+    """This host's address on the way to the first of others (HOST:PORT each) that there is a way
+    to; the host's name without one."""
+    for other in others:
+        host, _, port = other.rpartition(":")
+        with (
+            contextlib.suppress(OSError, ValueError),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+        ):
+            sock.connect((host, int(port)))  # sends nothing
+            return str(sock.getsockname()[0])
+    return socket.gethostname()
 
 
 class UcxxAgent:

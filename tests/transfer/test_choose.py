@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import socket
 
 import pytest
 
@@ -42,6 +43,12 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch: pytest.Monk
         with pytest.raises(Unavailable, match=f"pip install {wanted}"):
             load()
     assert [each.kind for each in available() if each.usable] == ["shm", "grpc", "auto"]
+
+
+def test_a_host_s_address_is_the_one_on_the_way_to_the_others() -> None:
+    assert ucxx.address_towards(["127.0.0.1:7601"]) == "127.0.0.1"
+    assert ucxx.address_towards(["without a port", "127.0.0.1:7601"]) == "127.0.0.1"
+    assert ucxx.address_towards([]) == socket.gethostname()
 
 
 @pytest.mark.skipif(nixl.has_rdma(), reason="has RDMA")

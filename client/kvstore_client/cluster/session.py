@@ -53,6 +53,7 @@ from kvstore.session.requests import checked_chain, checked_get, checked_put, hi
 from kvstore.transfer.apart import make_safe_agent
 from kvstore.transfer.base import Agent
 from kvstore.transfer.nixl import has_rdma
+from kvstore.transfer.ucxx import address_towards
 from kvstore_client.cluster.backing import (
     DeviceBacking,
     DeviceMemory,
@@ -115,7 +116,8 @@ class ClusterSession:
         def new_agent() -> Agent:
             if device:
                 return agent_of_device(transfer, over_tcp=device_over_tcp)
-            agent = make_safe_agent(transfer, "client", self._streams.book.find)
+            host = address_towards(seeds) if transfer == "ucxx" else ""
+            agent = make_safe_agent(transfer, "client", self._streams.book.find, host=host)
             self._streams.set_agent(agent)
             return agent
 

@@ -76,7 +76,8 @@ class _Process:
             store = ChannelNodeStore(str(options.channel), timeout_s=CONNECT_S)
             stack.callback(store.close)
             streams = Streams()
-            agent = make_safe_agent(options.transfer, me.name, streams.book.find)
+            host = me.address.rpartition(":")[0]
+            agent = make_safe_agent(options.transfer, me.name, streams.book.find, host=host)
             streams.set_agent(agent)
             transfers = AgentTransfers(agent, store.pool, store.pool_fd)
             stack.callback(transfers.close)
