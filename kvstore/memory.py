@@ -28,9 +28,20 @@ _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PREFAULT_BYTES = 64 << 20  # between two looks at whether to stop
 _MPOL_BIND = 2
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # since Linux 5.14; Python has no names
+_MADV_COLLAPSE = 25  # since Linux 6.1
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_HUGE_BYTES = 2 << 20  # of a transparent huge page on x86-64, and on others with pages of 4 KiB
 _POPULATE_BYTES = 1 << 20  # at a time: meanwhile the process can map nothing else
+_LOOK_S, _MOST_LOOKS = 0.01, 500  # at what another process has taken, while it takes no more
 # mbind has no wrapper in the C library; these are its numbers in the kernel's tables.
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
 
 
 class HugePages(enum.StrEnum):
@@ -57,16 +68,16 @@ class Arena:
         self.fd = fd
         self.nbytes = nbytes
         self._writable = writable
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self._huge = False  # whether transparent huge pages are wanted
         try:
-            self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
+            self._map, first = _mapped(fd, nbytes, writable=writable)
         except BaseException:
             os.close(fd)
             raise
         self._map.madvise(mmap.MADV_DONTFORK)
         self._forked = False
         _arenas.add(self)
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, nbytes, first)
 
     @classmethod
     def create(
@@ -91,7 +102,8 @@ class Arena:
             os.close(fd)
             raise
         arena = cls(fd, nbytes, writable=True)
-        if transparent_huge_pages and not reserved_huge_pages:
+        arena._huge = transparent_huge_pages and not reserved_huge_pages
+        if arena._huge:
             with contextlib.suppress(OSError):  # not every kernel has transparent ones
                 arena._map.madvise(mmap.MADV_HUGEPAGE)
         return arena
@@ -107,36 +119,69 @@ class Arena:
             raise OSError(f"no NUMA placement on {platform.machine()}")
         mask = (ctypes.c_ulong * 16)()
         mask[numa_node // 64] = 1 << numa_node % 64
-        libc = ctypes.CDLL(None, use_errno=True)
         address = ctypes.c_void_p(self.array.ctypes.data)
         size = ctypes.c_ulong(self.nbytes)
-        if libc.syscall(number, address, size, _MPOL_BIND, mask, ctypes.c_ulong(1024), 0):
+        if _libc.syscall(number, address, size, _MPOL_BIND, mask, ctypes.c_ulong(1024), 0):
             raise OSError(ctypes.get_errno(), f"NUMA node {numa_node} gives no memory")
 
     def prefault(self, stop: threading.Event) -> None:
         """Makes the kernel find all pages now, not at the first put; returns early on `stop`.
 
-        OSError where the memory is not there. Lets other threads run meanwhile.
+        Huge ones where transparent ones are wanted and to be had: a disk takes them in fewer
+        pieces, and processes map them with less work. OSError where the memory is not there. Lets
+        other threads run meanwhile.
         """
         for start in range(0, self.nbytes, _PREFAULT_BYTES):
             if stop.is_set():
                 return
-            os.posix_fallocate(self.fd, start, min(_PREFAULT_BYTES, self.nbytes - start))
+            size = min(_PREFAULT_BYTES, self.nbytes - start)
+            if self._huge:
+                self._gather(start, size)
+            os.posix_fallocate(self.fd, start, size)
 
-    def populate(self, stop: threading.Event) -> None:
+    def _gather(self, start: int, nbytes: int) -> None:
+        """Huge pages, if they are to be had; `start` is a multiple of their size.
+
+        By asking for them, as shared memory gets none by itself where `shmem_enabled` is `never`,
+        which is what systems come with. Of each one page has to be there before.
+        """
+        nbytes -= nbytes % _HUGE_BYTES
+        for at in range(start, start + nbytes, _HUGE_BYTES):
+            os.posix_fallocate(self.fd, at, mmap.PAGESIZE)
+        self._advise(start, nbytes, _MADV_COLLAPSE)
+
+    def _advise(self, start: int, nbytes: int, advice: int) -> bool:
+        """Whether the kernel could follow it. Lets other threads run, as Python's own does not."""
+        held = self.array  # so that it stays mapped meanwhile
+        if not held.size:
+            return False
+        address = ctypes.c_void_p(int(held.__array_interface__["data"][0]) + start)
+        return not _libc.madvise(address, ctypes.c_size_t(nbytes), advice)
+
+    def populate(self, stop: threading.Event, *, behind: bool = False) -> None:
         """Maps all pages now, not one by one as they are first touched; returns early on `stop`.
 
-        Where the memory is not there yet it is taken. A kernel that cannot do it is no error.
+        Where the memory is not there yet it is taken; behind: by another process's `prefault`, for
+        which this waits, so that the pages are those that it wants. A kernel that cannot do it is
+        no error, nor is a process that stops to take more.
         """
         advice = _MADV_POPULATE_WRITE if self._writable else _MADV_POPULATE_READ
-        held, libc = self.array, ctypes.CDLL(None)  # held, so that it stays mapped meanwhile
-        if not held.size:
-            return
-        first = int(held.__array_interface__["data"][0])
         for at in range(0, self.nbytes, _POPULATE_BYTES):
-            size = ctypes.c_size_t(min(_POPULATE_BYTES, self.nbytes - at))
-            if stop.is_set() or libc.madvise(ctypes.c_void_p(first + at), size, advice):
+            size = min(_POPULATE_BYTES, self.nbytes - at)
+            if behind and not self._await_taken(at + size, stop):
                 return
+            if stop.is_set() or not self._advise(at, size, advice):
+                return
+
+    def _await_taken(self, nbytes: int, stop: threading.Event) -> bool:
+        """Whether so much of the memory is there in the end; waits as long as it becomes more."""
+        before, looks = 0, 0
+        while (there := os.fstat(self.fd).st_blocks * 512) < nbytes:
+            looks = looks + 1 if there == before else 0
+            if looks > _MOST_LOOKS or stop.wait(_LOOK_S):
+                return False
+            before = there
+        return True
 
     def close(self) -> None:
         """Unmaps, unless a view of the memory is still held somewhere: then its end does."""
@@ -157,7 +202,7 @@ class Arena:
         """In the child, which has not got the mapping: its addresses may be anything else's by the
         time that it would be unmapped, so it never is."""
         self._forked = True
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))
+        _never_unmap(self._map)
 
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
@@ -169,6 +214,47 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
+
+
+def _mapped(fd: int, nbytes: int, *, writable: bool) -> tuple[mmap.mmap, int]:
+    """A mapping that holds a shared one of a memfd, and the offset at which that begins.
+
+    Its address is a multiple of a huge page, without which no process maps one as a whole.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    plain = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
+    # Reserved ones have an alignment of their own, which the kernel has seen to.
+    small = nbytes < _HUGE_BYTES or os.fstatvfs(fd).f_bsize > mmap.PAGESIZE
+    if small or not _address_of(plain) % _HUGE_BYTES:
+        return plain, 0
+    try:
+        mapped = _mapped_aligned(fd, nbytes, protection)
+    except OSError:  # there is no room for it
+        return plain, 0
+    plain.close()
+    return mapped
+
+
+def _mapped_aligned(fd: int, nbytes: int, protection: int) -> tuple[mmap.mmap, int]:
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    room = mmap.mmap(-1, nbytes + _HUGE_BYTES, flags=private, prot=protection)
+    first = _address_of(room)
+    skip = -first % _HUGE_BYTES
+    shared = mmap.MAP_SHARED | _MAP_FIXED
+    if _libc.mmap(first + skip, nbytes, protection, shared, fd, 0) == _MAP_FAILED:
+        number = ctypes.get_errno()
+        # Some of the room may be unmapped, and by now be another thread's.
+        _never_unmap(room)
+        raise OSError(number, os.strerror(number))
+    return room, skip
+
+
+def _address_of(mapped: mmap.mmap) -> int:
+    return int(np.frombuffer(mapped, np.uint8).__array_interface__["data"][0])
+
+
+def _never_unmap(mapped: mmap.mmap) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))
 
 
 def open_sealed(fd: int, nbytes: int) -> Arena:

@@ -56,7 +56,9 @@ class ChannelLink:
         pool, generations, index = self._arenas[:_BOARDS]
         welcome = self._port.welcome
         whole = welcome.prefaulted and welcome.pool_bytes <= limits.MAX_POPULATED_BYTES
-        self._populate(index, generations, *([pool] if whole else []))
+        self._populate(index, generations)
+        if whole:
+            self._populate(pool, behind=True)
 
     @property
     def writes_pool(self) -> bool:
@@ -162,12 +164,13 @@ class ChannelLink:
 
     # -- inside ------------------------------------------------------------------------
 
-    def _populate(self, *arenas: Arena) -> None:
-        """Maps their pages in the background: else each first touch of one is a fault."""
+    def _populate(self, *arenas: Arena, behind: bool = False) -> None:
+        """Maps their pages in the background: else each first touch of one is a fault. behind: as
+        `Arena.populate` has it."""
 
         def populate() -> None:
             for arena in arenas:
-                arena.populate(self._stop)
+                arena.populate(self._stop, behind=behind)
 
         thread = threading.Thread(target=populate, name="kvstore-populate", daemon=True)
         self._populating = [other for other in self._populating if other.is_alive()] + [thread]

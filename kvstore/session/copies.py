@@ -79,15 +79,21 @@ _helper = _Helper()
 
 
 def in_parallel(
-    work: Callable[..., object], pieces: Sequence[Piece], nbytes: int, end_s: float
+    work: Callable[..., object],
+    pieces: Sequence[Piece],
+    nbytes: int,
+    end_s: float,
+    *,
+    alone: bool = False,
 ) -> int:
     """Calls `work(*piece)` for the pieces in order, on two threads where `nbytes` are worth it.
+    alone: on this one, whatever they are.
 
     The first is always done; none is begun after `end_s` (of `time.monotonic`). Returns how many
     leading ones are done. All work is over when this returns or raises.
     """
     left = iter(pieces)
-    if nbytes <= ALONE_BYTES or len(pieces) == 1:
+    if alone or nbytes <= ALONE_BYTES or len(pieces) == 1:
         _drain(work, left, end_s)
     else:
         _drain_by_two(work, left, end_s)

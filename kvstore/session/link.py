@@ -138,10 +138,11 @@ def copy_all_in(
     sources: c.U64,
     slots: npt.NDArray[np.integer],
     end_s: float,
+    alone: bool = False,
 ) -> c.U64:
     """Copies parts of blocks from addresses (sources) to slots (their first granules, (n,)).
 
-    Returns the checksums (n, cells) of what was stored.
+    Returns the checksums (n, cells) of what was stored. alone: as `in_parallel` has it.
 
     `DeadlineExceeded` where that is not done by `end_s` of `time.monotonic`.
     """
@@ -153,7 +154,7 @@ def copy_all_in(
         sums[first:end] = part.copy_in(sources[first:end], targets[first:end])
 
     groups = groups_of(n, part.nbytes)
-    done = in_parallel(copy, groups, part.nbytes * n, end_s)
+    done = in_parallel(copy, groups, part.nbytes * n, end_s, alone=alone)
     if done < len(groups):
         raise DeadlineExceeded(f"{groups[done][0]} of {n} blocks were copied in time")
     return sums

@@ -52,6 +52,7 @@ _ONE_ROW: Rows = np.arange(1)
 _FEWEST_AHEAD = 16  # slots to ask for ahead, so that small puts seldom ask
 _MOST_SINGLES = 64  # namespaces
 _INDEXED = list, tuple, np.ndarray
+_FEW_PROCESSORS = len(os.sched_getaffinity(0)) <= 2
 _UNUSED_PUTS = 8  # of other sizes, after which slots of a size are of more use to the store
 
 
@@ -476,6 +477,9 @@ def _filled(
         sources=put.addresses if len(rows) == n else put.addresses[rows],
         slots=granules,
         end_s=by.end_s,
+        # Of a durable put, beside which the daemon verifies and writes what came before: on few
+        # processors a second thread would take one from that.
+        alone=_FEW_PROCESSORS and put.of > len(put.chain),
     )
     return _Filled(memory, put, number, rows, granules, sums)
 

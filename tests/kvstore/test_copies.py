@@ -34,6 +34,16 @@ def test_two_threads_work_at_once() -> None:
     assert in_parallel(lambda _: both.wait(WAIT_S), [(0,), (1,)], MUCH, math.inf) == 2
 
 
+def test_who_is_to_work_alone_does() -> None:
+    threads: list[int] = []
+
+    def work(_: int) -> None:
+        threads.append(threading.get_ident())
+
+    assert in_parallel(work, [(i,) for i in range(50)], MUCH, math.inf, alone=True) == 50
+    assert threads == [threading.get_ident()] * 50
+
+
 @pytest.mark.parametrize("nbytes", [1, MUCH])
 def test_what_is_done_in_time_is_counted_from_the_front(nbytes: int) -> None:
     done: list[int] = []

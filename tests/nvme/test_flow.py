@@ -163,6 +163,21 @@ def test_the_next_segment_is_opened_while_the_one_before_is_filled() -> None:
     assert len(rig.judge.must) == 16
 
 
+def test_the_next_segment_is_opened_when_nothing_waits_for_it_yet() -> None:
+    """Who has filled a batch goes on, and its next one is not to wait for a header."""
+    rig = Rig(1, replace(QUIET, geometries=(tight(17, 12),)))
+    rig.put(0, 0, 8)
+    rig.persist(0, 0, 8)
+    rig.settle()
+    assert len(rig.volumes[0].uses) == 2
+    rig.put(0, 8, 8)
+    rig.persist(0, 8, 8)
+    rig.carry_out(WriteBlocks)
+    assert not rig.store.nvme._writer.needed
+    rig.settle()
+    assert len(rig.judge.must) == 16
+
+
 def in_flight(n: int, *, excused: bool = False) -> tuple[Rig, list[WriteBlocks], IdArray]:
     """Batches of n blocks that are being written to one segment, and the blocks. excused: whether
     some may be lost."""
@@ -194,6 +209,21 @@ def test_a_segment_has_a_few_batches_in_flight_which_count_in_their_order() -> N
     rig.settle()
     after = rig.crash()
     assert len(after.judge.must) == 40
+    after.get_musts()
+
+
+def test_a_batch_that_is_written_makes_way_for_another_before_those_in_front_of_it_are() -> None:
+    rig, batches, ids = in_flight(60)
+    hear_of(rig, batches[2])
+    under_way = [op for op in rig.out if isinstance(op, WriteBlocks)]
+    assert len(under_way) == _IN_FLIGHT
+    assert under_way[-1] not in batches
+    for op in reversed(under_way):
+        hear_of(rig, op)
+    rig.settle()
+    assert rig.store._shelf.places.durable(ids).all()
+    after = rig.crash()
+    assert len(after.judge.must) == 60
     after.get_musts()
 
 
@@ -237,7 +267,7 @@ def test_a_drop_waits_for_no_header_that_would_make_its_record_needless() -> Non
         else:
             rig.step()
     assert not volume.logged
-    rig.drop(0, first - 1)
+    rig.drop(0, first - 5)  # of the put before, which is on disk
     assert volume.logged
     rig.settle()
 

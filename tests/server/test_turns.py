@@ -13,6 +13,7 @@ from typing import TypeVar
 import pytest
 
 from daemon import daemon
+from kvstore.nvme.runner import go_first
 from kvstore_server.turns import as_usual, let_wakers_go_on
 
 T = TypeVar("T")
@@ -50,6 +51,15 @@ def test_what_is_started_later_is_as_others_too() -> None:
         return [*found, policy()]
 
     assert apart(work) == [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_BATCH]
+
+
+def test_threads_that_wait_for_a_disk_are_as_others() -> None:
+    def work() -> list[int]:
+        let_wakers_go_on()
+        go_first()
+        return [policy()]
+
+    assert apart(work) == [os.SCHED_OTHER]
 
 
 def test_a_thread_that_is_as_others_stays_so() -> None:
