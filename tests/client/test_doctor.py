@@ -159,7 +159,10 @@ FINDINGS: dict[str, tuple[Facts, str, Level, str, str]] = {
     ),
     "memlock": (having(rdma=True), "memlock", Level.WARN, "8 MiB", "ulimit -l"),
     "few huge pages": (on(huge_pages=HUGE), "huge pages", Level.WARN, "100 of 2 MiB", "=4096"),
-    "no THP": (on(shmem_thp="never"), "shmem THP", Level.WARN, "never", "echo advise"),
+    "no THP": (on(shmem_thp="deny"), "shmem THP", Level.WARN, "deny", "echo advise"),
+    "no THP without being told": (
+        *(on(shmem_thp="never", kernel="5.15"), "shmem THP", Level.WARN, "never", "echo advise"),
+    ),
     "two nodes": (on(numa_nodes=(0, 1)), "NUMA", Level.WARN, "2 nodes: 0, 1", "--numa-node"),
     "package": (
         *(having(packages=(("numpy", "2.4.0"), ("rich", None))), "packages", Level.FAIL),
@@ -189,10 +192,20 @@ def test_each_finding_has_its_level_its_measured_value_and_its_fix(case: str) ->
         with_socket(owner=0),
         with_socket(folder_mode=stat.S_IFDIR | stat.S_ISVTX | 0o777),
         on(kernel="5.14"),
+        on(shmem_thp="never"),
         having(transfers=NO_NIXL),
     ],
     ids=[
-        *("memlock", "huge pages", "cgroup", "no meminfo", "root's", "sticky folder", "least"),
+        *(
+            "memlock",
+            "huge pages",
+            "cgroup",
+            "no meminfo",
+            "root's",
+            "sticky folder",
+            "least",
+            "gathered",
+        ),
         "no NIXL, no RDMA",
     ],
 )

@@ -23,6 +23,7 @@ SMALL_SHM_BYTES = 64 << 20  # what Docker gives a container
 LOW_ROOM_BYTES = 1 << 30  # the daemon's default pool
 _TIGHT_SHARE = 0.8
 _SHMEM_THP_MODES = ("always", "within_size", "advise", "force")
+_GATHERS = (6, 1)  # since this kernel the daemon gets them by itself where the mode is `never`
 _WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -85,12 +86,17 @@ def check_socket(facts: Facts) -> Check | None:
     return Check(name="socket", level=level, measured=measured, fix=fix)
 
 
+def _version_of(kernel: str) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", kernel)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def check_kernel(facts: Facts) -> Check:
     """Is the kernel one that the project is made for?"""
     release = facts.host.kernel or "unknown"
-    found = re.match(r"(\d+)\.(\d+)", release)
+    found = _version_of(release)
     least = ".".join(map(str, LEAST_KERNEL))
-    if found and (int(found[1]), int(found[2])) >= LEAST_KERNEL:
+    if found and found >= LEAST_KERNEL:
         return Check(name="kernel", level=Level.OK, measured=release)
     fix = f"Use Linux {least} or newer."
     return Check(
@@ -177,7 +183,8 @@ def check_transparent(facts: Facts) -> Check:
     """Can shared memory have transparent huge pages, where none are reserved?"""
     mode = facts.host.shmem_thp
     reserved = facts.host.huge_pages.total > 0
-    if reserved or mode in _SHMEM_THP_MODES:
+    gathers = mode == "never" and (_version_of(facts.host.kernel or "") or (0, 0)) >= _GATHERS
+    if reserved or gathers or mode in _SHMEM_THP_MODES:
         return Check(name="shmem THP", level=Level.OK, measured=mode or "unknown")
     folder = "/sys/kernel/mm/transparent_hugepage"
     fix = f"echo advise > {folder}/shmem_enabled: first touches of the pool are faster then."
