@@ -97,9 +97,10 @@ class Volume:
         self.forgotten: list[Record] = []  # that the log has yet to say
         self.n_forgotten = self.n_said = 0  # all that were ever in that list, and said durably
         self.logged: dict[Record, None] = {}  # what it says already
-        self.on_disk: dict[int, int] = {}  # by segment, the use whose header is there
+        self._on_disk: dict[int, int] = {}  # by segment, the use whose header is there
+        self._unknown: set[int] = set()  # segments with a header that could not be read
         self._over: dict[int, int] = {}  # by segment, the last use that was forgotten as a whole
-        self.unread: dict[int, int] = {}  # by segment, a use of which nobody knows what it holds
+        self._unread: dict[int, int] = {}  # by segment, a use of which nobody knows what it holds
         self.read_errors = 0
 
     def begin(self, lineage: int, slot_granules: int) -> Use:
@@ -122,11 +123,22 @@ class Volume:
         self.n_forgotten += len(records)
         self._note_over(records)
 
-    def found(self, headers: Iterable[tuple[int, int]], records: Iterable[Record]) -> None:
-        """What was there before the start: segment and sequence of the headers, and the log."""
-        self.on_disk = dict(headers)
+    def found(
+        self,
+        headers: Iterable[tuple[int, int]],
+        unknown: Iterable[int],
+        records: Iterable[Record],
+    ) -> None:
+        """What was there before the start: segment and sequence of the headers, segments whose
+        header could not be read, and the log."""
+        self._on_disk, self._unknown = dict(headers), set(unknown)
         self.logged = dict.fromkeys(records)
         self._note_over(self.logged)
+
+    def opened(self, use: Use) -> None:
+        """The use's header is durable: whatever the segment held before is over."""
+        self._on_disk[use.segment] = use.sequence
+        self._unknown.discard(use.segment)
 
     def _note_over(self, records: Iterable[Record]) -> None:
         for segment, sequence, granule in records:
@@ -135,16 +147,17 @@ class Volume:
 
     def leave_unread(self, segment: int, sequence: int) -> None:
         """What this use holds cannot be known now, but perhaps after the next restart. Its segment
-        is free, and the last to be used again."""
-        self.unread[segment] = self.on_disk[segment] = sequence
+        is free, and the last to be used again. sequence: of an unknown use, one that it is below
+        or at."""
+        self._unread[segment] = sequence
         self.free.remove(segment)
         self.free.insert(0, segment)
 
     def forget_unread(self) -> None:
         """Something was dropped that may lie there as well."""
-        unread = [(s, n, WHOLE_USE) for s, n in self.unread.items() if self.on_disk[s] == n]
-        self.forget(unread)
-        self.unread = {}
+        unread = self._unread.items()
+        self.forget([(s, n, WHOLE_USE) for s, n in unread if self._on_disk.get(s, n) == n])
+        self._unread = {}
 
     def oldest(self) -> Use | None:
         """The use that has to make room first, if there is one."""
@@ -189,13 +202,13 @@ class Volume:
         return list(due)
 
     def useful_records(self) -> list[Record]:
-        """What the log has to say still: of uses whose headers are on disk."""
+        """What the log has to say still: of uses whose headers are on disk, or may be."""
         return [record for record in self.logged if self._is_needed(record) and self._tells(record)]
 
     def _is_needed(self, record: Record) -> bool:
         """Whether neither another record nor a newer header says that all of this use is over."""
         segment, sequence, granule = record
-        if self.on_disk.get(segment, 0) > sequence:
+        if self._on_disk.get(segment, 0) > sequence:
             return False
         return granule == WHOLE_USE or sequence > self._over.get(segment, 0)
 
@@ -206,5 +219,7 @@ class Volume:
 
     def _tells(self, record: Record) -> bool:
         segment, sequence, granule = record
-        there = self.on_disk.get(segment)
-        return there == sequence or (granule == WHOLE_USE and sequence > (there or 0))
+        there = self._on_disk.get(segment)
+        if there == sequence or segment in self._unknown:
+            return True
+        return granule == WHOLE_USE and sequence > (there or 0)

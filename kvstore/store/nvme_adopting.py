@@ -60,6 +60,7 @@ class Adopter:
         columns = (records[name].tolist() for name in ("segment", "sequence", "granule"))
         volume.found(
             [(use.header.segment, use.header.sequence) for use in survey.uses],
+            [problem.segment for problem in survey.problems],
             zip(*columns, strict=True),
         )
         self._surveys[number] = survey

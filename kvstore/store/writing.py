@@ -438,7 +438,7 @@ class Writer:
         if outcome.error:
             self.stop(volume, f"a write failed: {outcome.error}")
         else:
-            volume.on_disk[use.segment] = use.sequence
+            volume.opened(use)
 
     def _write_ended(self, use: Use) -> None:
         use.writing = False

@@ -216,6 +216,16 @@ def a_segment_that_could_not_be_read_is_not_forgotten(patch: Patch) -> None:
     patch.setattr(Volume, "forget_unread", lambda _self: None)
 
 
+@plant("test_the_log_keeps_what_it_says_of_a_segment_whose_header_could_not_be_read")
+def the_log_is_done_with_segments_that_could_not_be_read(patch: Patch) -> None:
+    real = Volume.found
+
+    def found(self: Volume, headers: Any, _unknown: Any, records: Any) -> None:
+        real(self, headers, (), records)
+
+    patch.setattr(Volume, "found", found)
+
+
 @plant("test_a_key_that_was_put_anew_before_it_was_found_keeps_its_own_time")
 def of_two_blocks_in_a_segment_the_first_is_found(patch: Patch) -> None:
     patch.setattr(nvme_adopting, "_last_of_each", lambda keys: np.ones(len(keys), np.bool_))

@@ -7,6 +7,7 @@ and the one inside another; the clients; and power cuts. `Judge` knows what may 
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ Then = Callable[[Any], None]
 FEW_BLOCKS = 64  # a store of so many has to forget blocks on disk, for want of ids
 EVERY = NvmePolicy(every=True)
 _CONNECTIONS = 6
+_STARTS_IOS = 14  # behind the log, about as many as there are until a start knows all segments
 _IDLE_ROUNDS = 60  # moments of time that may pass until all calls are answered
 
 
@@ -65,7 +67,8 @@ class Plan:
     """nesting: how often something else happens inside an operation, before one of its I/Os.
     pauses: how many things happen in the middle of a put or a get, less one.
     honest: whether the disks keep what they say is synced, so that acknowledgements are checked
-    there. excused: whether a persisted block may be lost, because reads fail or bytes rot."""
+    there. excused: whether a persisted block may be lost, because reads fail or bytes rot.
+    blind: how often a read fails while a life begins."""
 
     geometries: tuple[Geometry, ...] = (tight(),)
     pool_bytes: int = 192 << 10
@@ -76,6 +79,7 @@ class Plan:
     pauses: int = 3
     honest: bool = True
     excused: bool = False
+    blind: float = 0.0
     check_each: int = 1
 
 
@@ -169,6 +173,10 @@ class Rig:
         self._indexes: list[U8] = []
         self._reader: tuple[int, IndexReader] | None = None
         self._open_store()
+        self.blind = plan.blind > 0 and self.rng.random() < plan.blind
+        if self.blind:
+            sim = self.rng.choice(self.sims)
+            sim.fail_at(sim.ios + self.rng.randrange(4, _STARTS_IOS), errno.EIO, of="read")
         self._recoveries = [self._recovery(i) for i in range(len(self.sims))]
         self.recovering = len(self._recoveries)
         if recovers:

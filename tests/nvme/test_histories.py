@@ -41,21 +41,29 @@ def small() -> Iterator[None]:
         yield
 
 
-def plan_of(rng: random.Random, *, check_each: int = 4) -> Plan:
+def plan_of(rng: random.Random, *, check_each: int = 4, blind: float = 0.0) -> Plan:
     return Plan(
         geometries=rng.choice(GEOMETRIES),
         policy=rng.choice(("lru", "arc", "s3fifo")),
         max_blocks=rng.choice((256, 256, 256, 40, 28)),
         nvme=rng.choice(POLICIES),
+        blind=blind,
         check_each=check_each,
     )
 
 
-def live(seed: int, steps: int = STEPS, *, faults: bool = False, check_each: int = 4) -> Rig:
+def live(
+    seed: int,
+    steps: int = STEPS,
+    *,
+    faults: bool = False,
+    check_each: int = 4,
+    blind: float = 0.0,
+) -> Rig:
     """One history; returns its last life, in which nothing is left."""
     rng = random.Random(seed)
-    plan = plan_of(rng, check_each=check_each)
-    rig = Rig(seed, replace(plan, excused=faults))
+    plan = plan_of(rng, check_each=check_each, blind=blind)
+    rig = Rig(seed, replace(plan, excused=faults or blind > 0))
     for _ in range(steps):
         if faults and rng.random() < 0.01:
             break_a_disk(rig, rng)
@@ -95,6 +103,8 @@ def act(rig: Rig, rng: random.Random) -> Rig:
             rig.get(space, first, n, wait_ms=0)
         case "persist":
             rig.persist(space, first, n)
+        case "drop" | "drop all" if rig.blind:
+            pass  # it would be the end of all that could not be read
         case "drop":
             rig.drop(space, first, n)
         case "drop all":
@@ -175,3 +185,15 @@ def test_many_histories_keep_their_promises(hundreds: int) -> None:
 @pytest.mark.parametrize("seed", range(5000, 5010))
 def test_histories_checked_after_each_change(seed: int) -> None:
     live(seed, 600, check_each=1)
+
+
+def test_what_a_start_cannot_read_comes_back_as_it_was_or_never() -> None:
+    for seed in range(8000, 8020):
+        live(seed, blind=0.5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hundreds", range(10))
+def test_what_many_starts_cannot_read_comes_back_as_it_was_or_never(hundreds: int) -> None:
+    for seed in range(9000 + 100 * hundreds, 9100 + 100 * hundreds):
+        live(seed, 250, blind=0.5)

@@ -257,6 +257,32 @@ def test_what_was_not_dropped_comes_back_when_it_can_be_read_again() -> None:
     assert first.restart().get_all() == 4
 
 
+def test_the_log_keeps_what_it_says_of_a_segment_whose_header_could_not_be_read() -> None:
+    for left in (2, 0):  # keys were dropped, or the namespace
+        rig = rig_with()
+        for number in range(0, 9, 3):
+            rig.put(1, number, 3, ttl_ms=700)
+            rig.persist(1, number, 3)
+            rig.settle()
+        if left:
+            rig.drop(0, 1, 2)
+        else:
+            rig.drop_namespace(0)
+        rig.settle()
+        first = rig.crash(1, recovers=False)
+        first.plan = replace(first.plan, excused=True)
+        first.sims[0].fail_at(4, errno.EIO)  # behind the sync and the two halves of the log
+        first.recover()
+        assert not first.get(0, 0, 4)
+        log = first.store.nvme._leaving.logs[0]
+        epoch = log._epoch
+        first.pass_ms(1000)  # a segment of which all has expired is over, which the log says
+        first.finish_ops()
+        assert log._epoch > epoch, "the other half was not begun"
+        for second in crashes(first):
+            assert second.get_all() == left
+
+
 # -- the log -------------------------------------------------------------------------------
 
 
