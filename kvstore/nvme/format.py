@@ -81,6 +81,7 @@ from kvstore.nvme.packing import (
 
 __all__ = [
     "ENTRY",
+    "FLOOR",
     "HEADER_GRANULES",
     "LOG_HALVES",
     "LOG_RECORD",
@@ -115,9 +116,10 @@ __all__ = [
 ]
 
 WHOLE_USE = 0xFFFFFFFF  # as the granule of a log record
-
+FLOOR = 0  # likewise, of segment 0
 # What must not come back: the block at a granule of one use of a segment, or with WHOLE_USE all of
-# that use and of those before it.
+# this use and of those before it. FLOOR, where a header could not be read: the uses that follow are
+# above this sequence, which is none of a use.
 LOG_RECORD = np.dtype([("sequence", "<u8"), ("segment", "<u4"), ("granule", "<u4")])
 
 _SUPERBLOCK_MAGIC = b"KVSV"

@@ -133,7 +133,8 @@ def highest_sequence(found: Survey) -> int:
     """What the sequence of the next use must be above; 0 for a volume that was never used.
 
     It is the highest that is known, also of uses that are over. Of an unreadable header nobody
-    knows the sequence, so no later one may be near it.
+    knows the sequence, so no later one may be near it; and the log has to say where those begin,
+    before there is one (`FLOOR`): the next start may be unable to read theirs.
     """
     known = [use.header.sequence for use in found.uses[:1]]
     if len(found.log.records):

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import InvalidArgument
-from kvstore.nvme.format import HEADER_GRANULES, WHOLE_USE, Geometry, head_granules
+from kvstore.nvme.format import FLOOR, HEADER_GRANULES, WHOLE_USE, Geometry, head_granules
 
 IdArray = npt.NDArray[np.uint32]
 U32 = npt.NDArray[np.uint32]
-Record = tuple[int, int, int]  # segment, sequence, granule or WHOLE_USE
+Record = tuple[int, int, int]  # segment, sequence, granule, WHOLE_USE or FLOOR
 
 
 class Health(enum.IntEnum):
@@ -44,7 +44,8 @@ class Use:
     until the footer is. live: blocks that are found here. reads: operations that read from it now.
     writing: whether some write to it, be it batches, the header or the footer. ends: whether few
     whole batches fit behind the one that was begun last. torn: whether a batch was not written, so
-    that none behind it counts.
+    that none behind it counts. born: lower than of uses that began later, on any volume: sequences
+    of two volumes say nothing of each other; where a header was unreadable they go on far above.
     """
 
     volume: int
@@ -65,6 +66,7 @@ class Use:
     writing: bool = False
     ends: bool = False
     torn: bool = False
+    born: int = 0
     _ids: list[IdArray] = field(default_factory=list)
     _places: list[U32] = field(default_factory=list)
 
@@ -99,6 +101,8 @@ class Volume:
         self.logged: dict[Record, None] = {}  # what it says already
         self._on_disk: dict[int, int] = {}  # by segment, the use whose header is there
         self._unknown: set[int] = set()  # segments with a header that could not be read
+        self.floor_at = 0  # of all that was forgotten, up to where it is said before a use begins
+        self._floor = 0
         self._over: dict[int, int] = {}  # by segment, the last use that was forgotten as a whole
         self._unread: dict[int, int] = {}  # by segment, a use of which nobody knows what it holds
         self.read_errors = 0
@@ -121,7 +125,6 @@ class Volume:
         """These must not come back after a restart; the log is to say so."""
         self.forgotten += records
         self.n_forgotten += len(records)
-        self._note_over(records)
 
     def found(
         self,
@@ -134,6 +137,14 @@ class Volume:
         self._on_disk, self._unknown = dict(headers), set(unknown)
         self.logged = dict.fromkeys(records)
         self._note_over(self.logged)
+        self._floor = max((s for _, s, granule in self.logged if granule == FLOOR), default=0)
+
+    def set_floor(self) -> None:
+        """A header could not be read: the log is to say from where on the sequences of this life
+        are, before any use begins."""
+        self._floor = self.next_sequence - 1
+        self.forget([(0, self._floor, FLOOR)])
+        self.floor_at = self.n_forgotten
 
     def opened(self, use: Use) -> None:
         """The use's header is durable: whatever the segment held before is over."""
@@ -197,6 +208,8 @@ class Volume:
             self.forgotten = [r for r in forgotten if self._is_being_replaced(r)]
             held = set(self.forgotten)
             forgotten = [r for r in forgotten if r not in held]
+        # Not of those that are held: until they are said, the log needs what it says of their uses.
+        self._note_over(forgotten)
         due = dict.fromkeys(r for r in forgotten if r not in self.logged and self._is_needed(r))
         self.logged |= due
         return list(due)
@@ -208,18 +221,22 @@ class Volume:
     def _is_needed(self, record: Record) -> bool:
         """Whether neither another record nor a newer header says that all of this use is over."""
         segment, sequence, granule = record
+        if granule == FLOOR:
+            return sequence == self._floor
         if self._on_disk.get(segment, 0) > sequence:
             return False
         return granule == WHOLE_USE or sequence > self._over.get(segment, 0)
 
     def _is_being_replaced(self, record: Record) -> bool:
-        segment, sequence, _ = record
+        segment, sequence, granule = record
         use = self.uses.get(segment)
-        return use is not None and use.state is UseState.OPENING and use.sequence > sequence
+        if use is None or granule == FLOOR:
+            return False
+        return use.state is UseState.OPENING and use.sequence > sequence
 
     def _tells(self, record: Record) -> bool:
         segment, sequence, granule = record
         there = self._on_disk.get(segment)
-        if there == sequence or segment in self._unknown:
+        if there == sequence or segment in self._unknown or granule == FLOOR:
             return True
         return granule == WHOLE_USE and sequence > (there or 0)

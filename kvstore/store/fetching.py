@@ -173,7 +173,14 @@ class Fetcher:
         shelf.blocks.stay_away(ids)
         shelf.free_slots(granules)
         shelf.counters.corrupted += len(ids)
-        shelf.forget(ids, c.ExplainStatus.CORRUPTED)
+        self._lose(ids)
+
+    def _lose(self, ids: IdArray) -> None:
+        """What cold blocks have there is bad: they go on from another place, if there is one."""
+        shelf = self._shelf
+        shelf.places.leave(ids, forgotten=True)
+        shelf.places.fall_back(ids)
+        shelf.forget(ids[~shelf.places.there(ids)], c.ExplainStatus.CORRUPTED)
 
     def _note_health(self, volume: Volume, outcome: Outcome) -> None:
         if not outcome.error:
@@ -216,7 +223,7 @@ class Fetcher:
         bad = ids[there & outcome.bad]
         shelf.counters.corrupted += len(bad)
         cold = shelf.blocks.state[bad] == BlockState.COLD
-        shelf.forget(bad[cold], c.ExplainStatus.CORRUPTED)
+        self._lose(bad[cold])
         # Of those in memory only the copy is bad: it is written anew.
         live = bad[~cold]
         shelf.places.leave(live, forgotten=True)

@@ -92,13 +92,18 @@ class NvmeTier:
     def next_due_ms(self) -> int | None:
         """When `pump` has something to do, if nothing else happens."""
         times = [self.tickets.next_due_ms]
-        if not self._adopter.busy:
+        if self._may_write:
             times += [self._writer.next_due_ms, self._scrubber.due_ms]
         return min((t for t in times if t is not None), default=None)
 
+    @property
+    def _may_write(self) -> bool:
+        """Whether all is found, and the logs say what they must before a segment is used."""
+        return not self._adopter.busy and self._leaving.floors_said
+
     def pump(self) -> None:
         """Does all that can be done now."""
-        places, ready = self._shelf.places, not self._adopter.busy
+        places, ready = self._shelf.places, self._may_write
         if places.wishes:
             wishes, places.wishes = places.wishes, []
             self._writer.wish(np.concatenate(wishes))
@@ -108,8 +113,10 @@ class NvmeTier:
                 self._leaving.make_room()
         if self._leaving.settle() and ready:
             self._writer.pump()
-        if ready:
+        self._adopter.show_heirs()
+        if not self._adopter.busy:
             self._leaving.write_logs()
+        if ready:
             self._scrubber.look()
         self.tickets.look(self._shelf.now_ms)
         if ready:
@@ -140,11 +147,14 @@ class NvmeTier:
         self._calls.bring(namespace, ids)
 
     def drop(self, namespace: Namespace, hashes: c.U8) -> None:
-        """These keys are dropped: what a volume has of them and did not tell yet as well."""
+        """These keys are about to be dropped: what a volume has of them and did not tell yet as
+        well, and what was just to be shown in the place of others."""
+        self._adopter.show_heirs()
         self._adopter.drop(namespace, hashes)
 
     def drop_namespace(self, namespace: Namespace) -> None:
         """All of its segments are over; before its blocks are forgotten one by one."""
+        self._adopter.show_heirs()
         places = self._shelf.places
         for volume in places.volumes:
             for use in list(volume.uses.values()):

@@ -18,8 +18,9 @@ from kvstore.store.desk import Desk
 from kvstore.store.forgetting import ForgetLog
 from kvstore.store.namespaces import Namespace
 from kvstore.store.nvme_leaving import NO_IDS
+from kvstore.store.places import Copy
 from kvstore.store.shelf import Shelf
-from kvstore.store.unwanted import Unwanted
+from kvstore.store.unwanted import Lineage, Unwanted
 from kvstore.store.writing import Writer
 
 
@@ -45,12 +46,12 @@ class Adopter:
     def drop(self, namespace: Namespace, hashes: c.U8) -> None:
         """These keys do not come in any more."""
         if self._to_recover:
-            self._unwanted.add(namespace.lineage, hashes)
+            self._unwanted.add(_whose(namespace), hashes)
 
     def drop_namespace(self, namespace: Namespace) -> None:
         """None of its blocks comes in any more."""
         if self._to_recover:
-            self._unwanted.add_all(namespace.lineage)
+            self._unwanted.add_all(_whose(namespace))
 
     def found(self, number: int, survey: Survey) -> None:
         """What is known of a volume before its segments are read."""
@@ -85,7 +86,7 @@ class Adopter:
         if namespace is None:
             volume.leave_unread(segment.segment, segment.sequence)
             return 0
-        if self._unwanted.has_all(namespace.lineage):
+        if self._unwanted.has_all(_whose(namespace)):
             volume.forget([(segment.segment, segment.sequence, WHOLE_USE)])
             return 0
         volume.free.remove(segment.segment)
@@ -128,20 +129,18 @@ class Adopter:
         expires = entries["expires_ms"]
         entries = entries[(expires == 0) | (expires > shelf.now_ms)]
         keys = _keys_of(entries)
-        unwanted = self._unwanted.among(namespace.lineage, keys)
+        unwanted = self._unwanted.among(_whose(namespace), keys)
         self._forget_entries(use, entries[unwanted])
         entries, keys = entries[~unwanted], keys[~unwanted]
         if len(keys):
             known = shelf.catalog.find(namespace.id, keys)
             twice = known >= 0
-            ids = known[twice].astype(np.uint32)
-            shelf.places.add_copies(
-                ids,
-                use,
-                entries["granule"][twice],
-                entries["stamp"][twice],
-                serve=shelf.deadlines.times[Due.EXPIRY][ids] == entries["expires_ms"][twice],
-            )
+            until_ms = shelf.deadlines.times[Due.EXPIRY][known[twice]]
+            serve = (until_ms == entries["expires_ms"][twice]).tolist()
+            rows = zip(np.flatnonzero(twice).tolist(), known[twice].tolist(), serve, strict=True)
+            for i, block, serves in rows:
+                copy = Copy(namespace.id, use, entries[i : i + 1].copy(), serves)
+                shelf.places.add_copy(block, copy)
             entries, keys = entries[~twice], keys[~twice]
         n = min(len(entries), shelf.blocks.n_free)
         self._forget_entries(use, entries[n:])
@@ -172,6 +171,16 @@ class Adopter:
                 shelf.deadlines.set(Due.EXPIRY, ids[entries["expires_ms"] == each], each)
         return ids
 
+    def show_heirs(self) -> None:
+        """What is there in another place goes on by itself; the one that lives longest first."""
+        shelf = self._shelf
+        while heirs := shelf.places.heirs:
+            shelf.places.heirs = []
+            heirs.sort(key=lambda copy: (copy.expires_ms > 0, -copy.expires_ms))
+            for copy in heirs:
+                if shelf.namespaces.known(copy.namespace):
+                    self._show(shelf.namespaces.get(copy.namespace), copy.use, copy.entry)
+
     def _forget_entries(self, use: Use, entries: npt.NDArray[np.void]) -> None:
         """They are not shown, and must not be in the next life either."""
         granules = entries["granule"].tolist()
@@ -198,8 +207,16 @@ class Adopter:
                 # Of an unknown use nobody knows the sequence, but it is below all that come.
                 unknown = volume.next_sequence - 1
                 volume.leave_unread(problem.segment, problem.sequence or unknown)
+            if any(problem.sequence is None for problem in survey.problems):
+                volume.set_floor()
+                self._logs[number].want(volume.floor_at)
         if not self._to_recover:
             self._unwanted = Unwanted()
+
+
+def _whose(namespace: Namespace) -> Lineage:
+    """By name: a namespace without blocks may be closed meanwhile, and get another number."""
+    return namespace.name, namespace.layout.encode()
 
 
 def _last_of_each(keys: c.U8) -> npt.NDArray[np.bool_]:

@@ -27,6 +27,12 @@ class Leaving:
         self.logs: dict[int, ForgetLog] = {}
         self._again: dict[Use, IdArray] = {}  # of uses that make room: what is kept
 
+    @property
+    def floors_said(self) -> bool:
+        """Whether the logs say from where on the sequences of this life are, where they have to."""
+        volumes = self._shelf.places.volumes
+        return all(log.settled(volumes[number].floor_at) for number, log in self.logs.items())
+
     def write_logs(self) -> None:
         """Writes what must not come back, as far as nothing of it is under way."""
         for number, log in self.logs.items():
@@ -42,7 +48,7 @@ class Leaving:
         volumes = [v for v in self._shelf.places.writable() if any(map(v.holds, needed))]
         oldest = [use for volume in volumes if (use := volume.oldest())]
         if oldest:
-            self._leave_with_care(min(oldest, key=lambda use: use.sequence))
+            self._leave_with_care(min(oldest, key=lambda use: use.born))
 
     def _end_for_log(self, volume: Volume, ends: set[Ending]) -> None:
         """Uses of which the log would have to say too much end, so that one record is enough."""
@@ -52,7 +58,7 @@ class Leaving:
                 volume.forget([(segment, sequence, WHOLE_USE)])
             elif use not in self._again:
                 self._leave_with_care(use)
-        if self.settle():
+        if self.settle() and self.floors_said:
             self._writer.pump()
 
     def _leave_with_care(self, use: Use) -> None:
@@ -96,9 +102,12 @@ class Leaving:
         ids = shelf.places.in_use(use)
         live = shelf.blocks.state[ids] == BlockState.LIVE
         again = ids[live & np.isin(ids, chosen)]
-        shelf.lose_cold(ids[~live], forgotten=False)
-        shelf.places.leave(ids[live], forgotten=False)
+        shelf.places.leave(ids, forgotten=False)
         shelf.places.close(use)
+        # What was written elsewhere too, maybe later, goes on there.
+        cold = ids[~live]
+        shelf.places.fall_back(cold)
+        shelf.lose_cold(cold[~shelf.places.there(cold)], forgotten=False)
         shelf.places.volumes[use.volume].end(use)
         if len(again):
             self._writer.wish(again, again=True)

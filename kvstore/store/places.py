@@ -15,21 +15,35 @@ _NOWHERE = np.int32(-1)
 Mask = npt.NDArray[np.bool_]
 
 
-class _Copy(NamedTuple):
+class Copy(NamedTuple):
+    """A second copy of a block. namespace: its number; entry: (1,) ENTRY. serves: whether it may
+    take the first one's place; else it expires at another time."""
+
+    namespace: int
     use: Use
-    place: int
-    stamp: int
+    entry: npt.NDArray[np.void]
     serves: bool
+
+    @property
+    def place(self) -> int:
+        """Its granule in the segment."""
+        return int(self.entry["granule"][0])
+
+    @property
+    def expires_ms(self) -> int:
+        """0: never."""
+        return int(self.entry["expires_ms"][0])
 
 
 class Places:
     """A block has one place at most. Segments are counted through all volumes.
 
     A restart may find second copies: of blocks that were written anew before their segment made
-    room, or put anew before they were found. They serve where the first is lost, and must not come
-    back in place of a block that was dropped.
+    room, or put anew before they were found, or while their volume was off. They serve where the
+    first is lost, and must not come back in place of a block that was dropped.
 
-    wishes: blocks that are worth a place and have none; whoever writes takes them from here.
+    wishes: blocks that are worth a place and have none; whoever writes takes them from here. heirs:
+    copies of blocks that are gone but were not dropped, which are to be shown by themselves.
     """
 
     def __init__(self, max_blocks: int, volumes: Sequence[Volume], *, every: bool) -> None:
@@ -41,13 +55,20 @@ class Places:
         self._stamp = np.zeros(n, np.uint64)
         self._reread = np.zeros(n, np.bool_)
         self._uses: dict[int, Use] = {}
+        self._begun = 0  # uses since the start
         self.wishes: list[IdArray] = []
         self._emptied: list[Use] = []
-        self._copies: dict[int, list[_Copy]] = {}  # by block, the second ones
+        self.heirs: list[Copy] = []
+        self._copies: dict[int, list[Copy]] = {}  # by block, the second ones
 
     def open(self, use: Use) -> None:
         """A use of a segment begins; blocks may settle there."""
         self._uses[self._number(use)] = use
+        if use.state is UseState.OPENING:
+            self._begun += 1
+            use.born = self._begun
+        else:  # found after a restart, when none has begun yet
+            use.born = use.sequence - self.volumes[use.volume].next_sequence
 
     def close(self, use: Use) -> None:
         """It is over, and nothing lies there any more."""
@@ -55,6 +76,7 @@ class Places:
         del self._uses[self._number(use)]
         for block, copies in list(self._copies.items()):
             self._copies[block] = [copy for copy in copies if copy.use is not use]
+        self.heirs = [copy for copy in self.heirs if copy.use is not use]
 
     def settle(self, ids: IdArray, use: Use, places: npt.NDArray[np.uint32], stamps: U64) -> None:
         """Blocks (distinct ids) lie there from now on."""
@@ -64,40 +86,34 @@ class Places:
         self._reread[ids] = False
         use.add(ids, places)
 
-    def add_copies(
-        self,
-        ids: IdArray,
-        use: Use,
-        places: npt.NDArray[np.uint32],
-        stamps: U64,
-        *,
-        serve: Mask,
-    ) -> None:
-        """Second copies of blocks lie there. serve: which may take the place of the first; others
-        expire at another time."""
-        rows = zip(ids.tolist(), places.tolist(), stamps.tolist(), serve.tolist(), strict=True)
-        for block, *copy in rows:
-            self._copies.setdefault(block, []).append(_Copy(use, *copy))
+    def add_copy(self, block: int, copy: Copy) -> None:
+        """A second copy of a block was found."""
+        self._copies.setdefault(block, []).append(copy)
 
     def fall_back(self, ids: IdArray) -> None:
-        """Blocks are about to leave memory: a second copy takes the place that they lack."""
+        """Blocks are about to leave memory, or lost their place: a second copy takes the place that
+        they lack."""
         if not self._copies:
             return
         for block in ids[~self.there(ids)].tolist():
             copies = self._copies.get(block, [])
             if copy := next((copy for copy in copies if copy.serves), None):
                 copies.remove(copy)
-                places, stamps = np.array([copy.place], np.uint32), np.array([copy.stamp])
+                places, stamps = copy.entry["granule"].copy(), copy.entry["stamp"].copy()
                 self.settle(np.array([block], np.uint32), copy.use, places, stamps)
 
-    def vanish(self, ids: IdArray) -> None:
-        """Blocks are gone: their second copies must not come back either."""
+    def vanish(self, ids: IdArray, *, heirs_at_ms: int | None) -> None:
+        """Blocks are gone. heirs_at_ms: their second copies become `heirs`, but for those that have
+        expired by then; None: they must not come back either."""
         if not self._copies:
             return
         for block in ids.tolist():
             for copy in self._copies.pop(block, ()):
-                use = copy.use
-                self.volumes[use.volume].forget([(use.segment, use.sequence, copy.place)])
+                if heirs_at_ms is not None and not 0 < copy.expires_ms <= heirs_at_ms:
+                    self.heirs.append(copy)
+                else:
+                    use = copy.use
+                    self.volumes[use.volume].forget([(use.segment, use.sequence, copy.place)])
 
     def copies_of(self, block: int) -> list[Use]:
         """Where second copies of a block lie."""
@@ -189,13 +205,14 @@ class Places:
         """The uses whose last block has left since the last call."""
         emptied, self._emptied = self._emptied, []
         with_copies = [copy.use for copies in self._copies.values() for copy in copies]
+        with_copies += [copy.use for copy in self.heirs]
         return [use for use in emptied if not use.live and use not in with_copies]
 
     def by_age(self) -> list[Use]:
         """The uses that may make room, those first that have to."""
         return sorted(
             (use for volume in self.volumes for use in volume.usable()),
-            key=lambda use: (use.state is not UseState.WHOLE, use.sequence),
+            key=lambda use: (use.state is not UseState.WHOLE, use.born),
         )
 
     def writable(self) -> list[Volume]:

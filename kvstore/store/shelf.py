@@ -130,7 +130,7 @@ class Shelf:
         """Blocks that are only on NVMe can be had no more. forgotten: nor after a restart."""
         self.counters.evicted += len(ids)
         self.places.leave(ids, forgotten=forgotten)
-        self.forget(ids, c.ExplainStatus.EVICTED)
+        self.forget(ids, c.ExplainStatus.EVICTED, heirs=not forgotten)
 
     def make_ids(self, n: int) -> None:
         """Where blocks on NVMe take up all ids, the oldest of them make room for `n` new ones."""
@@ -150,25 +150,28 @@ class Shelf:
             self.policy.forget(ids)
             self.places.leave(ids, forgotten=True)
             self.counters.evicted += len(ids)
-            self._vanish(ids)
+            self._vanish(ids, heirs=False)
 
-    def forget(self, ids: IdArray, why: c.ExplainStatus) -> None:
-        """Takes live blocks, which the policy has forgotten, out of the index and frees them."""
+    def forget(self, ids: IdArray, why: c.ExplainStatus, *, heirs: bool = True) -> None:
+        """Takes live blocks, which the policy has forgotten, out of the index and frees them.
+
+        heirs: whether second copies on NVMe may be shown in their place; never of what is dropped.
+        """
         owners = self.blocks.namespace[ids]
         for number in np.unique(owners).tolist():
             mine = ids[(owners == number) & self.blocks.in_index(ids)]
             lineage = self.namespaces.get(number).lineage
             self.places.leave(mine, forgotten=why in _NEVER_AGAIN)
             self.lose(self.catalog.remove(mine, lineage, why, self.now_ms))
-            self._vanish(mine)
+            self._vanish(mine, heirs=heirs and why is not c.ExplainStatus.DROPPED)
 
-    def _vanish(self, ids: IdArray) -> None:
+    def _vanish(self, ids: IdArray, *, heirs: bool) -> None:
         """Blocks are out of the index: their slots come back once nobody leases them."""
         pinned = ids[self.deadlines.has(Due.PIN, ids)]
         self.pinned_bytes -= self.slot_bytes(pinned)
         for kind in Due:
             self.deadlines.clear(kind, ids)
-        self.places.vanish(ids)
+        self.places.vanish(ids, heirs_at_ms=self.now_ms if heirs else None)
         for number, count in zip(
             *np.unique(self.blocks.namespace[ids], return_counts=True), strict=True
         ):

@@ -9,16 +9,18 @@ from kvstore import limits
 from kvstore.commands import U8
 from kvstore.errors import ResourceExhausted
 
+Lineage = tuple[str, bytes]  # name and layout
+
 
 class Unwanted:
     """Keys, and whole lineages, of which no block is to be shown that is found later."""
 
     def __init__(self) -> None:
-        self._keys: dict[int, set[bytes]] = {}  # by lineage
-        self._lineages: set[int] = set()
+        self._keys: dict[Lineage, set[bytes]] = {}  # by lineage
+        self._lineages: set[Lineage] = set()
         self._n = 0
 
-    def add(self, lineage: int, hashes: U8) -> None:
+    def add(self, lineage: Lineage, hashes: U8) -> None:
         """Keys (n, 32) of a lineage; `ResourceExhausted` past the limit."""
         if self._n + len(hashes) > limits.MAX_EARLY_DROPS:
             raise ResourceExhausted(
@@ -28,15 +30,15 @@ class Unwanted:
         self._n += len(hashes)
         self._keys.setdefault(lineage, set()).update(row.tobytes() for row in hashes)
 
-    def add_all(self, lineage: int) -> None:
+    def add_all(self, lineage: Lineage) -> None:
         """All of a lineage."""
         self._lineages.add(lineage)
 
-    def has_all(self, lineage: int) -> bool:
+    def has_all(self, lineage: Lineage) -> bool:
         """Whether all of a lineage was dropped."""
         return lineage in self._lineages
 
-    def among(self, lineage: int, hashes: U8) -> npt.NDArray[np.bool_]:
+    def among(self, lineage: Lineage, hashes: U8) -> npt.NDArray[np.bool_]:
         """Which of some keys (n, 32) were dropped: bool (n,)."""
         dropped = self._keys.get(lineage)
         if not dropped:

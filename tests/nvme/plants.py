@@ -3,6 +3,7 @@ one may have, with the name of what has to notice it."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +31,8 @@ Patch = pytest.MonkeyPatch
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """A bug. caught_by: the hunt of `test_plants`, or the test of `test_promises`."""
+    """A bug. caught_by: the hunt of `test_plants`, or the test of `test_promises`
+    or `test_copies`."""
 
     name: str
     caught_by: str
@@ -208,7 +210,7 @@ def a_drop_is_not_remembered_until_all_is_found(patch: Patch) -> None:
 
 @plant("test_a_dropped_key_does_not_come_back_by_a_copy_that_a_restart_found")
 def second_copies_are_not_forgotten(patch: Patch) -> None:
-    patch.setattr(Places, "vanish", lambda _self, _ids: None)
+    patch.setattr(Places, "vanish", lambda _self, _ids, **_: None)
 
 
 @plant("test_what_was_dropped_does_not_come_back_when_it_can_be_read_again")
@@ -224,6 +226,49 @@ def the_log_is_done_with_segments_that_could_not_be_read(patch: Patch) -> None:
         real(self, headers, (), records)
 
     patch.setattr(Volume, "found", found)
+
+
+@plant("test_no_segment_is_used_before_the_log_says_where_its_sequence_is")
+def sequences_after_an_unread_header_are_not_said(patch: Patch) -> None:
+    patch.setattr(Leaving, "floors_said", True)
+
+
+@plant("test_the_log_keeps_what_it_says_of_a_segment_whose_next_header_is_being_written")
+def what_a_header_will_say_is_taken_for_said(patch: Patch) -> None:
+    real = Volume.forget
+
+    def forget(self: Volume, records: Any) -> None:
+        real(self, records)
+        self._note_over(records)
+
+    patch.setattr(Volume, "forget", forget)
+
+
+@plant("test_early_drops_are_of_a_namespace_that_was_closed_meanwhile")
+def early_drops_are_of_numbers(patch: Patch) -> None:
+    patch.setattr(nvme_adopting, "_whose", lambda namespace: (namespace.lineage, b""))
+
+
+@plant("test_what_was_persisted_later_does_not_leave_with_the_segment_of_an_older_copy")
+def second_copies_go_with_a_segment(patch: Patch) -> None:
+    real = Places.fall_back
+
+    def fall_back(self: Places, ids: Any) -> None:
+        if inspect.stack()[1].function != "_end":
+            real(self, ids)
+
+    patch.setattr(Places, "fall_back", fall_back)
+    _no_heirs(patch)
+
+
+@plant("test_what_was_persisted_later_does_not_expire_with_a_copy_that_was_read")
+def second_copies_expire_with_the_first(patch: Patch) -> None:
+    _no_heirs(patch)
+
+
+def _no_heirs(patch: Patch) -> None:
+    real = Places.vanish
+    patch.setattr(Places, "vanish", lambda self, ids, **_: real(self, ids, heirs_at_ms=None))
 
 
 @plant("test_a_key_that_was_put_anew_before_it_was_found_keeps_its_own_time")

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,9 @@ class Plan:
     pauses: how many things happen in the middle of a put or a get, less one.
     honest: whether the disks keep what they say is synced, so that acknowledgements are checked
     there. excused: whether a persisted block may be lost, because reads fail or bytes rot.
-    blind: how often a read fails while a life begins."""
+    blind: how often a read fails while a life begins. keeps_unread: whether nothing is dropped in
+    such a life, which would be the end of all that could not be read. away: how often one of
+    several volumes is off for a life, because its log cannot be read."""
 
     geometries: tuple[Geometry, ...] = (tight(),)
     pool_bytes: int = 192 << 10
@@ -80,6 +82,8 @@ class Plan:
     honest: bool = True
     excused: bool = False
     blind: float = 0.0
+    keeps_unread: bool = False
+    away: float = 0.0
     check_each: int = 1
 
 
@@ -177,6 +181,8 @@ class Rig:
         if self.blind:
             sim = self.rng.choice(self.sims)
             sim.fail_at(sim.ios + self.rng.randrange(4, _STARTS_IOS), errno.EIO, of="read")
+        if plan.away and len(self.sims) > 1 and self.rng.random() < plan.away:
+            _hide_log(self.rng.choice(self.sims))
         self._recoveries = [self._recovery(i) for i in range(len(self.sims))]
         self.recovering = len(self._recoveries)
         if recovers:
@@ -299,6 +305,7 @@ class Rig:
 
     def _find_again(self) -> None:
         """What must be there after a restart is."""
+        self._look_at_promises()
         for name, promise in list(self.judge.must.items()):
             if promise.use is None:
                 assert self._may_lose(), f"{name} was persisted, and is not there"
@@ -334,7 +341,8 @@ class Rig:
                 continue
             use, uses = promise.use, self._uses_of(name)
             if use is None and uses:
-                self.judge.must[name] = self._promise(name, promise.version, uses[-1])
+                if found := self._use_with(name, promise.version):
+                    self.judge.must[name] = self._promise(name, promise.version, found)
             elif use and use not in uses:
                 gone = all(use is not other for v in self.volumes for other in v.uses.values())
                 assert gone or self._may_lose(), f"{name} was persisted, and is no longer"
@@ -365,6 +373,15 @@ class Rig:
             return []
         first = [places.use_of(block)] if places.there(np.array([block])).all() else []
         return first + places.copies_of(block)
+
+    def _use_with(self, name: Name, version: int) -> Use | None:
+        """Where that version of its block lies, of which another may be found first."""
+        store, block = self.store._shelf, self._block(name)
+        for copy in store.places._copies.get(block, []):
+            if int.from_bytes(copy.entry["put_id"].tobytes(), "little") == version:
+                return copy.use
+        same = int.from_bytes(store.blocks.put_id[block].tobytes(), "little") == version
+        return self._uses_of(name)[0] if same or not self.recovering else None
 
     # -- time --------------------------------------------------------------------------
 
@@ -659,7 +676,7 @@ class Rig:
         segment = unpack_segment_header(kept[at : at + HEADER_GRANULES * UNIT])
         assert segment.sequence == use.sequence, "the segment's header is not durable"
         version = int.from_bytes(header.put_id, "little")
-        assert version in self.judge.may(name)
+        assert version in self.judge.may(name), f"{name} has version {version} on disk"
         return version
 
     def drop(self, space: int, first: int, n: int = 1) -> int | None:
@@ -797,6 +814,32 @@ class Rig:
         assert not stats.nvme_queued_bytes
         assert shelf.blocks.n_free == self.plan.max_blocks
         assert not self.store.nvme.under_way
+
+
+def with_unread_header(rig: Rig, segment: int, volume: int = 0) -> Rig:
+    """The next life, in which that header cannot be read."""
+    rig.pass_ms(10)
+    after = rig.restart(clean=False, recovers=False)
+    after.plan = replace(after.plan, excused=True)
+    sim = after.sims[volume]
+    sim.fail_at(sim.ios + 4 + segment, errno.EIO)  # behind the sync and the two halves of the log
+    after.recover()
+    assert segment in after.volumes[volume]._unknown
+    return after
+
+
+def with_one_off(rig: Rig, number: int) -> Rig:
+    """The next life, in which a volume is off, because its log cannot be read."""
+    after = rig.restart(clean=False, recovers=False)
+    _hide_log(after.sims[number])
+    after.recover()
+    assert after.volumes[number].health is Health.OFF
+    return after
+
+
+def _hide_log(sim: SimDisk) -> None:
+    """What is read first, behind the sync."""
+    sim.fail_at(sim.ios + 2, errno.EIO)
 
 
 def _reopen(sim: SimDisk) -> None:

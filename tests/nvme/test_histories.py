@@ -8,11 +8,13 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from nvme.rig import EVERY, Plan, Rig, small_limits, tight
 
 from kvstore import commands as c
+from kvstore.nvme.format import Geometry
 from kvstore.store import NvmePolicy
 
 SEEDS, MORE, STEPS = 100, 200, 150
@@ -41,29 +43,22 @@ def small() -> Iterator[None]:
         yield
 
 
-def plan_of(rng: random.Random, *, check_each: int = 4, blind: float = 0.0) -> Plan:
-    return Plan(
+def plan_of(rng: random.Random, **changes: Any) -> Plan:
+    plan = Plan(
         geometries=rng.choice(GEOMETRIES),
         policy=rng.choice(("lru", "arc", "s3fifo")),
         max_blocks=rng.choice((256, 256, 256, 40, 28)),
         nvme=rng.choice(POLICIES),
-        blind=blind,
-        check_each=check_each,
+        check_each=4,
     )
+    return replace(plan, **changes)
 
 
-def live(
-    seed: int,
-    steps: int = STEPS,
-    *,
-    faults: bool = False,
-    check_each: int = 4,
-    blind: float = 0.0,
-) -> Rig:
-    """One history; returns its last life, in which nothing is left."""
+def live(seed: int, steps: int = STEPS, *, faults: bool = False, **changes: Any) -> Rig:
+    """One history; returns its last life, in which nothing is left. changes: of the plan."""
     rng = random.Random(seed)
-    plan = plan_of(rng, check_each=check_each, blind=blind)
-    rig = Rig(seed, replace(plan, excused=faults or blind > 0))
+    plan = plan_of(rng, **changes)
+    rig = Rig(seed, replace(plan, excused=faults or plan.blind > 0))
     for _ in range(steps):
         if faults and rng.random() < 0.01:
             break_a_disk(rig, rng)
@@ -103,8 +98,8 @@ def act(rig: Rig, rng: random.Random) -> Rig:
             rig.get(space, first, n, wait_ms=0)
         case "persist":
             rig.persist(space, first, n)
-        case "drop" | "drop all" if rig.blind:
-            pass  # it would be the end of all that could not be read
+        case "drop" | "drop all" if rig.blind and rig.plan.keeps_unread:
+            pass
         case "drop":
             rig.drop(space, first, n)
         case "drop all":
@@ -188,12 +183,32 @@ def test_histories_checked_after_each_change(seed: int) -> None:
 
 
 def test_what_a_start_cannot_read_comes_back_as_it_was_or_never() -> None:
-    for seed in range(8000, 8020):
-        live(seed, blind=0.5)
+    for seed in range(8000, 8030):
+        live(seed, blind=0.5, keeps_unread=seed % 3 > 0)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("hundreds", range(10))
-def test_what_many_starts_cannot_read_comes_back_as_it_was_or_never(hundreds: int) -> None:
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "dropped"])
+def test_what_many_starts_cannot_read_comes_back_as_it_was_or_never(
+    hundreds: int, keeps: bool
+) -> None:
     for seed in range(9000 + 100 * hundreds, 9100 + 100 * hundreds):
-        live(seed, 250, blind=0.5)
+        live(seed, 250, blind=0.5, keeps_unread=keeps)
+
+
+def two_volumes(seed: int) -> tuple[Geometry, ...]:
+    several = [geometries for geometries in GEOMETRIES if len(geometries) > 1]
+    return several[seed % len(several)]
+
+
+def test_what_lies_on_two_volumes_outlives_what_one_of_them_loses() -> None:
+    for seed in range(7000, 7020):
+        live(seed, away=0.4, geometries=two_volumes(seed))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("hundreds", range(5))
+def test_what_often_lies_on_two_volumes_outlives_what_one_of_them_loses(hundreds: int) -> None:
+    for seed in range(20_000 + 100 * hundreds, 20_100 + 100 * hundreds):
+        live(seed, 250, away=0.4, geometries=two_volumes(seed))

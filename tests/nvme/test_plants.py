@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 
 import pytest
-from nvme import test_promises
+from nvme import test_copies, test_promises
 from nvme.plants import PLANTS, Plant
 from nvme.rig import Rig, small_limits
 from nvme.script import PLAN
@@ -84,8 +84,9 @@ def hunt(name: str) -> None:
     if name in HUNTS:
         HUNTS[name]()
         return
-    test = getattr(test_promises, name)
-    if "reads" in inspect.signature(test).parameters:
+    test = getattr(test_promises, name, None) or getattr(test_copies, name)
+    parameters = inspect.signature(test).parameters
+    if "reads" in parameters:
         for reads in range(12):
             test(reads)
     else:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nvme.judge import chain
-from nvme.rig import EVERY, PATIENT_MS, Plan, Rig, small_limits, tight
+from nvme.judge import SMALL, chain
+from nvme.rig import EVERY, PATIENT_MS, Plan, Rig, small_limits, tight, with_unread_header
 from nvme.sim_disk import SimDisk, aligned
 
 from kvstore import commands as c
@@ -146,6 +146,27 @@ def test_what_was_dropped_while_its_volume_was_read_does_not_come_back() -> None
         assert not life.get(1, 0)
 
 
+def test_early_drops_are_of_a_namespace_that_was_closed_meanwhile() -> None:
+    """Since it has no blocks yet, others take its place, and then it takes theirs."""
+    for by_key in (True, False):
+        rig = rig_with().crash(1, recovers=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(limits, "MAX_NAMESPACES", 2)
+            if by_key:
+                rig.drop(0, 0, 4)
+            else:
+                rig.drop_namespace(0)
+            for name in ("x", "y"):
+                command = c.OpenNamespace(name=name, layout=SMALL.encode())
+                rig.store.handle(rig.me, command, rig.now_ms)
+            rig.ids[0] = rig._opened(0)
+        rig.recover()
+        rig.settle()
+        assert not rig.get(0, 0)
+        for after in crashes(rig):
+            assert not after.get_all()
+
+
 def test_a_dropped_key_does_not_come_back_by_a_copy_that_was_lost_for_want_of_ids() -> None:
     rig = rig_with(max_blocks=24, put=0)
     for first in range(0, 20, 4):
@@ -260,30 +281,100 @@ def test_what_was_not_dropped_comes_back_when_it_can_be_read_again() -> None:
 def test_the_log_keeps_what_it_says_of_a_segment_whose_header_could_not_be_read() -> None:
     for left in (2, 0):  # keys were dropped, or the namespace
         rig = rig_with()
-        for number in range(0, 9, 3):
-            rig.put(1, number, 3, ttl_ms=700)
-            rig.persist(1, number, 3)
-            rig.settle()
         if left:
             rig.drop(0, 1, 2)
         else:
             rig.drop_namespace(0)
         rig.settle()
+        epoch = rig.store.nvme._leaving.logs[0]._epoch
         first = rig.crash(1, recovers=False)
         first.plan = replace(first.plan, excused=True)
         first.sims[0].fail_at(4, errno.EIO)  # behind the sync and the two halves of the log
         first.recover()
         assert not first.get(0, 0, 4)
-        log = first.store.nvme._leaving.logs[0]
-        epoch = log._epoch
-        first.pass_ms(1000)  # a segment of which all has expired is over, which the log says
         first.finish_ops()
-        assert log._epoch > epoch, "the other half was not begun"
+        assert first.store.nvme._leaving.logs[0]._epoch > epoch, "the other half was not begun"
         for second in crashes(first):
             assert second.get_all() == left
 
 
+def test_what_was_dropped_while_its_header_was_unreadable_is_gone_whatever_was_before() -> None:
+    """The header is of a life that could not read another one, so that it has a high sequence, of
+    which the next life knows nothing."""
+    rig = rig_with()
+    rig.put(1, 0, 3)
+    rig.persist(1, 0, 3)
+    rig.settle()
+    rig = with_unread_header(rig, rig._uses_of((0, 0))[0].segment)
+    rig.put(0, 4, 4)
+    rig.persist(0, 4, 4)
+    rig.settle()
+    use = rig._uses_of((0, 4))[0]
+    rig = with_unread_header(rig, use.segment)
+    assert rig.get(0, 0, 4) == 4
+    assert rig.volumes[0].next_sequence > use.sequence, "a sequence is given twice"
+    rig.drop(0, 4, 4)
+    rig.settle()
+    for after in crashes(rig):
+        assert not after.get(0, 4)
+
+
+def test_no_segment_is_used_before_the_log_says_where_its_sequence_is() -> None:
+    rig = rig_with()
+    rig = with_unread_header(rig, rig._uses_of((0, 0))[0].segment)
+    volume = rig.volumes[0]
+    (said,) = rig.out
+    assert isinstance(said, WriteRaw)
+    rig.put(1, 0, 2)
+    rig.persist(1, 0, 2)
+    assert rig.out == [said]
+    assert volume.next_sequence == volume._floor + 1 > 1 << 32
+    rig.settle()
+    assert rig._uses_of((1, 0))[0].sequence == volume._floor + 1
+    assert len(rig.judge.must) == 2
+
+
 # -- the log -------------------------------------------------------------------------------
+
+
+def test_the_log_keeps_what_it_says_of_a_segment_whose_next_header_is_being_written() -> None:
+    rig = rig_with()
+    for number in range(0, 9, 3):
+        rig.put(1, number, 3, ttl_ms=5000)
+        rig.persist(1, number, 3)
+        rig.settle()
+    for number in range(4, 12, 4):  # the first segment gets its footer
+        rig.put(0, number, 4)
+        rig.persist(0, number, 4)
+        rig.settle()
+    rig.finish_ops()
+    rig.drop(0, 1, 2)
+    rig.settle()
+    rig = rig.crash(1)
+    volume, old = rig.volumes[0], rig._uses_of((0, 0))[0]
+    number = 12
+    while volume.uses.get(old.segment) is old:  # other blocks, until it makes room
+        rig.put(0, number, 4)
+        rig.pass_ms(limits.NVME_GATHER_MS)
+        number += 4
+        while rig.out and volume.uses.get(old.segment) is old:
+            rig.carry_out(type(rig.out[0]))
+    assert volume.uses[old.segment].state is UseState.OPENING
+    log = rig.store.nvme._leaving.logs[0]
+    epoch = log._epoch
+    rig.pass_ms(5000)  # a segment of which all has expired is over, which the log says
+    first = volume.geometry.offset(0)
+    while logs := [
+        op for op in rig.out if isinstance(op, WriteRaw) and 8192 <= op.writes[0][0] < first
+    ]:
+        others = [op for op in rig.out if op not in logs]
+        rig.out = logs
+        rig.carry_out(WriteRaw)
+        rig.out += others
+    assert log._epoch > epoch, "the other half was not begun"
+    for after in crashes(rig):
+        assert not after.get(0, 1)
+        assert not after.get(0, 2)
 
 
 def test_a_log_with_no_room_for_all_ends_segments_instead() -> None:

@@ -20,6 +20,7 @@ from kvstore.nvme import recovery
 from kvstore.nvme.forget_log import read_log
 from kvstore.nvme.format import (
     ENTRY,
+    FLOOR,
     LOG_RECORD,
     WHOLE_USE,
     BatchHead,
@@ -819,6 +820,8 @@ def test_the_highest_sequence(disk: MemoryDisk) -> None:
     assert highest_sequence(_survey(disk)) == 30
     Writer(disk, 3, 99, volume=OTHER_VOLUME)
     assert highest_sequence(_survey(disk)) == 30
+    _log(disk, 0, 2, (0, 50, FLOOR))
+    assert highest_sequence(_survey(disk)) == 50
     Writer(disk, 4, 1000)
     disk.flip(GEOMETRY.offset(4) + 100)
     assert highest_sequence(_survey(disk)) > 1000
