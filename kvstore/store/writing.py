@@ -39,13 +39,15 @@ _IN_FLIGHT = 4  # batches of one segment: some are checked while others are writ
 
 @dataclass(slots=True, eq=False)
 class _Queue:
-    """Blocks of one lineage that wait to be written. since_ms: when the first of them came."""
+    """Blocks of one lineage that wait to be written. since_ms: when the first of them came.
+    goes_on: whether another segment is to be ready when the one that is written ends."""
 
     namespace: Namespace
     parts: deque[tuple[IdArray, npt.NDArray[np.uint32]]] = field(default_factory=deque)
     count: int = 0
     since_ms: int = 0
     urgent: bool = False
+    goes_on: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -168,6 +170,9 @@ class Writer:
                 self._void(queue)
             while self._due(queue) and self._write(queue):
                 pass
+            if queue.goes_on:
+                # Now, so that its header is synced while the last one is still written.
+                self._open_another(queue)
             if not queue.count:
                 queue.urgent = False
         self.sync()
@@ -250,9 +255,9 @@ class Writer:
             return False
         self._write_batch(queue.namespace, use, volume, ids)
         use.ends = volume.room_in(use, _IN_FLIGHT * most) < _IN_FLIGHT * most
-        if use.ends and self._is_much(queue):
-            # Now, so that its header is synced while this one is still written.
-            self._open_another(queue)
+        # Who fills batches and waits for them goes on, most likely.
+        fills = len(ids) == most and queue.urgent
+        queue.goes_on |= use.ends and (fills or self._is_much(queue))
         return True
 
     def _pop(self, queue: _Queue, n: int) -> IdArray:
@@ -391,6 +396,7 @@ class Writer:
         """Begins a segment for the queue's lineage, unless enough of them go on for a while."""
         namespace, uses = queue.namespace, self._open.setdefault(queue.namespace.lineage, [])
         if sum(not use.ends for use in uses) >= self._streams or len(uses) >= 2 * self._streams:
+            queue.goes_on = False
             return
         granules = namespace.slot_bytes // limits.GRANULE_BYTES
         volumes = [v for v in self._shelf.places.writable() if v.free and v.holds(granules)]

@@ -163,6 +163,21 @@ def test_the_next_segment_is_opened_while_the_one_before_is_filled() -> None:
     assert len(rig.judge.must) == 16
 
 
+def test_the_next_segment_is_opened_when_nothing_waits_for_it_yet() -> None:
+    """Who has filled a batch goes on, and its next one is not to wait for a header."""
+    rig = Rig(1, replace(QUIET, geometries=(tight(17, 12),)))
+    rig.put(0, 0, 8)
+    rig.persist(0, 0, 8)
+    rig.settle()
+    assert len(rig.volumes[0].uses) == 2
+    rig.put(0, 8, 8)
+    rig.persist(0, 8, 8)
+    rig.carry_out(WriteBlocks)
+    assert not rig.store.nvme._writer.needed
+    rig.settle()
+    assert len(rig.judge.must) == 16
+
+
 def in_flight(n: int, *, excused: bool = False) -> tuple[Rig, list[WriteBlocks], IdArray]:
     """Batches of n blocks that are being written to one segment, and the blocks. excused: whether
     some may be lost."""
@@ -252,7 +267,7 @@ def test_a_drop_waits_for_no_header_that_would_make_its_record_needless() -> Non
         else:
             rig.step()
     assert not volume.logged
-    rig.drop(0, first - 1)
+    rig.drop(0, first - 5)  # of the put before, which is on disk
     assert volume.logged
     rig.settle()
 
