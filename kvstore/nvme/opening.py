@@ -107,9 +107,10 @@ def segment_bytes_for(nbytes: int) -> int:
     return min(max(1 << (share.bit_length() - 1), _MIN_SEGMENT_BYTES), _MAX_SEGMENT_BYTES)
 
 
-def prepared(disk: Disk, nbytes: int) -> Superblock:
-    """What is on the disk; a blank one is made a volume first. Errors: see `read_superblock`."""
-    found = read_superblock(disk)
+def prepared(disk: Disk, nbytes: int, *, room: int = 0) -> Superblock:
+    """What is on the disk; a blank one is made a volume first. room, and errors: see
+    `read_superblock`."""
+    found = read_superblock(disk, room=room)
     if found is None:
         geometry = Geometry.for_volume(nbytes=nbytes, segment_bytes=segment_bytes_for(nbytes))
         found = Superblock(volume_id=secrets.token_bytes(VOLUME_ID_BYTES), geometry=geometry)
@@ -141,7 +142,7 @@ def _open(location: Location, name: str) -> OpenVolume:
 
 def _checked(disk: FileDisk, location: Location) -> Superblock:
     try:
-        return prepared(disk, min(disk.nbytes, location.nbytes))
+        found = prepared(disk, min(disk.nbytes, location.nbytes), room=disk.file_bytes)
     except ProtocolError as error:
         raise InvalidArgument(
             "nvme",
@@ -152,6 +153,9 @@ def _checked(disk: FileDisk, location: Location) -> Superblock:
         raise InvalidArgument(
             "nvme", f"{disk.path} is damaged ({error}): move it away to begin anew"
         ) from error
+    if found.geometry.nbytes > disk.nbytes:  # on a device, of which less is asked than it holds
+        disk.resize(found.geometry.nbytes)
+    return found
 
 
 def _grown(disk: FileDisk, found: Superblock, location: Location) -> Superblock:
@@ -165,7 +169,8 @@ def _grown(disk: FileDisk, found: Superblock, location: Location) -> Superblock:
     )
     if location.nbytes < disk.nbytes and disk.file_bytes:
         log.warning(
-            "%s keeps its %s, though %s are asked for: remove it to begin a smaller one",
+            "%s keeps its %s, though %s are asked for: remove it, or wipe the device, to begin a"
+            " smaller one",
             disk.path,
             format_size(disk.nbytes),
             format_size(location.nbytes),

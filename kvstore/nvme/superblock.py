@@ -9,8 +9,10 @@ from kvstore.nvme.format import SUPERBLOCKS, Disk, Superblock, aligned, unpack_s
 _UNIT = limits.GRANULE_BYTES
 
 
-def read_superblock(disk: Disk) -> Superblock | None:
+def read_superblock(disk: Disk, *, room: int = 0) -> Superblock | None:
     """What the volume is, from either copy; None if it was never formatted (both are zeros).
+
+    room: bytes that the disk may be resized to, where that is more than it has.
 
     Raises ProtocolError for other contents or a version that is not ours, Corrupted for two damaged
     copies or a volume that was cut short, OSError where no copy is sound and one cannot be read.
@@ -28,10 +30,9 @@ def read_superblock(disk: Disk) -> Superblock | None:
         except (OSError, Corrupted, ProtocolError) as error:
             failures.append(error)
             continue
-        if found.geometry.nbytes > disk.nbytes:
-            raise Corrupted(
-                f"the volume has {found.geometry.nbytes} bytes, its disk only {disk.nbytes}"
-            )
+        most = max(disk.nbytes, room)
+        if found.geometry.nbytes > most:
+            raise Corrupted(f"the volume has {found.geometry.nbytes} bytes, its disk only {most}")
         return found
     # What cannot be read could be sound; what fails its checksum once was; the rest never was.
     for kind in (OSError, Corrupted, ProtocolError):

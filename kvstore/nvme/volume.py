@@ -225,7 +225,8 @@ class Volume:
             return sequence == self._floor
         if self._on_disk.get(segment, 0) > sequence:
             return False
-        return granule == WHOLE_USE or sequence > self._over.get(segment, 0)
+        over = self._over.get(segment, 0)
+        return sequence >= over if granule == WHOLE_USE else sequence > over
 
     def _is_being_replaced(self, record: Record) -> bool:
         segment, sequence, granule = record

@@ -179,7 +179,7 @@ class Fetcher:
         """What cold blocks have there is bad: they go on from another place, if there is one."""
         shelf = self._shelf
         shelf.places.leave(ids, forgotten=True)
-        shelf.places.fall_back(ids)
+        shelf.fall_back(ids)
         shelf.forget(ids[~shelf.places.there(ids)], c.ExplainStatus.CORRUPTED)
 
     def _note_health(self, volume: Volume, outcome: Outcome) -> None:

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvstore.nvme.format import LOG_HALVES, LOG_RECORD, LOG_RECORDS, LogSector, pack_log_sector
+from kvstore.nvme.format import (
+    FLOOR,
+    LOG_HALVES,
+    LOG_RECORD,
+    LOG_RECORDS,
+    LogSector,
+    pack_log_sector,
+)
 from kvstore.nvme.ops import U8, Outcome, WriteRaw
 from kvstore.nvme.volume import Health, Record, Volume
 from kvstore.store.desk import Desk
@@ -136,7 +143,8 @@ def _most_said_of(records: Sequence[Record], most: int) -> set[Ending]:
     """The uses that have to end so that not many more than `most` records are left: of each that
     ends there is one."""
     left, ends = len(records), set[Ending]()
-    for use, count in Counter(record[:2] for record in records).most_common():
+    uses = Counter(record[:2] for record in records if record[2] != FLOOR)
+    for use, count in uses.most_common():
         if left <= most or count == 1:
             break
         ends.add(use)

@@ -109,7 +109,7 @@ class NvmeTier:
             self._writer.wish(np.concatenate(wishes))
         if ready:
             self._writer.pump()
-            if self._writer.needed:
+            if self._writer.needed or self._writer.needed_ahead:
                 self._leaving.make_room()
         if self._leaving.settle() and ready:
             self._writer.pump()
@@ -122,6 +122,7 @@ class NvmeTier:
         if ready:
             self._writer.sync()  # of what those who wait have found written
         self._calls.bring_ahead()
+        self._adopter.show_heirs()  # of what made room for reads just now
 
     def flush(self) -> None:
         """Everything that waits to be written is written at once."""
@@ -151,6 +152,10 @@ class NvmeTier:
         well, and what was just to be shown in the place of others."""
         self._adopter.show_heirs()
         self._adopter.drop(namespace, hashes)
+
+    def show_heirs(self) -> None:
+        """Namespaces are about to be closed that have no blocks: some may be just to be shown."""
+        self._adopter.show_heirs()
 
     def drop_namespace(self, namespace: Namespace) -> None:
         """All of its segments are over; before its blocks are forgotten one by one."""

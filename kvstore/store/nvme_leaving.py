@@ -41,12 +41,18 @@ class Leaving:
                 log.pump()
 
     def make_room(self) -> None:
-        """The oldest segment gives its place; what of it was read goes on elsewhere."""
+        """The oldest segment gives its place; what of it was read goes on elsewhere.
+
+        Ahead of need only one that is whole: else what was just written would leave at once, to be
+        written again and to leave again, for as long as somebody waits for it.
+        """
         if self._again:
             return
-        needed = self._writer.needed
-        volumes = [v for v in self._shelf.places.writable() if any(map(v.holds, needed))]
+        needed, ahead = self._writer.needed, self._writer.needed_ahead
+        volumes = [v for v in self._shelf.places.writable() if any(map(v.holds, needed | ahead))]
         oldest = [use for volume in volumes if (use := volume.oldest())]
+        if not needed:
+            oldest = [use for use in oldest if use.state is UseState.WHOLE]
         if oldest:
             self._leave_with_care(min(oldest, key=lambda use: use.born))
 
@@ -106,7 +112,7 @@ class Leaving:
         shelf.places.close(use)
         # What was written elsewhere too, maybe later, goes on there.
         cold = ids[~live]
-        shelf.places.fall_back(cold)
+        shelf.fall_back(cold)
         shelf.lose_cold(cold[~shelf.places.there(cold)], forgotten=False)
         shelf.places.volumes[use.volume].end(use)
         if len(again):

@@ -60,7 +60,6 @@ class Scrubber:
 
     def _next(self) -> Use | None:
         """The whole segment behind the last one, in the order of their use; then the first."""
-        last = self._use.sequence if self._use else 0
         uses = [
             use
             for volume in self._shelf.places.volumes
@@ -68,5 +67,11 @@ class Scrubber:
             for use in volume.uses.values()
             if use.state is UseState.WHOLE
         ]
-        behind = [use for use in uses if use.sequence > last]
-        return min(behind or uses, key=lambda use: use.sequence, default=None)
+        last = self._use
+        behind = [use for use in uses if last is None or _order(use) > _order(last)]
+        return min(behind or uses, key=_order, default=None)
+
+
+def _order(use: Use) -> tuple[int, int]:
+    """Of all volumes' uses, no two of which have the same."""
+    return use.born, use.volume

@@ -90,17 +90,20 @@ class Places:
         """A second copy of a block was found."""
         self._copies.setdefault(block, []).append(copy)
 
-    def fall_back(self, ids: IdArray) -> None:
+    def fall_back(self, ids: IdArray) -> list[tuple[int, Copy]]:
         """Blocks are about to leave memory, or lost their place: a second copy takes the place that
-        they lack."""
+        they lack. Returns those of which one did, and it."""
         if not self._copies:
-            return
+            return []
+        fell = []
         for block in ids[~self.there(ids)].tolist():
             copies = self._copies.get(block, [])
             if copy := next((copy for copy in copies if copy.serves), None):
                 copies.remove(copy)
                 places, stamps = copy.entry["granule"].copy(), copy.entry["stamp"].copy()
                 self.settle(np.array([block], np.uint32), copy.use, places, stamps)
+                fell.append((block, copy))
+        return fell
 
     def vanish(self, ids: IdArray, *, heirs_at_ms: int | None) -> None:
         """Blocks are gone. heirs_at_ms: their second copies become `heirs`, but for those that have

@@ -103,13 +103,19 @@ class Shelf:
     def evict(self, ids: IdArray) -> None:
         """Live blocks, which the policy has given up, make room for others: they go on from NVMe
         where they are there, and are forgotten else."""
-        self.places.fall_back(ids)
+        self.fall_back(ids)
         there = self.places.there(ids)
         if there.any():
             self._demote(ids[there])
             ids = ids[~there]
         self.counters.evicted += len(ids)
         self.forget(ids, c.ExplainStatus.EVICTED)
+
+    def fall_back(self, ids: IdArray) -> None:
+        """Blocks are about to leave memory, or lost their place: they go on as a second copy, if
+        there is one, which another put may have written."""
+        for block, copy in self.places.fall_back(ids):
+            self.blocks.put_id[block] = copy.entry["put_id"][0]
 
     def _demote(self, ids: IdArray) -> None:
         granules = self.blocks.granule[ids]

@@ -248,6 +248,7 @@ class Store:
     # -- namespaces --------------------------------------------------------------------
 
     def _open(self, command: c.OpenNamespace) -> c.NamespaceOpened:
+        self.nvme.show_heirs()
         pool_bytes = self._shelf.room.slabs.total_bytes
         opened = self._shelf.namespaces.open(command.name, command.layout, pool_bytes)
         if opened is None and self._shelf.namespaces.close_unused(

@@ -96,6 +96,7 @@ class Writer:
         self._syncing: set[int] = set()
         self.sync_wanted = False
         self.needed: set[int] = set()  # slot sizes in granules for which no segment is free
+        self.needed_ahead: set[int] = set()  # likewise, of segments that nothing waits for yet
         self.written = Written()
 
     # -- what is to be written ---------------------------------------------------------
@@ -164,6 +165,7 @@ class Writer:
     def pump(self) -> None:
         """Begins what can be begun now."""
         self.needed.clear()
+        self.needed_ahead.clear()
         self._refill()
         for queue in list(self._queues.values()):
             if queue.count and not self._fits(queue.namespace):
@@ -172,7 +174,7 @@ class Writer:
                 pass
             if queue.goes_on:
                 # Now, so that its header is synced while the last one is still written.
-                self._open_another(queue)
+                self._open_another(queue, ahead=True)
             if not queue.count:
                 queue.urgent = False
         self.sync()
@@ -392,8 +394,9 @@ class Writer:
         """Whether another segment is worth it."""
         return queue.count * queue.namespace.slot_bytes >= limits.NVME_WRITE_BYTES
 
-    def _open_another(self, queue: _Queue) -> None:
-        """Begins a segment for the queue's lineage, unless enough of them go on for a while."""
+    def _open_another(self, queue: _Queue, *, ahead: bool = False) -> None:
+        """Begins a segment for the queue's lineage, unless enough of them go on for a while.
+        ahead: before anything waits for it."""
         namespace, uses = queue.namespace, self._open.setdefault(queue.namespace.lineage, [])
         if sum(not use.ends for use in uses) >= self._streams or len(uses) >= 2 * self._streams:
             queue.goes_on = False
@@ -401,7 +404,7 @@ class Writer:
         granules = namespace.slot_bytes // limits.GRANULE_BYTES
         volumes = [v for v in self._shelf.places.writable() if v.free and v.holds(granules)]
         if not volumes:
-            self.needed.add(granules)
+            (self.needed_ahead if ahead else self.needed).add(granules)
             return
         volume = max(volumes, key=lambda v: len(v.free) / v.geometry.n_segments)
         use = volume.begin(namespace.lineage, granules)

@@ -22,6 +22,7 @@ from kvstore.errors import InvalidArgument, Unavailable
 from kvstore.memory import Arena
 from kvstore.nvme.disk import ALIGN_BYTES, FileDisk, MakeEngine, Pread
 from kvstore.nvme.nixl import NixlEngine, why_not
+from kvstore.nvme.opening import Location, Opened, open_all
 
 NBYTES = 1 << 20
 NAME = "volume"
@@ -597,3 +598,41 @@ def test_a_mounted_device_is_left_alone(device: Path, monkeypatch: pytest.Monkey
     with pytest.raises(Unavailable, match="mounted or in use"):
         FileDisk.open(device, NBYTES, name=NAME)
     assert flags == [os.O_RDWR | os.O_EXCL]
+
+
+def opened_at(device: Path, nbytes: int) -> Opened:
+    return open_all([Location(device, nbytes)], name=NAME)
+
+
+def test_a_volume_on_a_device_keeps_its_size_when_less_is_asked(
+    device: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.truncate(device, 64 << 20)
+    first = opened_at(device, 48 << 20)
+    (was,) = first.volumes
+    first.close()
+    for asked in (32 << 20, 8 << 20):
+        caplog.clear()
+        again = opened_at(device, asked)
+        assert not again.problems
+        (volume,) = again.volumes
+        assert volume.superblock == was.superblock
+        last = volume.superblock.geometry.nbytes - PAGE
+        volume.disk.write(last, [aligned(PAGE, seed=2)])
+        with pytest.raises(OSError, match="past the end"):
+            volume.disk.write(last + PAGE, [aligned(PAGE)])
+        assert "keeps its" in caplog.text
+        again.close()
+    larger = opened_at(device, 64 << 20)
+    assert larger.volumes[0].superblock.volume_id == was.superblock.volume_id
+    assert larger.nbytes > was.superblock.geometry.nbytes
+    larger.close()
+
+
+def test_a_volume_that_is_larger_than_its_device_was_cut_short(device: Path) -> None:
+    os.truncate(device, 64 << 20)
+    opened_at(device, 48 << 20).close()
+    os.truncate(device, 32 << 20)
+    opened = opened_at(device, 24 << 20)
+    assert not opened.volumes
+    assert "damaged" in opened.problems[0]
