@@ -171,8 +171,11 @@ class Volume:
         self._unread = {}
 
     def oldest(self) -> Use | None:
-        """The use that has to make room first, if there is one."""
+        """The use that has to make room first, if there is one: one that nothing was written to, as
+        it was opened ahead of need."""
         usable = self.usable()
+        if spare := next((use for use in usable if not use.batches), None):
+            return spare
         whole = [use for use in usable if use.state is UseState.WHOLE]
         return min(whole or usable, key=lambda use: use.sequence, default=None)
 

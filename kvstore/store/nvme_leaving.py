@@ -54,7 +54,7 @@ class Leaving:
         if not needed:
             oldest = [use for use in oldest if use.state is UseState.WHOLE]
         if oldest:
-            self._leave_with_care(min(oldest, key=lambda use: use.born))
+            self._leave_with_care(min(oldest, key=lambda use: (use.batches > 0, use.born)))
 
     def _end_for_log(self, volume: Volume, ends: set[Ending]) -> None:
         """Uses of which the log would have to say too much end, so that one record is enough."""

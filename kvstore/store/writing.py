@@ -95,6 +95,7 @@ class Writer:
         self._next_batch = 1
         self._syncing: set[int] = set()
         self.sync_wanted = False
+        self._ends = False  # nothing more comes after what waits
         self.needed: set[int] = set()  # slot sizes in granules for which no segment is free
         self.needed_ahead: set[int] = set()  # likewise, of segments that nothing waits for yet
         self.written = Written()
@@ -141,7 +142,8 @@ class Writer:
         self.queued_bytes += len(ids) * namespace.slot_bytes
 
     def flush(self) -> None:
-        """All that waits goes now, and is synced."""
+        """All that waits goes now, and is synced: the store ends."""
+        self._ends = True
         for queue in self._queues.values():
             queue.urgent = True
         self.sync_wanted = True
@@ -172,7 +174,7 @@ class Writer:
                 self._void(queue)
             while self._due(queue) and self._write(queue):
                 pass
-            if queue.goes_on:
+            if queue.goes_on and not self._ends:
                 # Now, so that its header is synced while the last one is still written.
                 self._open_another(queue, ahead=True)
             if not queue.count:

@@ -251,13 +251,13 @@ def early_drops_are_of_numbers(patch: Patch) -> None:
 
 @plant("test_what_was_persisted_later_does_not_leave_with_the_segment_of_an_older_copy")
 def second_copies_go_with_a_segment(patch: Patch) -> None:
-    real = Places.fall_back
+    real = Shelf.fall_back
 
-    def fall_back(self: Places, ids: Any) -> None:
+    def fall_back(self: Shelf, ids: Any) -> None:
         if inspect.stack()[1].function != "_end":
             real(self, ids)
 
-    patch.setattr(Places, "fall_back", fall_back)
+    patch.setattr(Shelf, "fall_back", fall_back)
     _no_heirs(patch)
 
 
