@@ -54,6 +54,7 @@ class _StoreLink:
         self._guard = ForkGuard()
         self._memory: Memory | None = self._map()
         self._answers: dict[int, c.Result] = {}
+        self._due_ms: int | None = None  # when a call that asks the store nothing has to keep time
         self._runner: Runner | None = None
         self._ticker: threading.Thread | None = None
         if opened.volumes:
@@ -109,7 +110,9 @@ class _StoreLink:
         """After each change of the store."""
         if self._memory and self._memory.index.retired:
             self._memory = self._map()
-        if self._runner:
+        if self._runner is None:
+            self._due_ms = self._store.next_due_ms
+        else:
             self._runner.pump()
             self._answers.update(self._store.nvme.tickets.take())
             self._changed.notify_all()
@@ -145,6 +148,7 @@ class _StoreLink:
         """See `Link.memory`."""
         del timeout_s
         self._guard.check()
+        self._keep_up()
         memory = self._memory
         if memory is None:
             raise Unavailable("the store is closed")
@@ -153,7 +157,24 @@ class _StoreLink:
     @property
     def ready(self) -> Memory | None:
         """See `Link.ready`."""
-        return None if self._guard.forked else self._memory
+        if self._guard.forked:
+            return None
+        self._keep_up()
+        return self._memory
+
+    @property
+    def closed(self) -> bool:
+        """See `Link.closed`."""
+        return self._memory is None
+
+    def _keep_up(self) -> None:
+        """Nothing is found past its time, though nobody has asked the store for anything since."""
+        due_ms = self._due_ms
+        if due_ms is not None and due_ms <= self._clock.now_ms():
+            with self._changed:
+                if self._memory is not None:
+                    self._tick()
+                    self._settle()
 
     def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """See `Link.fill`."""

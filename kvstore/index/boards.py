@@ -129,8 +129,9 @@ def _copy(rows: Words, board: int, first: int, copied: Words) -> None:
 def _adopted(words: Words, board: int, first: int, n: int) -> None:
     """The first n rows from the one numbered `first` on are in the index by now."""
     in_order()
-    words[_ADOPTED + board] = first + n
     words[H_TOTAL] += n
+    in_order()  # who sees no rows any more sees that some were adopted
+    words[_ADOPTED + board] = first + n
 
 
 def _array(dtype: types.Type, ndim: int, *, writable: bool = False) -> types.Array:

@@ -26,6 +26,7 @@ def _beside(
     """Fills in rows that are zeros; returns how many lead. The boards first: what was adopted
     meanwhile is in the index by now."""
     find(words, rows, keys, namespace, found)
+    in_order()
     missing = 0
     for i in range(len(keys)):
         if found[i, W_CHECK] == _NONE:
@@ -82,8 +83,11 @@ def _look(
     in_order()
     count = search(table, keys, namespace, bound, leading, found)
     in_order()
-    # Pending first: what was adopted between these two looks is in the total.
-    if count == n or (not pending(words) and words[H_TOTAL] == before):
+    if count == n:
+        return count
+    beside = pending(words)
+    in_order()  # what was adopted before that look is in the total
+    if not beside and words[H_TOTAL] == before:
         return count
     if not leading:
         return _look_beside(table, keys, namespace, bound, words, rows, found)

@@ -257,7 +257,7 @@ class _ChannelConnection(LocalSession):
     def __init__(self, link: ChannelLink, *, timeout_s: float, verify_reads: bool) -> None:
         super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads, ahead=True)
         self._channel = link
-        self._aborts: deque[c.Abort] = deque()
+        self._aborts: deque[c.Abort | c.Release] = deque()
         self._asleep = True  # whether the watching thread sleeps until it is poked
 
     def watch(self) -> bool:
@@ -296,7 +296,17 @@ class _ChannelConnection(LocalSession):
             self._send_aborts(deadline.left_s)
         super()._report_before_eviction(deadline)
 
-    def _give_back(self, abort: c.Abort) -> None:
+    def release(self, lease: int) -> None:
+        """See `LocalSession.release`; left to the watching thread where a call has no time."""
+        release = c.Release(lease=lease)
+        try:
+            self._call(release, c.Count, Deadline(self._timeout_s))
+        except Unavailable:  # and with the connection the lease is
+            pass
+        except DeadlineExceeded:  # else it would be held for as long as we are connected
+            self._give_back(release)
+
+    def _give_back(self, abort: c.Abort | c.Release) -> None:
         """Left to the watching thread: the call that failed may have no time left."""
         self._aborts.append(abort)
         self._channel.poke()

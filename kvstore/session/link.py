@@ -97,6 +97,10 @@ class Link(Protocol):
     def ready(self) -> Memory | None:
         """The memory, where `memory` would only return it."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over. It is after each call that was sent and not answered."""
+
     def fill(self, granted: Granted, sources: c.U64, timeout_s: float) -> c.U8:
         """Moves the parts at these addresses into the slots and seals them.
 

@@ -28,7 +28,7 @@ from kvstore.errors import (
     StaleNamespace,
     Unavailable,
 )
-from kvstore.index.format import MASK56, W_PLACE, W_STAMP
+from kvstore.index.format import MASK56, W_PLACE, W_SPACE, W_STAMP
 from kvstore.index.reader import Lookup, Match
 from kvstore.pieces import growing
 from kvstore.session.base import (
@@ -456,7 +456,7 @@ class LocalSession(ControlSession):
         # Again: a slot that changed hands meanwhile had other bytes at some moment.
         sound = _leading(memory.generations[granules[:copied]] == generations[:copied])
         if self._verify:
-            checked = _leading_sound(memory, request, granules[:sound])
+            checked = _leading_sound(memory, request, Lookup(found.rows[:sound]))
             sound_still = _leading(memory.generations[granules[:sound]] == generations[:sound])
             if checked < sound_still:
                 return checked, MissReason.CORRUPTED
@@ -525,10 +525,10 @@ def _copy(
     return copy_in_parallel(targets, starts, runs, end_s)
 
 
-def _leading_sound(memory: Memory, request: GetRequest, granules: npt.NDArray[np.int64]) -> int:
+def _leading_sound(memory: Memory, request: GetRequest, there: Lookup) -> int:
     """How many leading copied blocks are what the headers of those blocks say."""
-    n, part, n_cells = len(granules), request.part, request.namespace.layout.n_cells
-    packed = copied_headers(memory.slot_addresses(granules), n_cells)
+    n, part, n_cells = len(there.rows), request.part, request.namespace.layout.n_cells
+    packed = copied_headers(memory.slot_addresses(there.granules), n_cells)
     headers = read_headers(packed, n_cells)
     said = headers.checksums[:, part.cells] if len(part.cells) else headers.checksums
     found = np.empty_like(said)
@@ -538,4 +538,6 @@ def _leading_sound(memory: Memory, request: GetRequest, granules: npt.NDArray[np
 
     in_parallel(check, groups_of(n, part.nbytes), part.nbytes * n, math.inf)
     sound = headers.sound & (headers.fields["key"] == request.chain[:n]).all(axis=1)
+    # The same key in another namespace has other bytes.
+    sound &= headers.fields["namespace"] == there.rows[:, W_SPACE] >> np.uint64(32)
     return _leading(sound & (found == said).all(axis=1))

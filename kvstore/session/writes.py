@@ -40,9 +40,8 @@ from kvstore.session.link import Link, Memory, copy_all_in
 from kvstore.session.requests import PUT_ID_BYTES, PutRequest
 from kvstore.session.single import POSTED, UNSEEN
 
-# After these a commit has shown nothing, or its connection is over. What else a store may answer it
-# should not; then nobody writes to the slots any more.
-_UNCHANGED = (StaleNamespace, DeadlineExceeded, Unavailable)
+# After these a command was never sent, or its connection is over.
+_UNSENT = (DeadlineExceeded, Unavailable)
 Rows = npt.NDArray[np.intp]
 _NOTHING = Lookup(np.empty((0, ROW_WORDS), np.uint64))
 _STORED = PutResult(stored=1, existed=0, waiting=0, not_stored=0)
@@ -101,13 +100,13 @@ class SlotStock:
         with self._lock:
             self._slots.setdefault(size, []).extend(slots)
 
-    def take_unused(self) -> list[int]:
-        """Every slot of the sizes that none of the last puts was of."""
+    def take_unused(self) -> dict[int, list[int]]:
+        """By size, every slot of those that none of the last puts was of."""
         with self._lock:
-            taken: list[int] = []
+            taken: dict[int, list[int]] = {}
             for size, slots in self._slots.items():
-                if self._takes - self._taken_at.get(size, 0) > _UNUSED_PUTS:
-                    taken += slots
+                if slots and self._takes - self._taken_at.get(size, 0) > _UNUSED_PUTS:
+                    taken[size] = slots.copy()
                     slots.clear()
             return taken
 
@@ -189,7 +188,9 @@ class Writer:
             committed = self._link.call(fill.commit(absent, more), deadline.left_s)
             assert isinstance(committed, c.Committed)
         except BaseException as error:
-            if not isinstance(error, KVStoreError) or isinstance(error, _UNCHANGED):
+            # What else a store may answer it should not; then, and where the store may yet show the
+            # blocks or has shown them, nobody writes to the slots any more.
+            if isinstance(error, StaleNamespace) or self._was_unsent(error):
                 self.stock.put(size, slots)
             raise
         self._short = len(committed.granules) < more
@@ -344,8 +345,20 @@ class Writer:
         """A client may hold so many bytes ahead: slots of a size that it has done with would keep
         it from having enough of another one, and each of its puts would ask for some."""
         unused = self.stock.take_unused()
-        if unused:
-            self._link.cast(c.GiveBack(granules=np.array(unused, np.uint32)), deadline.left_s)
+        if not unused:
+            return
+        slots = [slot for each in unused.values() for slot in each]
+        try:
+            self._link.cast(c.GiveBack(granules=np.array(slots, np.uint32)), deadline.left_s)
+        except KVStoreError as error:
+            if self._was_unsent(error):
+                for size, each in unused.items():
+                    self.stock.put(size, each)
+            raise
+
+    def _was_unsent(self, error: BaseException) -> bool:
+        """Whether what failed like this has never reached the store, nor will."""
+        return isinstance(error, _UNSENT) and not self._link.closed
 
     def _have_adopted(self, number: int, size: int, more: int, deadline: Deadline) -> None:
         """Asks for slots, and so lets the store take over what was posted by now, which is shown

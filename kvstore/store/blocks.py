@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -237,16 +235,6 @@ class Blocks:
         np.subtract.at(self.leases, ids, 1)
         doomed = ids[self.state[ids] == BlockState.DOOMED]
         return np.unique(doomed[self.leases[doomed] == 0]) if len(doomed) else doomed
-
-    @contextlib.contextmanager
-    def kept(self, ids: IdArray) -> Iterator[None]:
-        """Meanwhile those that are live are in use; an id may come twice."""
-        ids = ids[self.state[ids] == BlockState.LIVE]
-        self.lease(ids)
-        try:
-            yield
-        finally:
-            self.release(ids)
 
     def live_in(self, namespace: int) -> IdArray:
         """All blocks of a namespace that can be found."""

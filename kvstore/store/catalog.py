@@ -152,4 +152,6 @@ class Catalog:
         self._index, lost = old.rebuilt(buffer, capacity, without=without)
         # Last, so that who sees the flag and asks gets the new one.
         old.retire()
+        # Who still looks there would not hear of namespaces that are dropped from now on.
+        old.bump_namespace_epoch()
         return lost

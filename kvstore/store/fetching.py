@@ -58,7 +58,7 @@ class Fetcher:
             n = max(n, min(1, len(ids)))  # a block larger than the limit comes alone
         if n <= 0:
             return 0
-        with shelf.blocks.kept(keep):
+        with shelf.kept(keep):
             granules = shelf.make_slots(size, n, ids=False)
         ids = ids[: len(granules)]
         # Making room may have cost some of these their place.

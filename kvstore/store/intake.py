@@ -44,7 +44,7 @@ class Intake:
         fresh, granted = self._sort(number, who, command, mask, wanted)
         status[fresh] = c.ReserveStatus.NO_SPACE
         # They are in use, so room for the others must not come from them.
-        with self._shelf.blocks.kept(np.concatenate((stored, self._parent_of(command)))):
+        with self._shelf.kept(np.concatenate((stored, self._parent_of(command)))):
             granted += self._begin(namespace, command, fresh, keys, who)
         for i, pending in granted:
             self.puts.join(pending, number, who, mask)

@@ -56,11 +56,14 @@ class Pending:
         self.checksums[bits(mask)] = checksums
 
     def may_join(self, put_id: bytes, connection: int, mask: int) -> bool:
-        """Whether it is that put, and none of these cells is sealed or another connection's."""
-        others = 0
-        for writer, cells in self.writers.items():
-            others |= cells if writer != connection else 0
-        return put_id == self.put_id and not mask & others and mask & self.missing == mask
+        """Whether it is that put, none of these cells is sealed or being written, and nobody behind
+        that connection writes others: a seal says whose cells it is about, and an abort whose put,
+        by the connection alone."""
+        written = 0
+        for cells in self.writers.values():
+            written |= cells
+        free = not mask & written and mask & self.missing == mask
+        return put_id == self.put_id and connection not in self.writers and free
 
 
 @dataclass(slots=True, eq=False)

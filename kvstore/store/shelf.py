@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -224,6 +225,16 @@ class Shelf:
         if ids:
             self.make_ids(n)
         return self.room.allocate(slot_bytes, n, evict=self.evict, ids=ids)
+
+    @contextlib.contextmanager
+    def kept(self, ids: IdArray) -> Iterator[None]:
+        """Meanwhile those that are live are in use; an id may come twice."""
+        ids = self.live(ids)
+        self.blocks.lease(ids)
+        try:
+            yield
+        finally:  # the index may have lost some of them meanwhile
+            self.free(self.blocks.release(ids))
 
     def free(self, ids: IdArray) -> None:
         """Nobody writes these slots, and no lease is on them."""

@@ -96,7 +96,7 @@ class Stock:
         (slot_bytes, n), self._next = self._next, (0, 0)
         if not n:
             return
-        with self._shelf.blocks.kept(self._latest):
+        with self._shelf.kept(self._latest):
             self._shelf.get_ready(slot_bytes, n)
 
     def give_back(self, who: Connection, command: c.GiveBack) -> c.Count:
@@ -243,7 +243,7 @@ class Stock:
         self._next = (namespace.slot_bytes, n)
         if not n:
             return _NOTHING
-        with self._shelf.blocks.kept(self._latest):
+        with self._shelf.kept(self._latest):
             return self._take(who, namespace, n)
 
     def _take(self, who: Connection, namespace: Namespace, n: int) -> c.U32:

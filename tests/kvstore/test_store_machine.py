@@ -862,8 +862,9 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def joins(put: Put, put_id: bytes, me: int, cells: set[int]) -> bool:
-    others = {number for who, part in put.writers.items() if who != me for number in part}
-    return put_id == put.put_id and not cells & others and cells <= put.missing
+    written = {number for part in put.writers.values() for number in part}
+    free = not cells & written and cells <= put.missing
+    return put_id == put.put_id and me not in put.writers and free
 
 
 def hunt(examples: int, steps: int) -> None:
