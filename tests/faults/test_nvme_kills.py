@@ -122,6 +122,7 @@ def test_what_was_persisted_survives_kills(tmp_path: Path, engine: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # a minute where nothing runs beside it, three where much does
 @pytest.mark.parametrize("engine", ["pread", NIXL])
 def test_what_was_persisted_survives_fifty_kills(tmp_path: Path, engine: str) -> None:
     assert kill_again_and_again(tmp_path, cycles=50, seed=2, engine=engine) > 0
