@@ -79,22 +79,24 @@ def test_what_was_persisted_later_does_not_leave_with_the_segment_of_an_older_co
     assert rig.get(0, 0, 3) == 3
 
 
-def test_what_is_damaged_in_one_place_is_read_from_another() -> None:
+def found_damaged() -> Rig:
+    """The first copy of a block was read, and was not what was written."""
     rig, old, _ = two_copies()
     rig.plan = replace(rig.plan, excused=True)
     at = rig.volumes[old.volume].offset(old, 3) + 1000
     rig.sims[old.volume].flip_bit(np.random.default_rng(1), at, at + 1)
     rig.get(0, 0)
+    return rig
+
+
+def test_what_is_damaged_in_one_place_is_read_from_another() -> None:
+    rig = found_damaged()
     assert rig.get(0, 0, 3) == 3
 
 
 def test_what_goes_on_from_another_place_is_told_as_of_the_put_that_wrote_it() -> None:
     """Else a cluster would compare, and repair, by a put whose bytes are nowhere."""
-    rig, old, _ = two_copies()
-    rig.plan = replace(rig.plan, excused=True)
-    at = rig.volumes[old.volume].offset(old, 3) + 1000
-    rig.sims[old.volume].flip_bit(np.random.default_rng(1), at, at + 1)
-    rig.get(0, 0)
+    rig = found_damaged()
     assert rig.get(0, 0) == 1
     shelf, block = rig.store._shelf, rig._block((0, 0))
     slot = rig.pool[int(shelf.blocks.granule[block]) * limits.GRANULE_BYTES :]
