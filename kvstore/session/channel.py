@@ -257,15 +257,15 @@ class _ChannelConnection(LocalSession):
     def __init__(self, link: ChannelLink, *, timeout_s: float, verify_reads: bool) -> None:
         super().__init__(link, timeout_s=timeout_s, verify_reads=verify_reads, ahead=True)
         self._channel = link
-        self._aborts: deque[c.Abort | c.Release] = deque()
+        self._returns: deque[c.Abort | c.Release] = deque()
         self._asleep = True  # whether the watching thread sleeps until it is poked
 
     def watch(self) -> bool:
         """See `Connection.watch`; until then it reports touches in time, and gives slots back."""
         while not self._channel.wait(self._pause_s()):
             with contextlib.suppress(KVStoreError):
-                if self._aborts:
-                    self._send_aborts(self._timeout_s)
+                if self._returns:
+                    self._send_returns(self._timeout_s)
                 if self._touches.due(time.monotonic()):
                     self.report_touches(self._timeout_s)
         return not self._channel.interrupted
@@ -282,46 +282,36 @@ class _ChannelConnection(LocalSession):
     def _pause_s(self) -> float | None:
         """Sleeps for good while nothing was read: an idle client costs no wake-ups."""
         self._asleep = True  # first, so that what comes after the look below wakes us
-        self._asleep = not (self._touches.pending or self._aborts)
+        self._asleep = not (self._touches.pending or self._returns)
         return None if self._asleep else limits.TOUCH_INTERVAL_MS * 1e-3
 
     def report_touches(self, timeout_s: float) -> None:
         """See `ControlSession.report_touches`; what is to be given back goes before it."""
         deadline = Deadline(max(timeout_s, 1e-3))
-        self._send_aborts(deadline.left_s)
+        self._send_returns(deadline.left_s)
         super().report_touches(deadline.left_s)
 
     def _report_before_eviction(self, deadline: Deadline) -> None:
-        if self._aborts:
-            self._send_aborts(deadline.left_s)
+        if self._returns:
+            self._send_returns(deadline.left_s)
         super()._report_before_eviction(deadline)
 
-    def release(self, lease: int) -> None:
-        """See `LocalSession.release`; left to the watching thread where a call has no time."""
-        release = c.Release(lease=lease)
-        try:
-            self._call(release, c.Count, Deadline(self._timeout_s))
-        except Unavailable:  # and with the connection the lease is
-            pass
-        except DeadlineExceeded:  # else it would be held for as long as we are connected
-            self._give_back(release)
-
-    def _give_back(self, abort: c.Abort | c.Release) -> None:
+    def _give_back(self, command: c.Abort | c.Release) -> None:
         """Left to the watching thread: the call that failed may have no time left."""
-        self._aborts.append(abort)
+        self._returns.append(command)
         self._channel.poke()
 
-    def _send_aborts(self, timeout_s: float) -> None:
+    def _send_returns(self, timeout_s: float) -> None:
         deadline = Deadline(max(timeout_s, 1e-3))
-        while self._aborts:
+        while self._returns:
             try:
-                abort = self._aborts.popleft()
+                command = self._returns.popleft()
             except IndexError:  # another thread sends the last one
                 return
             try:
-                self._call(abort, c.Count, deadline)
-            except DeadlineExceeded:  # else its slots would be ours for as long as we are connected
-                self._aborts.appendleft(abort)
+                self._call(command, c.Count, deadline)
+            except DeadlineExceeded:  # else it would be ours for as long as we are connected
+                self._returns.appendleft(command)
                 raise
 
     def _touched(self, began: bool) -> None:

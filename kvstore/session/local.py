@@ -179,8 +179,13 @@ class LocalSession(ControlSession):
 
     def release(self, lease: int) -> None:
         """Ends a view's lease; with the store gone there is none."""
-        with contextlib.suppress(Unavailable, DeadlineExceeded):
-            self._call(c.Release(lease=lease), c.Count, Deadline(self._timeout_s))
+        release = c.Release(lease=lease)
+        try:
+            self._call(release, c.Count, Deadline(self._timeout_s))
+        except Unavailable:
+            pass
+        except DeadlineExceeded:
+            self._give_back(release)
 
     # -- writing -----------------------------------------------------------------------
 
@@ -439,10 +444,10 @@ class LocalSession(ControlSession):
                 raise
             return np.full(len(chosen), c.SealStatus.DROPPED, np.uint8)
 
-    def _give_back(self, abort: c.Abort) -> None:
-        """The slots of a put that came to nothing."""
+    def _give_back(self, command: c.Abort | c.Release) -> None:
+        """The slots of a put that came to nothing, or a lease for whose end there was no time."""
         with contextlib.suppress(KVStoreError):
-            self._call(abort, c.Count, Deadline(self._timeout_s))
+            self._call(command, c.Count, Deadline(self._timeout_s))
 
     def _copy_out(
         self, memory: Memory, request: GetRequest, found: Match, deadline: Deadline

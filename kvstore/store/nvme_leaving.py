@@ -48,8 +48,9 @@ class Leaving:
         """
         if self._again:
             return
-        needed, ahead = self._writer.needed, self._writer.needed_ahead
-        volumes = [v for v in self._shelf.places.writable() if any(map(v.holds, needed | ahead))]
+        needed = self._writer.needed
+        sizes = needed or self._writer.needed_ahead
+        volumes = [v for v in self._shelf.places.writable() if any(map(v.holds, sizes))]
         oldest = [use for volume in volumes if (use := volume.oldest())]
         if not needed:
             oldest = [use for use in oldest if use.state is UseState.WHOLE]

@@ -206,6 +206,8 @@ class Places:
 
     def take_emptied(self) -> list[Use]:
         """The uses whose last block has left since the last call."""
+        if not self._emptied:
+            return []
         emptied, self._emptied = self._emptied, []
         with_copies = [copy.use for copies in self._copies.values() for copy in copies]
         with_copies += [copy.use for copy in self.heirs]
