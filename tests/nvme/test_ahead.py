@@ -66,3 +66,24 @@ def test_a_segment_that_nothing_was_written_to_makes_room_first() -> None:
     rig.settle()
     assert volume.uses[spare.segment] is not spare
     assert len(rig.judge.must) == before + 1
+
+
+def test_room_for_what_waits_is_made_where_that_fits_whatever_is_wanted_ahead() -> None:
+    """The first volume, whose blocks are older, is too small for those of the second space."""
+    geometries = (tight(6, 2, 3), tight(17, 2, 3))
+    rig = Rig(1, Plan(geometries=geometries, nesting=0.0, pauses=1))
+    for space in (0, 1):
+        for first in range(0, 16, 4):
+            rig.put(space, first, 4)
+            rig.persist(space, first, 4)
+            rig.settle()
+            rig.finish_ops()
+    nvme, small = rig.store.nvme, set(rig.volumes[0].usable())
+    assert small
+    for volume in rig.volumes:
+        for use in volume.uses.values():
+            use.born, use.batches = volume.number, 1  # none is a spare one
+    nvme._writer.needed, nvme._writer.needed_ahead = {3}, {2}
+    nvme._leaving.make_room()
+    assert nvme._leaving._again
+    assert not small & nvme._leaving._again.keys()
